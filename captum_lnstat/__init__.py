@@ -1,0 +1,23 @@
+"""Explain vision transformers inside Captum, from attention and the statistics of tokens at the LayerNorms."""
+
+from captum_lnstat import zoo
+from captum_lnstat._version import __version__
+from captum_lnstat.attribution import LNStatAttribution
+from captum_lnstat.baselines import AttentionRollout, GenericAttention
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.recording import Recorder, Recording
+from captum_lnstat.topology import Topology, register_topology
+
+__all__ = [
+    "AttentionRollout",
+    "GenericAttention",
+    "LNStatAttribution",
+    "Recorder",
+    "Recording",
+    "RecordingError",
+    "Topology",
+    "UnsupportedModelError",
+    "__version__",
+    "register_topology",
+    "zoo",
+]

@@ -1,0 +1,302 @@
+"""``LNStatAttribution``: Captum's surface, and nothing else."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, overload
+
+import torch
+from captum.attr import GradientAttribution
+from torch import Tensor, nn
+
+from captum_lnstat import rules
+from captum_lnstat._compat import _format_output, _is_tuple, log_usage
+from captum_lnstat._typing import ForwardArgs, Target, TensorOrTuple
+from captum_lnstat.description import Description, describe_pass
+from captum_lnstat.engine import Needs, Pass, check_complete, check_image, run
+from captum_lnstat.fusion import HeadFusion, check_fusion
+from captum_lnstat.interpolation import Interpolation, check_interpolation, to_pixels
+from captum_lnstat.rules import Relevance, Settings
+from captum_lnstat.statistics import MergingShare, ResidualShare
+
+Rule = Literal["lnstat", "evidence", "rollout", "gradient"]
+RULES: tuple[Rule, ...] = ("lnstat", "evidence", "rollout", "gradient")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+class GridAttribution(GradientAttribution):  # type: ignore[misc]
+    """Attributions made on the patch grid of a vision transformer from one recorded forward pass.
+
+    The base of ``LNStatAttribution`` and of the baselines; a subclass says what it needs from the pass and how it
+    turns it into relevance.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        model: nn.Module | None = None,
+        *,
+        settings: Settings,
+        interpolation: Interpolation,
+    ) -> None:
+        if model is None and not isinstance(forward_func, nn.Module):
+            raise TypeError(
+                f"forward_func is a {type(forward_func).__name__}, not a module; pass the transformer that it runs as "
+                "model=, so that its layers can be recorded"
+            )
+        super().__init__(forward_func)
+        check_interpolation(interpolation)
+        check_fusion(settings.head_fusion)
+        check_choice("residual", settings.residual, ("ratio", "update", "half"))
+        check_choice("evidence_residual", settings.evidence_residual, ("ratio", "update", "half"))
+        check_choice("merging", settings.merging, ("uniform", "variance"))
+        self.model = model
+        self.settings = settings
+        self.interpolation = interpolation
+
+    @abstractmethod
+    def _needs(self) -> Needs:
+        """What the rule needs from a forward pass."""
+
+    @abstractmethod
+    def _relevance(self, outcome: Pass) -> Relevance:
+        """The rule."""
+
+    def attribute_future(self) -> NoReturn:
+        """Not implemented, as for Captum's own one-pass methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """True: relevance is what a patch contributed, not what a change of it would do."""
+        return True
+
+    def _pass(self, inputs: Tensor | tuple[Tensor, ...], target: Target, additional_forward_args: ForwardArgs) -> Pass:
+        if isinstance(inputs, tuple) and len(inputs) != 1:
+            raise ValueError(
+                f"inputs is a tuple of {len(inputs)}; expected one image batch. Pass what else the model takes as "
+                "additional_forward_args"
+            )
+        image = check_image(inputs[0] if isinstance(inputs, tuple) else inputs)
+        # Read at call time: Captum's wrappers copy a method and give the copy another forward_func.
+        model = self.forward_func if self.model is None else self.model
+        return run(self.forward_func, model, image, target, additional_forward_args, self._needs())
+
+    def _explain(
+        self, inputs: Tensor | tuple[Tensor, ...], target: Target, additional_forward_args: ForwardArgs
+    ) -> tuple[Pass, Relevance]:
+        outcome = self._pass(inputs, target, additional_forward_args)
+        with torch.inference_mode(False), torch.no_grad():
+            return outcome, self._relevance(outcome)
+
+    def relevance(
+        self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None
+    ) -> Tensor:
+        """Relevance on the model's patch grid.
+
+        Args:
+            inputs: Images, ``(batch, channels, height, width)``, normalised for the model.
+            target: The class to explain, in any of Captum's forms. The class-agnostic rules need none.
+            additional_forward_args: Passed on to ``forward_func`` after the images.
+
+        Returns:
+            A ``(batch, rows, columns)`` tensor in float32 (float64 for a float64 model).
+        """
+        return self._explain(inputs, target, additional_forward_args)[1].grid
+
+    def describe(
+        self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None
+    ) -> Description:
+        """What was recognised: family, grid, prefix tokens, pooling, sites, shares. ``print`` it.
+
+        Args:
+            inputs: As for ``attribute``; one image is enough.
+            target: Any class; taken as the first output if it is not given.
+            additional_forward_args: As for ``attribute``.
+        """
+        image = inputs[0] if isinstance(inputs, tuple) else inputs
+        model = self.forward_func if self.model is None else self.model
+        outcome = run(self.forward_func, model, check_image(image), target, additional_forward_args, Needs())
+        return describe_pass(model, outcome, self.settings)
+
+    def _to_inputs(self, outcome: Pass, grid: Tensor, image: Tensor) -> Tensor:
+        """Relevance of patches as an attribution of the image's shape: evenly over the channels, the sum kept."""
+        pixels = to_pixels(grid, (image.shape[-2], image.shape[-1]), outcome.trace.patch, self.interpolation)
+        spread = (pixels / image.shape[1]).to(image.dtype)
+        return spread[:, None].expand(-1, image.shape[1], -1, -1).contiguous()
+
+    def _attribute(
+        self, inputs: TensorOrTuple, target: Target, additional_forward_args: ForwardArgs
+    ) -> tuple[TensorOrTuple, Pass, Relevance]:
+        outcome, relevance = self._explain(inputs, target, additional_forward_args)
+        is_tuple = _is_tuple(inputs)
+        image = inputs[0] if isinstance(inputs, tuple) else inputs
+        with torch.inference_mode(False), torch.no_grad():
+            attribution = self._to_inputs(outcome, relevance.grid, image)
+        return _format_output(is_tuple, (attribution,)), outcome, relevance
+
+
+class LNStatAttribution(GridAttribution):
+    r"""Explains ViT, DeiT and Swin models from attention and the statistics of tokens at the LayerNorms.
+
+    The residual share of every token in every block follows from the variances at the two LayerNorms that read it.
+    With these shares the head's view is rolled back to the patches (perception ``P``), and every part of the target's
+    score is put on the token that said it and rolled back in the same way (evidence ``E``). Shifted windows are undone
+    exactly. One forward pass; only the classifier head is differentiated.
+
+    The idea is that of Nguyen, Lee and Kim, "Inspecting Explainability of Transformer Models with Additional
+    Statistical Information" (arXiv 2311.11378). Its formulas are not public to us: those used here are derived, and
+    written out in this project's documentation.
+
+    Args:
+        forward_func (Callable): The model, or any function that runs it once and returns one score, or one row of class
+            scores, an image.
+        model (nn.Module, optional): The transformer that ``forward_func`` runs. Needed if ``forward_func`` is not it.
+        rule (str): ``"lnstat"`` (default), ``P * max(E - mean E, 0)`` in units of the score. ``"evidence"``, ``E``:
+            signed and complete. ``"rollout"``, ``P``: class-agnostic, sums to 1. ``"gradient"``: Chefer's generic rule
+            with token statistics, ``r <- alpha * r + r E_h[(dA * A)^+]``, with one partial backward pass.
+        residual (str): The residual share of perception and of ``"gradient"``: ``"ratio"`` (default),
+            ``min(1, var(x) / var(x + d))``; ``"update"``, ``var(x) / (var(x) + var(d))``; ``"half"``.
+        evidence_residual (str): The share with which evidence is rolled; same names, default ``"half"``.
+        head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable from
+            ``(batch, head, query, key)`` to ``(batch, query, key)``. ``"gradient"`` always takes the mean.
+        merging (str): How a merged token gives its relevance to its children: ``"uniform"`` (default) or
+            ``"variance"``.
+        contrastive (bool, optional): Explain the target's score minus the probability-weighted mean of the others.
+            Default: True for ``"lnstat"``, False for ``"evidence"`` and ``"gradient"``.
+        normalized (bool): For ``"gradient"``: rows of the positive gradient attention divided by their sum.
+        interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_lnstat import LNStatAttribution, zoo
+        >>> swin = zoo.load("swin-mini")
+        >>> scene = zoo.scenes()[0]
+        >>> image = swin.transform(scene.image)[None]
+        >>> lnstat = LNStatAttribution(swin.model)
+        >>> attribution = lnstat.attribute(image, target=scene.labels[0])
+        >>> # Attribution size matches input size: 1 x 3 x 64 x 64
+        >>> attribution.shape
+        torch.Size([1, 3, 64, 64])
+        >>> lnstat.relevance(image, target=scene.labels[0]).shape
+        torch.Size([1, 16, 16])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        model: nn.Module | None = None,
+        *,
+        rule: Rule = "lnstat",
+        residual: ResidualShare = "ratio",
+        evidence_residual: ResidualShare = "half",
+        head_fusion: HeadFusion = "mean",
+        merging: MergingShare = "uniform",
+        contrastive: bool | None = None,
+        normalized: bool = False,
+        interpolation: Interpolation = "bilinear",
+    ) -> None:
+        check_choice("rule", rule, RULES)
+        settings = Settings(residual, head_fusion, merging, evidence_residual)
+        super().__init__(forward_func, model, settings=settings, interpolation=interpolation)
+        self.rule = rule
+        self.contrastive = (rule == "lnstat") if contrastive is None else contrastive
+        self.normalized = normalized
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name that Captum shows."""
+        return "LN Stat"
+
+    def has_convergence_delta(self) -> bool:
+        """True for ``rule="evidence"``, the rule that adds up to the score."""
+        return self.rule == "evidence"
+
+    def _needs(self) -> Needs:
+        if self.rule == "rollout":
+            return Needs()
+        backward = self.rule == "gradient"
+        return Needs(target=True, covector=not backward, contrastive=self.contrastive, output_gradients=backward)
+
+    def _relevance(self, outcome: Pass) -> Relevance:
+        trace, settings = outcome.trace, self.settings
+        if self.rule == "rollout":
+            return rules.perception(trace, settings)
+        if outcome.output_gradients is not None:
+            return rules.gradient(trace, outcome.output_gradients, settings, keep=False, normalized=self.normalized)
+        assert outcome.u is not None
+        assert outcome.constant is not None
+        if self.rule == "evidence":
+            evidence = relevance = rules.evidence(trace, outcome.u, outcome.constant, settings)
+        else:
+            relevance, evidence = rules.lnstat(trace, outcome.u, outcome.constant, settings)
+        check_complete(evidence, outcome)
+        return relevance
+
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Target = ...,
+        additional_forward_args: ForwardArgs = ...,
+        *,
+        return_convergence_delta: Literal[False] = ...,
+    ) -> TensorOrTuple: ...
+
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Target = ...,
+        additional_forward_args: ForwardArgs = ...,
+        *,
+        return_convergence_delta: Literal[True],
+    ) -> tuple[TensorOrTuple, Tensor]: ...
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        return_convergence_delta: bool = False,
+    ) -> TensorOrTuple | tuple[TensorOrTuple, Tensor]:
+        r"""Attribute the target's score to the pixels.
+
+        Args:
+            inputs (Tensor or tuple[Tensor]): Images, ``(batch, channels, height, width)``, normalised for the model,
+                in a floating dtype. They are cast to the model's dtype, and the attribution back to theirs.
+            target (int, tuple, Tensor or list, optional): The class to explain, in any of Captum's forms: one for all
+                images or one an image. ``rule="rollout"`` needs none. Default: None
+            additional_forward_args (Any, optional): Passed on to ``forward_func`` after the images. Default: None
+            return_convergence_delta (bool, optional): For ``rule="evidence"`` only. Default: False
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**, or 2-element tuple of **attributions**, **delta**:
+
+            - **attributions**: Of the shape, dtype and tuple form of ``inputs``. The sum over the channels and pixels
+              of an image is the sum of its patch relevance.
+            - **delta** (*Tensor*, ``(batch,)``, float32): Evidence of the patches, of the prefix tokens and of the
+              constant (biases), minus the score. Float error: below ``1e-4 * max(1, |score|)`` in float32.
+
+        Raises:
+            ValueError, TypeError: The images are not what is expected; the message says what is.
+            AssertionError, IndexError: The target does not fit the output, as in all of Captum.
+            UnsupportedModelError: The model, or a setting of it, cannot be explained with certainty.
+            RecordingError: The forward pass did not add up.
+        """
+        if return_convergence_delta and not self.has_convergence_delta():
+            raise ValueError(f"rule={self.rule!r} has no convergence delta; rule='evidence' has")
+        attributions, outcome, relevance = self._attribute(inputs, target, additional_forward_args)
+        if not return_convergence_delta:
+            return attributions
+        assert outcome.score is not None
+        return attributions, (relevance.total - outcome.score).to(relevance.total.dtype)

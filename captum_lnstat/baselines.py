@@ -1,0 +1,100 @@
+"""Known methods on the same engine and with the same surface, for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from captum_lnstat import rules
+from captum_lnstat._compat import log_usage
+from captum_lnstat._typing import ForwardArgs, Target, TensorOrTuple
+from captum_lnstat.attribution import GridAttribution
+from captum_lnstat.engine import Needs, Pass
+from captum_lnstat.fusion import HeadFusion
+from captum_lnstat.interpolation import Interpolation
+from captum_lnstat.rules import Relevance, Settings
+
+
+class AttentionRollout(GridAttribution):
+    """Attention rollout (Abnar and Zuidema, ACL 2020): ``r <- r (A + I) / 2``, class-agnostic, sums to 1.
+
+    Starts at what the head reads: the class token, or the mean over the tokens of a Swin. Windows, shifts and mergings
+    are undone as for ``LNStatAttribution``; no token statistics are used.
+
+    Args:
+        forward_func (Callable): As for ``LNStatAttribution``.
+        model (nn.Module, optional): As for ``LNStatAttribution``.
+        head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable.
+        interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        model: nn.Module | None = None,
+        *,
+        head_fusion: HeadFusion = "mean",
+        interpolation: Interpolation = "bilinear",
+    ) -> None:
+        settings = Settings(residual="half", head_fusion=head_fusion)
+        super().__init__(forward_func, model, settings=settings, interpolation=interpolation)
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name that Captum shows."""
+        return "Attention Rollout"
+
+    def _needs(self) -> Needs:
+        return Needs()
+
+    def _relevance(self, outcome: Pass) -> Relevance:
+        return rules.perception(outcome.trace, self.settings)
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+    ) -> TensorOrTuple:
+        """As ``LNStatAttribution.attribute``; the target does not matter."""
+        return self._attribute(inputs, target, additional_forward_args)[0]
+
+
+class GenericAttention(GridAttribution):
+    """Generic attention explainability (Chefer, Gur and Wolf, ICCV 2021): ``r <- r + r E_h[(dA * A)^+]``.
+
+    Starts at the class token, or, for a model that averages its tokens, at the mean over them.
+
+    Args:
+        forward_func (Callable): As for ``LNStatAttribution``.
+        model (nn.Module, optional): As for ``LNStatAttribution``.
+        interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        model: nn.Module | None = None,
+        *,
+        interpolation: Interpolation = "bilinear",
+    ) -> None:
+        super().__init__(forward_func, model, settings=Settings(), interpolation=interpolation)
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name that Captum shows."""
+        return "Generic Attention"
+
+    def _needs(self) -> Needs:
+        return Needs(target=True, output_gradients=True)
+
+    def _relevance(self, outcome: Pass) -> Relevance:
+        assert outcome.output_gradients is not None
+        return rules.gradient(outcome.trace, outcome.output_gradients, self.settings, keep=True, normalized=False)
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+    ) -> TensorOrTuple:
+        """As ``LNStatAttribution.attribute``."""
+        return self._attribute(inputs, target, additional_forward_args)[0]

@@ -1,0 +1,95 @@
+"""What was recognised in a model, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from captum_lnstat.engine import Pass, eager
+from captum_lnstat.layout import Groups
+from captum_lnstat.rules import Settings
+from captum_lnstat.statistics import residual_share
+from captum_lnstat.trace import Block, Merging
+
+
+@dataclass(frozen=True)
+class StepDescription:
+    """One block or merging.
+
+    Attributes:
+        name: Dotted name of the module.
+        kind: ``"attention"`` or ``"merging"``.
+        shape: Of the attention: (groups in the batch, heads, queries, keys); of a merging: (parents, children each).
+        residual: Mean and range of the residual share over tokens, for an attention.
+        padded: Places of its windows, or children, that are padding, per image.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    residual: tuple[float, float, float] | None
+    padded: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """What was recognised; ``str`` gives it as a table."""
+
+    model: str
+    family: str
+    grid: tuple[int, int]
+    patch: tuple[int, int]
+    prefix_tokens: int
+    pooling: str
+    outputs: tuple[int, ...]
+    norms: int
+    residual: str
+    steps: tuple[StepDescription, ...]
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.model}: {self.family} transformer, {self.grid[0]} x {self.grid[1]} patches of "
+            f"{self.patch[0]} x {self.patch[1]} px, {self.prefix_tokens} prefix tokens\n"
+            f"head: {self.pooling}, output {self.outputs}; {self.norms} norm calls; residual share {self.residual!r}"
+        )
+        return "\n".join([head, *map(_line, self.steps)])
+
+
+def _line(step: StepDescription) -> str:
+    padded = f", {step.padded} padded" if step.padded else ""
+    if step.residual is None:
+        return f"  {step.name}: merging, {step.shape[0]} tokens of {step.shape[1]} children{padded}"
+    groups, heads, queries, keys = step.shape
+    mean, low, high = step.residual
+    return (
+        f"  {step.name}: {groups} x {heads} heads x {queries} x {keys}, residual share {mean:.2f} "
+        f"({low:.2f} to {high:.2f}){padded}"
+    )
+
+
+def describe_pass(model: nn.Module, outcome: Pass, settings: Settings) -> Description:
+    """Describe a recorded and traced forward pass."""
+    trace = outcome.trace
+    return Description(
+        model=type(eager(model)).__name__,
+        family=trace.family,
+        grid=trace.grid,
+        patch=trace.patch,
+        prefix_tokens=trace.prefix,
+        pooling=trace.pooling.name,
+        outputs=tuple(outcome.output.shape),
+        norms=len(outcome.recording.norms),
+        residual=settings.residual,
+        steps=tuple(_describe_step(step, settings) for step in trace.steps),
+    )
+
+
+def _describe_step(step: Block | Merging, settings: Settings) -> StepDescription:
+    if isinstance(step, Merging):
+        padded = int((step.groups.index < 0).sum())
+        return StepDescription(step.name, "merging", tuple(step.groups.index.shape), None, padded)
+    share = residual_share(step.before, step.attention_update, settings.residual)
+    padded = int((step.layout.index < 0).sum()) if isinstance(step.layout, Groups) else 0
+    spread = (float(share.mean()), float(share.min()), float(share.max()))
+    return StepDescription(step.name, "attention", step.site.shape, spread, padded)

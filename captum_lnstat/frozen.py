@@ -1,0 +1,104 @@
+"""Affine maps of the residual stream once LayerNorm statistics are frozen, and how a covector is pulled through them.
+
+With its statistics frozen, ``LN(x) = gamma * (x - mean(x)) / sigma + beta`` is affine, and so is every other step
+between an attention's output and the residual stream. For an affine ``f(x) = M x + b``,
+``<u, f(x)> = <M^T u, x> + <u, b>``: ``pull(u)`` returns ``M^T u`` and ``<u, b>`` summed over tokens and channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_lnstat.statistics import accumulation_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class FrozenMap(Protocol):
+    """An affine map on the channels of each token."""
+
+    def pull(self, u: Float[Tensor, "batch *tokens out"]) -> tuple[Float[Tensor, "batch *tokens in"], Tensor]:
+        """Return ``M^T u`` and, per image, ``<u, b>``."""
+        ...
+
+
+def per_image(values: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
+    """Sum everything but the batch."""
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+@dataclass(frozen=True)
+class FrozenLinear:
+    """``f(x) = W x + b``."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None = None
+
+    def pull(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        constant = u.new_zeros(len(u)) if self.bias is None else per_image(u @ self.bias.detach().to(u.dtype))
+        return u @ self.weight.detach().to(u.dtype), constant
+
+
+@dataclass(frozen=True)
+class FrozenScale:
+    """``f(x) = gamma * x``: LayerScale, or a gate held constant."""
+
+    gamma: Tensor
+
+    def pull(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return u * self.gamma.detach().to(u.dtype), u.new_zeros(len(u))
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """``f(x) = gamma * (x - mean(x)) / sigma + beta`` with ``sigma`` of the recorded token.
+
+    The mean is part of the linear map (each part of ``x`` loses its own mean); only ``sigma`` is frozen.
+    """
+
+    deviation: Float[Tensor, "batch *tokens"]
+    gamma: Tensor | None
+    beta: Tensor | None
+
+    def pull(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        constant = u.new_zeros(len(u)) if self.beta is None else per_image(u @ self.beta.detach().to(u.dtype))
+        scaled = u if self.gamma is None else u * self.gamma.detach().to(u.dtype)
+        centred = scaled - scaled.mean(-1, keepdim=True)
+        return centred / self.deviation.to(u.dtype)[..., None], constant
+
+
+def pull_through(path: Iterable[FrozenMap], u: Tensor) -> tuple[Tensor, Tensor]:
+    """Pull ``u`` from the end of a path of maps to its beginning, collecting the constants."""
+    constant = u.new_zeros(len(u))
+    for step in reversed(list(path)):
+        u, offset = step.pull(u)
+        constant = constant + offset
+    return u, constant
+
+
+class FrozenLayerNorm(torch.autograd.Function):
+    """``F.layer_norm`` in value; in the backward pass its standard deviation is a constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        dims = tuple(range(-len(shape), 0))
+        deviation = (x.detach().to(accumulation_dtype(x)).var(dims, correction=0, keepdim=True) + eps).sqrt()
+        ctx.dims = dims
+        ctx.save_for_backward(deviation, weight)
+        return F.layer_norm(x, list(shape), weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        deviation, weight = ctx.saved_tensors
+        scaled = gradient if weight is None else gradient * weight
+        centred = scaled - scaled.mean(ctx.dims, keepdim=True)
+        return (centred / deviation).to(gradient.dtype), None, None, None, None

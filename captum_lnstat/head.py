@@ -1,0 +1,93 @@
+"""From the model's output to the score that is explained, and from the score to the head's covector ``u``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captum_lnstat._compat import _select_targets
+from captum_lnstat._typing import Target
+from captum_lnstat.errors import RecordingError
+from captum_lnstat.statistics import accumulation_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def plain_target(target: Any) -> Any:
+    """Numpy integers as Python's own: Captum refuses them, and an argmax in numpy gives one."""
+    if isinstance(target, np.integer):
+        return int(target)
+    if isinstance(target, list) and target and all(isinstance(t, np.integer) for t in target):
+        return [int(t) for t in target]
+    return target
+
+
+def target_score(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
+    """The output that ``target`` selects, one value an image; Captum's own rules, checks and messages."""
+    score: Tensor = _select_targets(output, plain_target(target))
+    if score.dim() == 0:
+        raise ValueError(
+            "forward_func returned a single number for the whole batch; expected one output per image, "
+            "(batch, classes) or (batch,)"
+        )
+    assert score[0].numel() == 1, (
+        "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
+    )
+    return score.reshape(len(score))
+
+
+def contrast(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
+    """The target's output minus the mean of the other classes' outputs, weighted by their probabilities.
+
+    ``y_c - sum_{k != c} p_k / (1 - p_c) y_k`` with ``p = softmax(y)`` held constant.
+    """
+    if output.dim() != 2 or output.shape[1] < 2:
+        raise ValueError(
+            f"contrastive evidence compares a class with the others, but the model returned {tuple(output.shape)}; "
+            "expected (batch, classes) with at least two classes. Pass contrastive=False"
+        )
+    score = target_score(output, target)
+    classes = torch.arange(output.shape[1], device=output.device).expand_as(output)
+    chosen = target_score(classes, target)
+    logits = output.detach().to(accumulation_dtype(output))
+    others = logits.scatter(1, chosen[:, None], -math.inf).softmax(1)
+    return score - (others.to(output.dtype) * output).sum(1)
+
+
+def head_covector(
+    score: Float[Tensor, " batch"], stream_end: Tensor
+) -> tuple[Float[Tensor, "batch token channel"], Float[Tensor, " batch"]]:
+    """``u`` with ``score = sum_i u_i . x_i + constant`` at the end of the residual stream, and the constant.
+
+    The LayerNorms of the head were recorded with frozen statistics, so for a head of norms, pooling and linear layers
+    this is exact. For any other head it is the first-order expansion, the remainder being part of the constant.
+    """
+    (u,) = gradients(score, [stream_end])
+    u = u.flatten(1, -2).to(accumulation_dtype(u))
+    tokens = stream_end.detach().flatten(1, -2).to(u.dtype)
+    constant = score.detach().to(u.dtype) - (u * tokens).sum((1, 2))
+    return u, constant
+
+
+def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradient of every image's score; the parameters' ``.grad`` stays as it is."""
+    if not score.requires_grad:
+        raise RecordingError(
+            "the score has no gradient at the transformer's tokens: forward_func leaves the graph after the model "
+            "(no_grad, inference_mode, detach, numpy or argmax). Let it return the model's scores as they are"
+        )
+    try:
+        return torch.autograd.grad(score.sum(), list(at))
+    except RuntimeError as error:
+        if "not have been used in the graph" not in str(error):
+            raise
+        raise RecordingError(
+            "the score does not depend on every recorded attention or token; expected a forward_func that returns "
+            "the scores of one pass of the model"
+        ) from error

@@ -1,0 +1,56 @@
+"""From the patch grid to the pixels, keeping the sum."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Interpolation = Literal["bilinear", "nearest"]
+_MODES = {"bilinear": "linear", "nearest": "nearest-exact"}
+
+
+def check_interpolation(interpolation: Interpolation) -> None:
+    """Raise unless ``interpolation`` is known."""
+    if interpolation not in _MODES:
+        raise ValueError(f"interpolation is {interpolation!r}; expected {' or '.join(map(repr, _MODES))}")
+
+
+def _axis(cells: int, cell: int, pixels: int, mode: str) -> Float[Tensor, "pixel cell"]:
+    """How much of each cell's relevance every pixel of one image axis gets; each column sums to one."""
+    weights = F.interpolate(torch.eye(cells, dtype=torch.float64)[None], size=cells * cell, mode=mode)[0].T
+    # An image padded to whole patches ends inside the last one: its relevance stays on the pixels that exist.
+    weights = weights[:pixels]
+    return weights / weights.sum(0, keepdim=True)
+
+
+def to_pixels(
+    grid: Float[Tensor, "batch row column"],
+    image_size: tuple[int, int],
+    patch: tuple[int, int],
+    interpolation: Interpolation = "bilinear",
+) -> Float[Tensor, "batch height width"]:
+    """Spread the relevance of every patch over pixels; the sum over an image stays that of its grid.
+
+    Args:
+        grid: Relevance on the patch grid.
+        image_size: Height and width of the image in pixels.
+        patch: Height and width of a patch in pixels.
+        interpolation: ``"nearest"``: evenly over the patch. ``"bilinear"``: with the weights of bilinear
+            interpolation between patch centres.
+
+    Example:
+        >>> import torch
+        >>> to_pixels(torch.tensor([[[4.0, 0.0]]]), (2, 4), (2, 2), "nearest")[0]
+        tensor([[1., 1., 0., 0.],
+                [1., 1., 0., 0.]])
+    """
+    mode = _MODES[interpolation]
+    rows = _axis(grid.shape[1], patch[0], image_size[0], mode).to(grid)
+    columns = _axis(grid.shape[2], patch[1], image_size[1], mode).to(grid)
+    return rows @ grid @ columns.T

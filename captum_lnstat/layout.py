@@ -1,0 +1,107 @@
+"""How the tokens of the residual stream are laid out in the groups that a block works on: all of them, or windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+PADDING = -1
+
+
+class Layout(Protocol):
+    """A way from the tokens of an image to groups and back; groups are counted in the batch, image by image."""
+
+    def gather(self, tokens: Float[Tensor, "batch token rest"]) -> Float[Tensor, "batch_groups member rest"]:
+        """Tokens to groups; a padded place gets zeros."""
+        ...
+
+    def scatter(
+        self, groups: Float[Tensor, "batch_groups member rest"], batch: int
+    ) -> tuple[Float[Tensor, "batch token rest"], Float[Tensor, "batch rest"]]:
+        """Groups to tokens, and, per image, the sum of what lay on padded places."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeImage:
+    """Every token is in the one group of its image."""
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        return groups, groups.new_zeros(batch, groups.shape[-1])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of equal size; ``index[group, member]`` is a token, or ``PADDING``. Every token is in one place only."""
+
+    index: Int[Tensor, "group member"]
+
+    @cached_property
+    def _place_of_token(self) -> Int[Tensor, " token"]:
+        flat = self.index.flatten()
+        places = torch.nonzero(flat != PADDING)[:, 0]
+        return places[flat[places].argsort()]
+
+    @cached_property
+    def _padded_places(self) -> Int[Tensor, " place"]:
+        return torch.nonzero(self.index.flatten() == PADDING)[:, 0]
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        # The padding index -1 reads the row of zeros appended here.
+        padded = F.pad(tokens, (0, 0, 0, 1))
+        return padded[:, self.index].flatten(0, 1)
+
+    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        flat = groups.reshape(batch, self.index.numel(), groups.shape[-1])
+        return flat[:, self._place_of_token], flat[:, self._padded_places].sum(1)
+
+
+def windows(
+    grid: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    device: torch.device | None = None,
+) -> Groups:
+    """The windows of a shifted-window attention: roll by ``-shift``, pad right and below, cut into windows.
+
+    Args:
+        grid: Rows and columns of tokens.
+        window: Rows and columns of a window.
+        shift: Rows and columns of the cyclic shift.
+        device: Where the index lives.
+
+    Example:
+        >>> windows((2, 3), (2, 2), (0, 1)).index.tolist()
+        [[1, 2, 4, 5], [0, -1, 3, -1]]
+    """
+    ids = torch.arange(grid[0] * grid[1], device=device).reshape(grid)
+    ids = ids.roll((-shift[0], -shift[1]), dims=(0, 1))
+    ids = F.pad(ids, (0, -grid[1] % window[1], 0, -grid[0] % window[0]), value=PADDING)
+    rows, columns = ids.shape[0] // window[0], ids.shape[1] // window[1]
+    ids = ids.reshape(rows, window[0], columns, window[1]).transpose(1, 2)
+    return Groups(ids.reshape(rows * columns, window[0] * window[1]))
+
+
+def quads(grid: tuple[int, int], device: torch.device | None = None) -> Groups:
+    """The 2 x 2 children of every merged token, in the order a patch merging joins them: down first, then right.
+
+    Example:
+        >>> quads((2, 3)).index.tolist()
+        [[0, 3, 1, 4], [2, 5, -1, -1]]
+    """
+    ids = torch.arange(grid[0] * grid[1], device=device).reshape(grid)
+    ids = F.pad(ids, (0, grid[1] % 2, 0, grid[0] % 2), value=PADDING)
+    rows, columns = ids.shape[0] // 2, ids.shape[1] // 2
+    ids = ids.reshape(rows, 2, columns, 2).permute(0, 2, 3, 1)
+    return Groups(ids.reshape(rows * columns, 4))

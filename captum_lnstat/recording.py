@@ -1,0 +1,343 @@
+"""Recorder: what happened in one forward pass, seen from a ``TorchFunctionMode``.
+
+The mode sees every attention and every LayerNorm, fused kernels and functional calls included, on this thread only,
+and leaves the model's results alone. Module hooks, removed afterwards, only stamp which module is running, keep the
+inputs and outputs of the modules a topology asked for, and mark where the head begins.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from captum_lnstat.errors import RecordingError
+from captum_lnstat.frozen import FrozenLayerNorm, FrozenNorm
+from captum_lnstat.sites import AttentionSite, FusedSite, Kept, MultiHeadSite, SoftmaxSite
+from captum_lnstat.statistics import TokenStatistics, token_statistics
+
+_SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+# What may stand between the softmax and the product with the values without being another quantity.
+_PASSING = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as, Tensor.contiguous, Tensor.float, Tensor.half}
+_LAYER_NORMS = {F.layer_norm, torch.layer_norm}
+_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """One LayerNorm (or RMSNorm) call: which module ran it, and what it read.
+
+    Attributes:
+        module: Dotted name of the innermost running module.
+        kind: ``"layer_norm"`` or ``"rms_norm"``.
+        input: What was normalised, ``(batch, *tokens, channel)``.
+        dims: How many trailing dimensions are normalised together.
+    """
+
+    module: str
+    kind: str
+    input: Kept
+    dims: int
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @property
+    def statistics(self) -> TokenStatistics:
+        """Mean and biased variance of every token at the input of this norm, in float32."""
+        return token_statistics(self.input.read(), self.dims)
+
+    @property
+    def frozen(self) -> FrozenNorm:
+        """This norm as an affine map, its standard deviation held constant."""
+        return FrozenNorm((self.statistics.variance + self.eps).sqrt(), self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """The first tensor a module was given and the tensor it returned."""
+
+    input: Kept
+    output: Kept
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one forward pass left: attention sites and norm calls in order, and the calls of the tapped modules.
+
+    Attributes:
+        sites: Attention sites, first to last.
+        norms: LayerNorm and RMSNorm calls, first to last.
+        stream_end: The residual stream where the head begins, in the head's graph, or ``None`` if none was marked.
+    """
+
+    sites: tuple[AttentionSite, ...]
+    norms: tuple[NormCall, ...]
+    calls: dict[str, tuple[ModuleCall, ...]]
+    stream_end: Tensor | None
+
+    def call(self, module: str) -> ModuleCall:
+        """The one call of a tapped module."""
+        calls = self.calls.get(module, ())
+        if len(calls) != 1:
+            raise RecordingError(f"module {module!r} ran {len(calls)} times in the forward pass; expected once")
+        return calls[0]
+
+    def site(self, module: str) -> AttentionSite:
+        """The one attention site inside a module."""
+        found = [site for site in self.sites if _inside(site.module, module)]
+        if len(found) != 1:
+            raise RecordingError(
+                f"{len(found)} attention computations were seen inside {module!r}; expected one. A kernel that hides "
+                "its attention (flash_attn, xFormers, a scripted module) has to be switched to PyTorch's own"
+            )
+        return found[0]
+
+    def norm(self, module: str) -> NormCall:
+        """The one norm call of a module."""
+        found = [norm for norm in self.norms if _inside(norm.module, module)]
+        if len(found) != 1 or found[0].kind != "layer_norm":
+            seen = ", ".join(norm.kind for norm in found) or "none"
+            raise RecordingError(f"expected one LayerNorm call at {module!r}, saw: {seen}")
+        return found[0]
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+@dataclass
+class _Softmax:
+    """A softmax output on its way to the product with the values."""
+
+    module: str
+    attention: Kept
+    value: Kept | None = None
+    output: Tensor | None = None
+    multiplied: bool = False
+
+    def finish(self) -> SoftmaxSite:
+        return SoftmaxSite(self.module, self.attention, self.value, self.output)
+
+
+def _in_graph(output: Tensor) -> Tensor | None:
+    # Only the gradient rule reads an output, and only in a graph; without one it would be kept for nothing.
+    return output if output.requires_grad else None
+
+
+class Recorder(TorchFunctionMode):
+    """Context manager that records one forward pass of ``model`` on this thread.
+
+    Args:
+        model: The module whose submodules stamp the events.
+        taps: Modules whose input and output are kept by reference.
+        head_begins: The module whose input is the end of the residual stream. The head from there on runs with a
+            graph and with frozen LayerNorm statistics; its values are bit for bit those of the model.
+        cut: Cut the graph where the head begins (the trunk needs none). False keeps the trunk's graph, and the
+            LayerNorms as they are.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> layer = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
+        >>> with torch.no_grad(), Recorder(layer) as recorder:
+        ...     _ = layer(torch.rand(1, 5, 8))
+        >>> [site.module for site in recorder.recording.sites], [norm.module for norm in recorder.recording.norms]
+        (['self_attn'], ['norm1', 'norm2'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Iterable[nn.Module] = (),
+        head_begins: nn.Module | None = None,
+        *,
+        cut: bool = True,
+    ) -> None:
+        super().__init__()
+        self._model = model
+        self._taps = set(taps)
+        self._head_begins = head_begins
+        self._cut = cut
+        self._thread = threading.get_ident()
+        self._handles: list[RemovableHandle] = []
+        self._running: list[str] = [""]
+        self._events: list[AttentionSite | _Softmax] = []
+        self._softmaxes: dict[int, tuple[Tensor, _Softmax]] = {}
+        self._norms: list[NormCall] = []
+        self._calls: dict[str, list[ModuleCall]] = {}
+        self._stream_end: Tensor | None = None
+
+    @property
+    def recording(self) -> Recording:
+        """What has been recorded; read it after the context has closed."""
+        sites = tuple(event.finish() if isinstance(event, _Softmax) else event for event in self._events)
+        calls = {name: tuple(calls) for name, calls in self._calls.items()}
+        return Recording(sites, tuple(self._norms), calls, self._stream_end)
+
+    def __enter__(self) -> Recorder:
+        try:
+            for name, module in self._model.named_modules():
+                self._handles.append(module.register_forward_pre_hook(self._entering(name)))
+                self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
+        except BaseException:
+            self._remove_hooks()
+            raise
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._remove_hooks()
+        self._softmaxes.clear()
+        super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # Other threads may run the same model while this one records: their calls are none of our business.
+    def _elsewhere(self) -> bool:
+        return threading.get_ident() != self._thread
+
+    def _entering(self, name: str) -> Callable[[nn.Module, Any], Any]:
+        def hook(module: nn.Module, inputs: Any) -> Any:
+            if self._elsewhere():
+                return None
+            self._running.append(name)
+            if module is self._head_begins:
+                return self._begin_head(inputs)
+            return None
+
+        return hook
+
+    def _leaving(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._elsewhere():
+                return
+            self._running.pop()
+            if module in self._taps and isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
+                self._calls.setdefault(name, []).append(ModuleCall(Kept.of(inputs[0]), Kept.of(output)))
+
+        return hook
+
+    def _begin_head(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._stream_end is not None:
+            raise RecordingError("the model ran more than once in one forward_func call; expected exactly one pass")
+        stream = inputs[0]
+        if not self._cut:
+            self._stream_end = stream
+            return None
+        # The caller's grad mode comes back when the forward_func call returns: see attribution.py.
+        torch.set_grad_enabled(True)
+        self._stream_end = stream.detach().requires_grad_()
+        return (self._stream_end, *inputs[1:])
+
+    @property
+    def _in_cut_head(self) -> bool:
+        return self._cut and self._stream_end is not None
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._elsewhere():
+            return function(*args, **kwargs)
+        if function in _LAYER_NORMS:
+            return self._layer_norm(function, *args, **kwargs)
+        output = function(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            self._fused(output, *args, **kwargs)
+        elif function is F.multi_head_attention_forward:
+            self._multi_head(output[0], *args, **kwargs)
+        elif function is F.rms_norm:
+            self._rms_norm(*args, **kwargs)
+        elif function in _SOFTMAXES:
+            self._softmax(output, *args, **kwargs)
+        elif self._softmaxes and args:
+            self._follow(function, output, args, kwargs)
+        return output
+
+    def _fused(
+        self,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> None:
+        mask = None if attn_mask is None else Kept.of(attn_mask)
+        q, k, v = Kept.of(query), Kept.of(key), Kept.of(value)
+        self._events.append(FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, _in_graph(output)))
+
+    def _multi_head(self, output: Tensor, *args: Any, **kwargs: Any) -> None:
+        arguments = _MULTI_HEAD.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        named = dict(arguments.arguments)
+        for name in ("query", "key", "value"):
+            named[name] = Kept.of(named[name])
+        self._events.append(MultiHeadSite(self._running[-1], named, _in_graph(output)))
+
+    def _softmax(self, output: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> None:
+        # Attention normalises over the keys, the last of at least three dimensions; the rest are other softmaxes.
+        if input.dim() >= 3 and dim in (-1, input.dim() - 1):
+            event = _Softmax(self._running[-1], Kept.of(output))
+            self._events.append(event)
+            self._softmaxes[id(output)] = (output, event)
+
+    def _follow(self, function: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, event = self._softmaxes.get(id(args[0]), (None, None))
+        if event is None or not isinstance(output, Tensor):
+            return
+        if function in _PASSING:
+            self._softmaxes[id(output)] = (output, event)
+        elif function in _PRODUCTS and not event.multiplied:
+            event.value = Kept.of(args[1] if len(args) > 1 else next(iter(kwargs.values())))
+            event.output = _in_graph(output)
+            event.multiplied = True
+
+    def _layer_norm(
+        self,
+        function: Any,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        shape = tuple(normalized_shape)
+        self._norms.append(
+            NormCall(self._running[-1], "layer_norm", Kept.of(input), len(shape), weight, bias, float(eps))
+        )
+        if self._in_cut_head and torch.is_grad_enabled():
+            return FrozenLayerNorm.apply(input, shape, weight, bias, float(eps))  # type: ignore[no-any-return]
+        return function(input, normalized_shape, weight, bias, eps, *rest, **kwargs)  # type: ignore[no-any-return]
+
+    def _rms_norm(
+        self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> None:
+        epsilon = torch.finfo(input.dtype).eps if eps is None else float(eps)
+        kept = Kept.of(input)
+        self._norms.append(NormCall(self._running[-1], "rms_norm", kept, len(normalized_shape), weight, None, epsilon))

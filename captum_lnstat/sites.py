@@ -1,0 +1,263 @@
+"""Attention sites: one attention computation each, kept as references to the tensors that took part in it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.statistics import accumulation_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+# Probabilities of so many (batch, head, query, key) entries are held at once; more heads are taken in turns.
+CHUNK = 1 << 23
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor of the forward pass, kept by reference, with the version it had when it was seen.
+
+    A model may write into a tensor after it was recorded; reading it then would explain another computation.
+    """
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Kept:
+        return cls(tensor, -1 if tensor.is_inference() else tensor._version)
+
+    def read(self) -> Tensor:
+        if self.version >= 0 and self.tensor._version != self.version:
+            raise RecordingError(
+                f"a recorded tensor of shape {tuple(self.tensor.shape)} was changed in place later in the forward "
+                "pass, so its value at the attention is lost; expected a model that leaves these tensors alone"
+            )
+        return self.tensor.detach()
+
+
+class AttentionSite(ABC):
+    """One attention computation: probabilities ``A``, values ``v`` and the output ``A v``.
+
+    Attributes:
+        module: Dotted name of the innermost module that was running.
+        output: What the attention returned, if it is part of a graph; ``None`` otherwise.
+    """
+
+    module: str
+    output: Tensor | None
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(batch, heads, queries, keys)``; windows are counted in the batch."""
+
+    @abstractmethod
+    def probabilities(self, heads: slice) -> Float[Tensor, "batch head query key"]:
+        """Attention probabilities after the softmax, in float32 (float64 for a float64 model)."""
+
+    @abstractmethod
+    def values(self, heads: slice) -> Float[Tensor, "batch head key channel"]:
+        """Values that the probabilities average, in the same dtype."""
+
+    @abstractmethod
+    def output_gradient(self, gradient: Tensor) -> Float[Tensor, "batch head query channel"]:
+        """The gradient at ``output`` as one at ``A v``, head by head."""
+
+    def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "batch head query key"]]]:
+        """Probabilities in turns of as many heads as fit, so that not every head's map is in memory at once."""
+        batch, heads, queries, keys = self.shape
+        step = max(1, CHUNK // max(1, batch * queries * keys))
+        for start in range(0, heads, step):
+            chosen = slice(start, min(start + step, heads))
+            yield chosen, self.probabilities(chosen)
+
+
+def _four_dimensional(tensor: Tensor, module: str) -> Tensor:
+    if tensor.dim() != 4:
+        raise UnsupportedModelError(
+            f"attention at {module or 'the model'!r} has tensors of shape {tuple(tensor.shape)}; expected "
+            "(batch, heads, tokens, channels). A topology for this family has to unfold them first"
+        )
+    return tensor
+
+
+@dataclass(frozen=True)
+class FusedSite(AttentionSite):
+    """``scaled_dot_product_attention``: the probabilities are computed again from q and k when asked for.
+
+    ``A = softmax(scale * q k^T + bias)``, with a boolean mask or ``is_causal`` as a bias of minus infinity.
+    Grouped queries share a key head: query head ``h`` reads key head ``h // (heads / key heads)``.
+    """
+
+    module: str
+    query: Kept
+    key: Kept
+    value: Kept
+    mask: Kept | None
+    scale: float | None
+    is_causal: bool
+    output: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        query, key = self.query.read(), self.key.read()
+        batch, heads, queries, _ = _four_dimensional(query, self.module).shape
+        return batch, heads, queries, key.shape[-2]
+
+    def _grouped(self, tensor: Tensor, heads: slice) -> Tensor:
+        groups = self.shape[1] // tensor.shape[1]
+        if groups == 1:
+            return tensor[:, heads]
+        return tensor[:, torch.arange(heads.start, heads.stop, device=tensor.device) // groups]
+
+    def probabilities(self, heads: slice) -> Tensor:
+        query = self.query.read()[:, heads]
+        dtype = accumulation_dtype(query)
+        key = self._grouped(self.key.read(), heads).to(dtype)
+        scale = 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
+        scores = (query.to(dtype) * scale) @ key.transpose(-2, -1)
+        hidden = None
+        if self.is_causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril().logical_not()
+        if self.mask is not None:
+            mask = self.mask.read()
+            if mask.dim() == 4 and mask.shape[1] > 1:
+                mask = mask[:, heads]
+            if mask.dtype == torch.bool:
+                hidden = ~mask if hidden is None else hidden | ~mask
+            else:
+                scores = scores + mask.to(dtype)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, -math.inf)
+        probabilities = scores.softmax(-1)
+        if hidden is not None or self.mask is not None:
+            # A query that may see nothing attends to nothing, as in the fused kernel; softmax alone would give NaN.
+            nothing = (scores == -math.inf).all(-1, keepdim=True)
+            probabilities = probabilities.masked_fill(nothing, 0.0)
+        return probabilities
+
+    def values(self, heads: slice) -> Tensor:
+        value = self._grouped(self.value.read(), heads)
+        return value.to(accumulation_dtype(value))
+
+    def output_gradient(self, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@dataclass(frozen=True)
+class SoftmaxSite(AttentionSite):
+    """An explicit softmax followed by a product with the values: the probabilities are the softmax's output."""
+
+    module: str
+    attention: Kept
+    value: Kept | None
+    output: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        batch, heads, queries, keys = _four_dimensional(self.attention.tensor, self.module).shape
+        return batch, heads, queries, keys
+
+    def probabilities(self, heads: slice) -> Tensor:
+        attention = self.attention.read()[:, heads]
+        return attention.to(accumulation_dtype(attention))
+
+    def values(self, heads: slice) -> Tensor:
+        if self.value is None:
+            raise RecordingError(
+                f"the softmax at {self.module!r} was seen, but not the product of its output with the values, which "
+                "this rule needs; rule='rollout' needs the probabilities alone"
+            )
+        value = self.value.read()[:, heads]
+        return value.to(accumulation_dtype(value))
+
+    def output_gradient(self, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@dataclass(frozen=True)
+class MultiHeadSite(AttentionSite):
+    """``multi_head_attention_forward`` of ``torch.nn.MultiheadAttention``: q, k and v come from its arguments."""
+
+    module: str
+    arguments: dict[str, Any]
+    output: Tensor | None
+
+    @cached_property
+    def unpacked(self) -> FusedSite:
+        """The same attention as q, k, v and an additive mask, heads split."""
+        a = self.arguments
+        if any(a.get(name) is not None for name in ("bias_k", "bias_v", "static_k", "static_v")) or a["add_zero_attn"]:
+            raise UnsupportedModelError(
+                f"nn.MultiheadAttention at {self.module!r} adds keys of its own (bias_k, static_k or add_zero_attn); "
+                "expected attention among the tokens only"
+            )
+        sources = [a[name].read() for name in ("query", "key", "value")]
+        if a.get("use_separate_proj_weight"):
+            weights = [a[name] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
+        else:
+            weights = list(a["in_proj_weight"].chunk(3))
+        biases = a["in_proj_bias"].chunk(3) if a["in_proj_bias"] is not None else (None,) * 3
+        q, k, v = (
+            self._split(F.linear(x, w.detach(), None if b is None else b.detach()), a["num_heads"])
+            for x, w, b in zip(sources, weights, biases, strict=True)
+        )
+        return FusedSite(
+            module=self.module,
+            query=Kept.of(q),
+            key=Kept.of(k),
+            value=Kept.of(v),
+            mask=self._mask(q),
+            scale=None,
+            is_causal=False,
+            output=self.output,
+        )
+
+    def _split(self, tokens: Tensor, heads: int) -> Tensor:
+        """(tokens, batch, channels), or (tokens, channels) unbatched, to (batch, heads, tokens, head channels)."""
+        if tokens.dim() == 2:
+            tokens = tokens[:, None]
+        length, batch, channels = tokens.shape
+        return tokens.reshape(length, batch, heads, channels // heads).permute(1, 2, 0, 3)
+
+    def _mask(self, query: Tensor) -> Kept | None:
+        a = self.arguments
+        mask = None
+        for name in ("attn_mask", "key_padding_mask"):
+            given = a.get(name)
+            if given is None:
+                continue
+            # In MultiheadAttention True means "may not attend", the reverse of scaled_dot_product_attention.
+            if given.dtype == torch.bool:
+                given = torch.zeros(given.shape, dtype=query.dtype, device=given.device).masked_fill(given, -math.inf)
+            if name == "key_padding_mask":
+                given = given.reshape(-1, 1, 1, given.shape[-1])
+            elif given.dim() == 3:
+                given = given.reshape(-1, a["num_heads"], *given.shape[1:])
+            mask = given if mask is None else mask + given
+        return None if mask is None else Kept.of(mask)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.unpacked.shape
+
+    def probabilities(self, heads: slice) -> Tensor:
+        return self.unpacked.probabilities(heads)
+
+    def values(self, heads: slice) -> Tensor:
+        return self.unpacked.values(heads)
+
+    def output_gradient(self, gradient: Tensor) -> Tensor:
+        weight = self.arguments["out_proj_weight"].detach()
+        return self._split(gradient @ weight, self.arguments["num_heads"])

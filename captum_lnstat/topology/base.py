@@ -1,0 +1,101 @@
+"""The registry of families and what each of them has to answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from captum_lnstat.errors import UnsupportedModelError
+from captum_lnstat.recording import Recording
+from captum_lnstat.trace import Trace
+
+_FAMILIES: list[type[Topology]] = []
+
+
+class Topology(ABC):
+    """How the tokens of one model family map to the image.
+
+    A family subclasses this, decorates the subclass with ``@register_topology``, and is found by ``matches``.
+
+    Attributes:
+        family: Name shown by ``describe``.
+        expects: One line on the structure that ``matches`` looks for, shown when no family matches.
+    """
+
+    family: ClassVar[str]
+    expects: ClassVar[str]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model  # Any: which attributes it has is what matches() has found out
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether ``model`` has the structure of this family."""
+
+    @property
+    @abstractmethod
+    def taps(self) -> Iterable[nn.Module]:
+        """The modules whose input and output ``trace`` reads."""
+
+    @property
+    @abstractmethod
+    def head_begins(self) -> nn.Module:
+        """The module whose input is the residual stream after the last block."""
+
+    @abstractmethod
+    def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
+        """Place the recorded sites on the image.
+
+        Raises:
+            RecordingError: What was recorded is not what this family does.
+            UnsupportedModelError: The family is known, but not this setting of it.
+        """
+
+
+def register_topology(family: type[Topology]) -> type[Topology]:
+    """Class decorator: make a family known to ``find_topology``. The last one registered is asked first."""
+    _FAMILIES.insert(0, family)
+    return family
+
+
+def find_topology(model: nn.Module) -> Topology:
+    """The topology of ``model``, or of the one transformer inside it.
+
+    Raises:
+        UnsupportedModelError: Nothing, or more than one thing, inside ``model`` is of a known family.
+
+    Example:
+        >>> import timm
+        >>> find_topology(timm.create_model("vit_tiny_patch16_224")).family
+        'plain'
+    """
+    level = [model]
+    while level:
+        found = [(module, family) for module in level for family in _FAMILIES if family.matches(module)]
+        models = {id(module) for module, _ in found}
+        if len(models) > 1:
+            names = ", ".join(type(module).__name__ for module, _ in found)
+            raise UnsupportedModelError(
+                f"{type(model).__name__} holds {len(models)} transformers side by side ({names}); expected one. "
+                "Pass the one to explain as model="
+            )
+        if found:
+            module, family = found[0]
+            return family(module)
+        level = [child for module in level for child in module.children()]
+    raise UnsupportedModelError(_no_family(model))
+
+
+def _no_family(model: nn.Module) -> str:
+    known = "; ".join(f"{family.family}: {family.expects}" for family in reversed(_FAMILIES))
+    kinds = {type(module).__name__ for module in model.modules()}
+    attention = sorted(kind for kind in kinds if "attention" in kind.lower() or kind.lower().endswith("attn"))
+    seen = f"attention modules {', '.join(attention)}" if attention else "no attention module"
+    return (
+        f"{type(model).__name__} is not a vision transformer of a known family (seen: {seen}). Known families are "
+        f"{known}. A further family is one subclass of Topology with @register_topology"
+    )

@@ -1,0 +1,88 @@
+"""ViT-like models: one sequence of prefix and patch tokens through all blocks (timm ``VisionTransformer``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.layout import WholeImage
+from captum_lnstat.recording import Recording
+from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
+from captum_lnstat.trace import AttentionPooling, FixedPooling, Pooling, Trace
+
+
+@register_topology
+class PlainTopology(Topology):
+    """Prefix tokens (class, distillation, registers), then patch tokens row by row; attention among all of them."""
+
+    family = "plain"
+    expects = f"patch_embed, blocks with {BLOCK_PARTS}, num_prefix_tokens, norm and global_pool"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        names = ("patch_embed", "norm", "blocks")
+        blocks = getattr(model, "blocks", None)
+        return (
+            all(isinstance(getattr(model, name, None), nn.Module) for name in names)
+            and hasattr(model, "num_prefix_tokens")
+            and hasattr(model, "global_pool")
+            and isinstance(blocks, nn.Sequential | nn.ModuleList)
+            and len(blocks) > 0
+            and all(is_residual_block(block) for block in blocks)
+        )
+
+    @property
+    def taps(self) -> Iterable[nn.Module]:
+        return [tap for block in self.model.blocks for tap in block_taps(block)]
+
+    @property
+    def head_begins(self) -> nn.Module:
+        head: nn.Module = self.model.norm
+        return head
+
+    def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
+        model, prefix = self.model, int(self.model.num_prefix_tokens)
+        layout = WholeImage()
+        blocks = tuple(
+            residual_block(f"blocks.{name}", block, recording, layout) for name, block in model.blocks.named_children()
+        )
+        tokens = blocks[0].before
+        grid = self._grid(image_size)
+        if tokens.shape[1] != prefix + grid[0] * grid[1]:
+            raise RecordingError(
+                f"the first block saw {tokens.shape[1]} tokens; expected {prefix} prefix tokens and a grid of "
+                f"{grid[0]} x {grid[1]}. Tokens that were dropped or added (patch dropout, in train mode) cannot be "
+                "placed on the image"
+            )
+        height, width = model.patch_embed.patch_size
+        pooling = self._pooling(recording, prefix, tokens)
+        return Trace(self.family, blocks, tokens, prefix, grid, (height, width), pooling)
+
+    def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        embed = self.model.patch_embed
+        size = getattr(embed, "dynamic_feat_size", None)
+        height, width = size(image_size) if callable(size) else embed.grid_size
+        return int(height), int(width)
+
+    def _pooling(self, recording: Recording, prefix: int, tokens: Tensor) -> Pooling:
+        model, count = self.model, tokens.shape[1]
+        weights = tokens.new_zeros(count)
+        if isinstance(getattr(model, "head_dist", None), nn.Module):
+            weights[:2] = 0.5
+            return FixedPooling("class and distillation token", weights)
+        if model.global_pool == "token":
+            weights[0] = 1.0
+            return FixedPooling("class token", weights)
+        skipped = 0 if getattr(model, "pool_include_prefix", False) else prefix
+        if model.global_pool == "avg":
+            weights[skipped:] = 1 / (count - skipped)
+            return FixedPooling("mean of the tokens" if skipped < prefix else "mean of the patches", weights)
+        if model.global_pool == "map":
+            return AttentionPooling("attention pooling", recording.site("attn_pool"), skipped)
+        raise UnsupportedModelError(
+            f"global_pool={model.global_pool!r} of {type(model).__name__}: where class-agnostic relevance starts is "
+            "defined for 'token', 'avg' and 'map' only"
+        )
