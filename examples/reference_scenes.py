@@ -130,7 +130,7 @@ class SceneSource:
         return placed[:, :1], placed[:, 1:]
 
     def _paste(self, image: Tensor, grey: Tensor, alpha: Tensor) -> Tensor:
-        tint = self._uniform(0.4, 1.0, len(image), 3, 1, 1)
+        tint = self._uniform(0.5, 1.0, len(image), 3, 1, 1)
         return image * (1 - alpha) + alpha * tint * (0.15 + 0.85 * grey)
 
     def single(self, batch: int, *, ease: float = 0.0) -> SceneBatch:

@@ -43,7 +43,7 @@ _ARCHITECTURES: dict[str, Callable[..., Any]] = {
         img_size=IMAGE_SIZE,
         patch_size=8,
         embed_dim=96,
-        depth=6,
+        depth=4,
         num_heads=3,
         mlp_ratio=2.0,
     ),

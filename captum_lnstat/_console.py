@@ -1,0 +1,73 @@
+"""How the command speaks: errors of one line, and progress on stderr."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+FIRST_WORD, NEXT_WORD = 2.0, 10.0  # seconds until progress is shown, and between its lines
+
+
+class Failure(click.ClickException):
+    exit_code = 2
+
+
+class OneLineGroup(click.Group):
+    """A group whose errors, and those of its commands, are one line without a usage text around it."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _one_line_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_line_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except click.ClickException as error:
+        raise Failure(one_line(error.format_message())) from None
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def fail(text: str) -> NoReturn:
+    raise Failure(text)
+
+
+def near(name: str, known: Sequence[str], otherwise: str) -> str:
+    """The end of an error about an unknown name: what it may have been meant to be."""
+    folded = {other.casefold(): other for other in reversed(known)}
+    matches = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=3)]
+    return f"did you mean {' or '.join(map(repr, matches))}?" if matches else otherwise
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Say on stderr what is running once it has taken two seconds, and then every ten."""
+    done, begin = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        wait = FIRST_WORD
+        while not done.wait(wait):
+            click.echo(f"{what}: {time.monotonic() - begin:.0f} s so far", err=True)
+            wait = NEXT_WORD
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
