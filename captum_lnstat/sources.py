@@ -70,6 +70,7 @@ class Subject:
 
 
 def read_subject(name: str, pretrained: bool, checkpoint: Path | None) -> Subject:
+    """A model of the zoo or of timm, with the checkpoint's weights if one is given."""
     state = None if checkpoint is None else _read_checkpoint(checkpoint)
     if name in zoo.names():
         reference = zoo.load(name)
