@@ -158,18 +158,19 @@ class LNStatAttribution(GridAttribution):
         forward_func (Callable): The model, or any function that runs it once and returns one score, or one row of class
             scores, an image.
         model (nn.Module, optional): The transformer that ``forward_func`` runs. Needed if ``forward_func`` is not it.
-        rule (str): ``"lnstat"`` (default), ``P * max(E - mean E, 0)`` in units of the score. ``"evidence"``, ``E``:
-            signed and complete. ``"rollout"``, ``P``: class-agnostic, sums to 1. ``"gradient"``: Chefer's generic rule
-            with token statistics, ``r <- alpha * r + r E_h[(dA * A)^+]``, with one partial backward pass.
+        rule (str): ``"lnstat"`` (default), ``max(P - mean P, P / 20) * max(E - median E, 0)`` in units of the score.
+            ``"evidence"``, ``E``: signed and complete. ``"rollout"``, ``P``: class-agnostic, sums to 1.
+            ``"gradient"``: Chefer's generic rule with token statistics, ``r <- alpha * r + r E_h[(dA * A)^+]``, with
+            one partial backward pass.
         residual (str): The residual share of perception and of ``"gradient"``: ``"ratio"`` (default),
             ``min(1, var(x) / var(x + d))``; ``"update"``, ``var(x) / (var(x) + var(d))``; ``"half"``.
         evidence_residual (str): The share with which evidence is rolled; same names, default ``"half"``.
         head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable from
             ``(batch, head, query, key)`` to ``(batch, query, key)``. ``"gradient"`` always takes the mean.
-        merging (str): How a merged token gives its relevance to its children: ``"uniform"`` (default) or
-            ``"variance"``.
-        contrastive (bool, optional): Explain the target's score minus the probability-weighted mean of the others.
-            Default: True for ``"lnstat"``, False for ``"evidence"`` and ``"gradient"``.
+        merging (str): How a merged token gives its relevance to its children: ``"variance"`` (default), by
+            their share of the variance at the merging's LayerNorm, or ``"uniform"``.
+        contrastive (bool): Explain the target's score minus the probability-weighted mean of the others: sharper
+            between classes, less of the object. Default: False
         normalized (bool): For ``"gradient"``: rows of the positive gradient attention divided by their sum.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
 
@@ -198,8 +199,8 @@ class LNStatAttribution(GridAttribution):
         residual: ResidualShare = "ratio",
         evidence_residual: ResidualShare = "half",
         head_fusion: HeadFusion = "mean",
-        merging: MergingShare = "uniform",
-        contrastive: bool | None = None,
+        merging: MergingShare = "variance",
+        contrastive: bool = False,
         normalized: bool = False,
         interpolation: Interpolation = "bilinear",
     ) -> None:
@@ -207,7 +208,7 @@ class LNStatAttribution(GridAttribution):
         settings = Settings(residual, head_fusion, merging, evidence_residual)
         super().__init__(forward_func, model, settings=settings, interpolation=interpolation)
         self.rule = rule
-        self.contrastive = (rule == "lnstat") if contrastive is None else contrastive
+        self.contrastive = contrastive
         self.normalized = normalized
 
     @classmethod

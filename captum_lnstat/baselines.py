@@ -38,7 +38,7 @@ class AttentionRollout(GridAttribution):
         head_fusion: HeadFusion = "mean",
         interpolation: Interpolation = "bilinear",
     ) -> None:
-        settings = Settings(residual="half", head_fusion=head_fusion)
+        settings = Settings(residual="half", head_fusion=head_fusion, merging="uniform")
         super().__init__(forward_func, model, settings=settings, interpolation=interpolation)
 
     @classmethod
@@ -78,7 +78,7 @@ class GenericAttention(GridAttribution):
         *,
         interpolation: Interpolation = "bilinear",
     ) -> None:
-        super().__init__(forward_func, model, settings=Settings(), interpolation=interpolation)
+        super().__init__(forward_func, model, settings=Settings(merging="uniform"), interpolation=interpolation)
 
     @classmethod
     def get_name(cls) -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def plain_target(target: Any) -> Any:
     """Numpy integers as Python's own: Captum refuses them, and an argmax in numpy gives one."""
+    if isinstance(target, Tensor) and target.is_inference():
+        return target.clone()
     if isinstance(target, np.integer):
         return int(target)
     if isinstance(target, list) and target and all(isinstance(t, np.integer) for t in target):

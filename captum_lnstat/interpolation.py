@@ -26,7 +26,9 @@ def _axis(cells: int, cell: int, pixels: int, mode: str) -> Float[Tensor, "pixel
     weights = F.interpolate(torch.eye(cells, dtype=torch.float64)[None], size=cells * cell, mode=mode)[0].T
     # An image padded to whole patches ends inside the last one: its relevance stays on the pixels that exist.
     weights = weights[:pixels]
-    return weights / weights.sum(0, keepdim=True)
+    weights = weights / weights.sum(0, keepdim=True)
+    # Pixels past the last whole patch, which an unpadded embedding never reads, get nothing.
+    return F.pad(weights, (0, 0, 0, pixels - len(weights)))
 
 
 def to_pixels(

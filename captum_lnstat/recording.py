@@ -294,8 +294,9 @@ class Recorder(TorchFunctionMode):
         arguments = _MULTI_HEAD.bind(*args, **kwargs)
         arguments.apply_defaults()
         named = dict(arguments.arguments)
-        for name in ("query", "key", "value"):
-            named[name] = Kept.of(named[name])
+        for name in ("query", "key", "value", "attn_mask", "key_padding_mask"):
+            if named[name] is not None:
+                named[name] = Kept.of(named[name])
         self._events.append(MultiHeadSite(self._running[-1], named, _in_graph(output)))
 
     def _softmax(self, output: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> None:

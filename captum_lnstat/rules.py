@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+# What is left of the weight of a patch that was looked at less than the average one.
+FAINT = 20
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a rule may be told.
@@ -37,7 +41,7 @@ class Settings:
 
     residual: ResidualShare = "ratio"
     head_fusion: HeadFusion = "mean"
-    merging: MergingShare = "uniform"
+    merging: MergingShare = "variance"
     evidence_residual: ResidualShare = "half"
 
 
@@ -208,16 +212,18 @@ def evidence(trace: Trace, u: Tensor, constant: Tensor, settings: Settings) -> R
 
 
 def lnstat(trace: Trace, u: Tensor, constant: Tensor, settings: Settings) -> tuple[Relevance, Relevance]:
-    """``P * max(E - mean E, 0)``, scaled to the sum of ``max(E - mean E, 0)``.
+    """``max(P - mean P, P / 20) * max(E - median E, 0)``, scaled to the sum of ``max(E - median E, 0)``.
 
-    What the model looked at, and counted in favour of the class more than the average patch did, in units of the
-    score. Returns the relevance and the evidence it was made of.
+    What the model looked at more than at the average patch, and counted in favour of the class more than a typical
+    patch, in units of the score. A patch that was looked at less keeps a twentieth of its weight, so that a class that
+    is argued for only there still gets a map. Returns the relevance and the evidence it was made of.
     """
     looked, argued = _Perception(trace, settings), _Evidence(u, constant, settings)
     _walk(trace, [looked, argued], settings.head_fusion)
     seen, said = looked.row.relevance(trace).grid, argued.at_the_image(trace)
-    favour = (said.grid - said.grid.mean((1, 2), keepdim=True)).clamp(min=0)
-    product = seen * favour
+    attention = torch.maximum(seen - seen.mean((1, 2), keepdim=True), seen / FAINT)
+    favour = (said.grid - said.grid.flatten(1).median(1).values[:, None, None]).clamp(min=0)
+    product = attention * favour
     total = product.sum((1, 2), keepdim=True)
     grid = torch.where(total > 0, product * favour.sum((1, 2), keepdim=True) / total, product)
     nothing = torch.zeros_like(said.padding)

@@ -132,8 +132,8 @@ class FusedSite(AttentionSite):
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril().logical_not()
         if self.mask is not None:
             mask = self.mask.read()
-            if mask.dim() == 4 and mask.shape[1] > 1:
-                mask = mask[:, heads]
+            if mask.dim() >= 3 and mask.shape[-3] > 1:
+                mask = mask[..., heads, :, :]
             if mask.dtype == torch.bool:
                 hidden = ~mask if hidden is None else hidden | ~mask
             else:
@@ -238,6 +238,7 @@ class MultiHeadSite(AttentionSite):
             given = a.get(name)
             if given is None:
                 continue
+            given = given.read()
             # In MultiheadAttention True means "may not attend", the reverse of scaled_dot_product_attention.
             if given.dtype == torch.bool:
                 given = torch.zeros(given.shape, dtype=query.dtype, device=given.device).masked_fill(given, -math.inf)

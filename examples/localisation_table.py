@@ -28,7 +28,7 @@ def methods(model: nn.Module) -> dict[str, Callable[[Tensor, list[int]], Tensor]
 
     chosen = {
         "lnstat": LNStatAttribution(model),
-        "lnstat, contrastive=False": LNStatAttribution(model, contrastive=False),
+        "lnstat, contrastive=True": LNStatAttribution(model, contrastive=True),
         "evidence": LNStatAttribution(model, rule="evidence"),
         "rollout with token statistics": LNStatAttribution(model, rule="rollout"),
         "gradient with token statistics": LNStatAttribution(model, rule="gradient"),

@@ -46,6 +46,11 @@ def residual_block(name: str, block: nn.Module, recording: Recording, layout: La
     before, after = stream(call.input.read()), stream(call.output.read())
     norm1, norm2 = recording.norm(f"{name}.norm1"), recording.norm(f"{name}.norm2")
     if norm1.input.tensor.data_ptr() == call.input.tensor.data_ptr():
+        if norm2.input.tensor.data_ptr() == call.input.tensor.data_ptr():
+            raise RecordingError(
+                f"norm2 of {name!r} reads what norm1 reads: attention and MLP run side by side, so no stream lies "
+                "between them; expected norm2 to read the stream with the attention's update"
+            )
         between = stream(norm2.input.read())
         attention_update, mlp_update = between - before, after - between
         path = _path_to_update(name, block, recording)
