@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from captum_lnstat import rules
 from captum_lnstat._compat import _format_output, _is_tuple, log_usage
 from captum_lnstat._typing import ForwardArgs, Target, TensorOrTuple
+from captum_lnstat.checks import check_complete, check_image
 from captum_lnstat.description import Description, describe_pass
-from captum_lnstat.engine import Needs, Pass, check_complete, check_image, run
+from captum_lnstat.engine import Needs, Pass, run
+from captum_lnstat.errors import RecordingError
 from captum_lnstat.fusion import HeadFusion, check_fusion
 from captum_lnstat.interpolation import Interpolation, check_interpolation, to_pixels
 from captum_lnstat.rules import Relevance, Settings
@@ -57,6 +59,8 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         check_choice("evidence_residual", settings.evidence_residual, ("ratio", "update", "half"))
         check_choice("merging", settings.merging, ("uniform", "variance"))
         self.model = model
+        # The module given first: Captum's wrappers put a function in the place of forward_func afterwards.
+        self._module = forward_func if isinstance(forward_func, nn.Module) else None
         self.settings = settings
         self.interpolation = interpolation
 
@@ -77,23 +81,50 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         """True: relevance is what a patch contributed, not what a change of it would do."""
         return True
 
-    def _pass(self, inputs: Tensor | tuple[Tensor, ...], target: Target, additional_forward_args: ForwardArgs) -> Pass:
+    def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not on offer: what ended on prefix tokens and biases is not in the attributions."""
+        raise NotImplementedError(
+            "the delta needs what ended on prefix tokens and biases; use attribute(..., return_convergence_delta=True) "
+            "with rule='evidence'"
+        )
+
+    def _transformer(self) -> nn.Module:
+        """Read at call time: the transformer that ``forward_func`` runs."""
+        if self.model is not None:
+            return self.model
+        if isinstance(self.forward_func, nn.Module):
+            return self.forward_func
+        assert self._module is not None
+        return self._module
+
+    def _pass(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target,
+        additional_forward_args: ForwardArgs,
+        needs: Needs,
+    ) -> Pass:
         if isinstance(inputs, tuple) and len(inputs) != 1:
             raise ValueError(
                 f"inputs is a tuple of {len(inputs)}; expected one image batch. Pass what else the model takes as "
                 "additional_forward_args"
             )
         image = check_image(inputs[0] if isinstance(inputs, tuple) else inputs)
-        # Read at call time: Captum's wrappers copy a method and give the copy another forward_func.
-        model = self.forward_func if self.model is None else self.model
-        return run(self.forward_func, model, image, target, additional_forward_args, self._needs())
+        return run(self.forward_func, self._transformer(), image, target, additional_forward_args, needs)
 
     def _explain(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target, additional_forward_args: ForwardArgs
     ) -> tuple[Pass, Relevance]:
-        outcome = self._pass(inputs, target, additional_forward_args)
-        with torch.inference_mode(False), torch.no_grad():
-            return outcome, self._relevance(outcome)
+        outcome = self._pass(inputs, target, additional_forward_args, self._needs())
+        # Relevance is computed in float32 whatever the caller's autocast makes of the model.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
+            relevance = self._relevance(outcome)
+        if not bool(torch.isfinite(relevance.grid).all()):
+            raise RecordingError(
+                "the relevance is not finite: something in the forward pass overflowed. Expected activations whose "
+                "variance fits the model's dtype"
+            )
+        return outcome, relevance
 
     def relevance(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None
@@ -120,10 +151,9 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
             target: Any class; taken as the first output if it is not given.
             additional_forward_args: As for ``attribute``.
         """
-        image = inputs[0] if isinstance(inputs, tuple) else inputs
-        model = self.forward_func if self.model is None else self.model
-        outcome = run(self.forward_func, model, check_image(image), target, additional_forward_args, Needs())
-        return describe_pass(model, outcome, self.settings)
+        outcome = self._pass(inputs, target, additional_forward_args, Needs())
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
+            return describe_pass(self._transformer(), outcome, self.settings)
 
     def _to_inputs(self, outcome: Pass, grid: Tensor, image: Tensor) -> Tensor:
         """Relevance of patches as an attribution of the image's shape: evenly over the channels, the sum kept."""
@@ -238,7 +268,8 @@ class LNStatAttribution(GridAttribution):
             evidence = relevance = rules.evidence(trace, outcome.u, outcome.constant, settings)
         else:
             relevance, evidence = rules.lnstat(trace, outcome.u, outcome.constant, settings)
-        check_complete(evidence, outcome)
+        assert outcome.score is not None
+        check_complete(evidence, trace, outcome.score)
         return relevance
 
     @overload

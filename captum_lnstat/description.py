@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from captum_lnstat.engine import Pass, eager
+from captum_lnstat.compiled import eager
+from captum_lnstat.engine import Pass
 from captum_lnstat.layout import Groups
 from captum_lnstat.rules import Settings
 from captum_lnstat.statistics import residual_share

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,17 +11,13 @@ from torch import Tensor, nn
 
 from captum_lnstat._compat import _run_forward
 from captum_lnstat._typing import ForwardArgs, Target
+from captum_lnstat.checks import check_model, check_seen, check_start, check_stream
+from captum_lnstat.compiled import eager, run_eagerly
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.frozen import per_image
 from captum_lnstat.head import contrast, gradients, head_covector, target_score
 from captum_lnstat.recording import Recorder, Recording
-from captum_lnstat.rules import Relevance
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.trace import Trace
-
-# How far evidence may be from the score, relative to its size. Float error is far below; another wiring far above.
-TOLERANCE = 1e-2
-HALF_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,33 +48,6 @@ class Pass:
     u: Tensor | None
     constant: Tensor | None
     output_gradients: tuple[Tensor, ...] | None
-    training: bool
-
-
-def eager(module: nn.Module) -> nn.Module:
-    """The module inside DataParallel and torch.compile wrappers, which runs eagerly on one device."""
-    while True:
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod  # type: ignore[assignment]
-        else:
-            return module
-
-
-def check_image(image: object) -> Tensor:
-    """The image batch, or an error that says what is wrong with it."""
-    if not isinstance(image, Tensor):
-        raise TypeError(f"inputs is a {type(image).__name__}; expected a torch.Tensor or a tuple with one")
-    if image.dim() != 4:
-        raise ValueError(f"inputs has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
-    if image.numel() == 0:
-        raise ValueError(f"inputs has shape {tuple(image.shape)}; expected at least one image")
-    if not image.is_floating_point():
-        raise TypeError(f"inputs is of {image.dtype}; expected a floating-point image, normalised for the model")
-    if not bool(torch.isfinite(image).all()):
-        raise ValueError("inputs holds NaN or infinite values; expected finite ones, since no map can be right for it")
-    return image
 
 
 def run(
@@ -92,7 +60,7 @@ def run(
 ) -> Pass:
     """Run ``forward_func`` once and record it. Neither the model, the caller's grad mode nor ``image`` is changed."""
     topology = find_topology(eager(model))
-    _check_model(topology.model)
+    check_model(topology.model)
     if isinstance(forward_func, nn.Module):
         forward_func = eager(forward_func)
     # A caller in inference_mode or no_grad still gets gradients at the head; the trunk has a graph only if asked for.
@@ -102,33 +70,45 @@ def run(
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(parameter.dtype)
         if needs.output_gradients:
-            x.requires_grad_()
+            x = x.requires_grad_().clone()  # not a leaf: a model may normalise it in place
         recorder = Recorder(topology.model, topology.taps, topology.head_begins, cut=not needs.output_gradients)
-        with recorder:
+        with run_eagerly, recorder:
             output = _logits(_run_forward(forward_func, (x,), None, additional_forward_args))
     # The hook at the head has switched gradients on; leaving the context above has put the caller's mode back.
-    with torch.inference_mode(False), torch.enable_grad():
-        return _read(topology, recorder.recording, output, (x.shape[-2], x.shape[-1]), target, needs)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        return _read(topology, recorder.recording, output, image, target, needs)
 
 
 def _read(
-    topology: Topology, recording: Recording, output: Tensor, image_size: tuple[int, int], target: Target, needs: Needs
+    topology: Topology, recording: Recording, output: Tensor, image: Tensor, target: Target, needs: Needs
 ) -> Pass:
     if recording.stream_end is None:
         raise RecordingError(
             f"forward_func never ran {type(topology.model).__name__} on this thread; expected exactly one pass of the "
             "model given as model="
         )
+    if not bool(torch.isfinite(output).all()):
+        raise RecordingError("the model's output is not finite: a NaN or an overflow on the way makes every map wrong")
     score = u = constant = output_gradients = None
     if needs.contrastive:
         score = contrast(output, target)
     elif needs.target or target is not None:
         score = target_score(output, target)
     with torch.no_grad():
-        trace = topology.trace(recording, image_size)
+        check_seen(recording.call(topology.entrance).input.tensor, image)
+        trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
+        trace = replace(trace, training=topology.model.training)
+        check_stream(recording, trace)
     if needs.covector and score is not None:
         u, constant = head_covector(score, recording.stream_end)
-        _check_start(trace, u)
+        check_start(trace, u)
+    elif not needs.output_gradients:
+        # What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be.
+        first = output.flatten(1)[:, 0] if output.dim() > 1 else output
+        read = first if score is None else score
+        if read.requires_grad:
+            (slope,) = gradients(read, [recording.stream_end])
+            check_start(trace, slope.flatten(1, -2))
     if needs.output_gradients and score is not None:
         outputs = [block.site.output for block in trace.blocks]
         missing = [block.name for block, site_output in zip(trace.blocks, outputs, strict=True) if site_output is None]
@@ -137,10 +117,11 @@ def _read(
                 f"the attention of {missing[0]} is not in the graph of the score, so it has no gradient; expected a "
                 "model and forward_func without no_grad, detach or re-entrant checkpointing"
             )
-        output_gradients = gradients(score, [out for out in outputs if out is not None])
+        slope, *rest = gradients(score, [recording.stream_end, *(out for out in outputs if out is not None)])
+        check_start(trace, slope.flatten(1, -2))
+        output_gradients = tuple(rest)
     detached = None if score is None else score.detach()
-    training = topology.model.training
-    return Pass(trace, recording, output.detach(), detached, u, constant, output_gradients, training)
+    return Pass(trace, recording, output.detach(), detached, u, constant, output_gradients)
 
 
 def _logits(output: Any) -> Tensor:
@@ -152,46 +133,3 @@ def _logits(output: Any) -> Tensor:
             "one, and the model as model="
         )
     return output
-
-
-def _check_model(model: nn.Module) -> None:
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.is_inference():
-        raise RecordingError(
-            f"the parameters of {type(model).__name__} were made under torch.inference_mode, so no gradient can be "
-            "taken even at its head; build or load the model outside inference_mode"
-        )
-    if model.training:
-        warnings.warn(
-            f"{type(model).__name__} is in train mode: dropout and stochastic depth make the explanation of this pass "
-            "random. Call model.eval() first",
-            stacklevel=4,
-        )
-
-
-def _check_start(trace: Trace, u: Tensor) -> None:
-    """The head may only read the tokens that the topology says it reads."""
-    read = u.ne(0).any(-1)
-    unexpected = read & trace.start("mean").eq(0)
-    if bool(unexpected.any()):
-        token = int(unexpected.nonzero()[0, 1])
-        raise RecordingError(
-            f"the head reads token {token}, but pooling was recognised as {trace.pooling.name!r}, which does not; "
-            "expected the head of the family. A model with a pooling of its own needs a topology of its own"
-        )
-
-
-def check_complete(evidence: Relevance, outcome: Pass) -> None:
-    """Evidence has to add up to the score it explains; if it does not, the family was recognised wrongly."""
-    score = outcome.score
-    if score is None or outcome.training:
-        return
-    error = (evidence.total - score.to(evidence.total.dtype)).abs()
-    size = 1 + evidence.constant.abs() + per_image(evidence.grid.abs())
-    tolerance = TOLERANCE if outcome.output.dtype in (torch.float32, torch.float64) else HALF_TOLERANCE
-    if not bool((error <= tolerance * size).all()):
-        raise RecordingError(
-            f"the evidence of patches, prefix tokens and constant misses the score by up to {float(error.max()):.3g} "
-            "(expected float error): the model does something between its blocks that its topology does not know, so "
-            "no map from it can be trusted"
-        )

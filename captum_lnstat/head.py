@@ -32,7 +32,7 @@ def plain_target(target: Any) -> Any:
 
 def target_score(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
     """The output that ``target`` selects, one value an image; Captum's own rules, checks and messages."""
-    score: Tensor = _select_targets(output, plain_target(target))
+    score: Tensor = output if output.dim() == 0 else _select_targets(output, plain_target(target))
     if score.dim() == 0:
         raise ValueError(
             "forward_func returned a single number for the whole batch; expected one output per image, "

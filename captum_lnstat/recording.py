@@ -187,7 +187,8 @@ class Recorder(TorchFunctionMode):
 
     def __enter__(self) -> Recorder:
         try:
-            for name, module in self._model.named_modules():
+            for dotted, module in self._model.named_modules():
+                name = dotted.replace("._orig_mod", "")  # a block wrapped by torch.compile
                 self._handles.append(module.register_forward_pre_hook(self._entering(name)))
                 self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
         except BaseException:
@@ -234,6 +235,11 @@ class Recorder(TorchFunctionMode):
         return hook
 
     def _begin_head(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if torch.is_inference_mode_enabled():
+            raise RecordingError(
+                "forward_func runs the model under torch.inference_mode, where nothing can be differentiated, not even "
+                "its head; use torch.no_grad there, or nothing"
+            )
         if self._stream_end is not None:
             raise RecordingError("the model ran more than once in one forward_func call; expected exactly one pass")
         stream = inputs[0]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from captum_lnstat.errors import RecordingError
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import per_image, pull_through
 from captum_lnstat.fusion import Fuser, HeadFusion
 from captum_lnstat.statistics import MergingShare, ResidualShare, accumulation_dtype, merging_share, residual_share
@@ -162,20 +162,45 @@ class _Evidence:
         return self.row.relevance(trace, self.constant)
 
 
-def _attend(block: Block, fusion: HeadFusion, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _attend(block: Block, fusion: HeadFusion, u: Tensor) -> tuple[Tensor, Tensor]:
     """The head-fused attention of a block and, for a covector ``u``, what each key's token said to every query."""
     site, fuser = block.site, Fuser(fusion, block.site.shape[1])
-    pulled = None
-    if u is not None:
-        grouped = block.layout.gather(pull_through(block.path, u)[0])
-        pulled = grouped.reshape(*grouped.shape[:2], site.shape[1], -1).transpose(1, 2)
-    said: Tensor | None = None
+    grouped = block.layout.gather(pull_through(block.path, u)[0])
+    pulled = grouped.reshape(*grouped.shape[:2], site.shape[1], -1).transpose(1, 2)
+    said = pulled.new_zeros(len(pulled), site.shape[3])
     for heads, attention in site.chunks():
         fuser.add(attention)
-        if pulled is not None:
-            part = ((attention.transpose(-2, -1) @ pulled[:, heads]) * site.values(heads)).sum((1, 3))
-            said = part if said is None else said + part
+        said = said + ((attention.transpose(-2, -1) @ pulled[:, heads]) * site.values(heads)).sum((1, 3))
     return fuser.fused(), said
+
+
+# How far the attention's update may be from what its path makes of A v, in the size of the terms.
+WIRING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+HALF_WIRING_TOLERANCE = 0.1
+
+
+def _check_update(block: Block, u: Tensor, said: Tensor) -> None:
+    """``<u, attention update>`` has to be what the keys' tokens said, plus the biases."""
+    heard, lost = block.layout.scatter(said[..., None], len(u))
+    told = heard.sum((1, 2)) + lost[:, 0] + pull_through(block.path, u)[1]
+    terms = u * block.attention_update
+    error, size = (terms.sum((1, 2)) - told).abs(), terms.abs().sum((1, 2)) + heard.abs().sum((1, 2))
+    tolerance = WIRING_TOLERANCE.get(block.site.dtype, HALF_WIRING_TOLERANCE)
+    if bool((error > tolerance * size).any()):
+        raise RecordingError(
+            f"what block {block.name!r} adds to the stream is not its attention's output as recorded: off by "
+            f"{float((error / size).max()):.2g} of its size. Its wiring is not one that is known, so no map from it "
+            "can be trusted"
+        )
+
+
+def _check_layout(block: Block) -> None:
+    members = block.layout.gather(block.before[:1, :, :1]).shape[1]
+    if block.site.shape[2:] != (members, members):
+        raise UnsupportedModelError(
+            f"the attention of {block.name!r} is {block.site.shape[2]} x {block.site.shape[3]}, its tokens are "
+            f"{members}; expected attention from token to token (not from channel to channel)"
+        )
 
 
 def _walk(trace: Trace, walkers: Sequence[_Walker], fusion: HeadFusion) -> None:
@@ -185,7 +210,11 @@ def _walk(trace: Trace, walkers: Sequence[_Walker], fusion: HeadFusion) -> None:
                 walker.through_merging(step)
             continue
         u = next((walker.covector for walker in walkers if walker.covector is not None), None)
-        attention, said = _attend(step, fusion, u)
+        _check_layout(step)
+        probe = step.before + step.attention_update if u is None else u
+        attention, said = _attend(step, fusion, probe)
+        if not trace.training:
+            _check_update(step, probe, said)
         for walker in walkers:
             walker.through_block(step, attention, said)
 
@@ -250,6 +279,10 @@ def gradient(
         if isinstance(step, Merging):
             row.split(step)
             continue
+        _check_layout(step)
+        if not trace.training:
+            probe = step.before + step.attention_update
+            _check_update(step, probe, _attend(step, "mean", probe)[1])
         weighted = _positive_gradient_attention(step, gradients.pop())
         alpha: Tensor | float = 1.0
         if not keep:

@@ -62,6 +62,11 @@ class AttentionSite(ABC):
     def shape(self) -> tuple[int, int, int, int]:
         """``(batch, heads, queries, keys)``; windows are counted in the batch."""
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the model computed it."""
+
     @abstractmethod
     def probabilities(self, heads: slice) -> Float[Tensor, "batch head query key"]:
         """Attention probabilities after the softmax, in float32 (float64 for a float64 model)."""
@@ -114,6 +119,10 @@ class FusedSite(AttentionSite):
         query, key = self.query.read(), self.key.read()
         batch, heads, queries, _ = _four_dimensional(query, self.module).shape
         return batch, heads, queries, key.shape[-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.value.tensor.dtype
 
     def _grouped(self, tensor: Tensor, heads: slice) -> Tensor:
         groups = self.shape[1] // tensor.shape[1]
@@ -168,6 +177,10 @@ class SoftmaxSite(AttentionSite):
     def shape(self) -> tuple[int, int, int, int]:
         batch, heads, queries, keys = _four_dimensional(self.attention.tensor, self.module).shape
         return batch, heads, queries, keys
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return (self.value or self.attention).tensor.dtype  # under autocast the softmax itself is in float32
 
     def probabilities(self, heads: slice) -> Tensor:
         attention = self.attention.read()[:, heads]
@@ -252,6 +265,10 @@ class MultiHeadSite(AttentionSite):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return self.unpacked.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unpacked.dtype
 
     def probabilities(self, heads: slice) -> Tensor:
         return self.unpacked.probabilities(heads)

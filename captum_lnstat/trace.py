@@ -117,6 +117,7 @@ class Trace:
         grid: Rows and columns of patch tokens before the first step.
         patch: Height and width of a patch in pixels.
         pooling: How the head reads the tokens.
+        training: The model was in train mode, so that dropout may stand between what was recorded and what came of it.
     """
 
     family: str
@@ -126,6 +127,7 @@ class Trace:
     grid: tuple[int, int]
     patch: tuple[int, int]
     pooling: Pooling
+    training: bool = False
 
     @property
     def blocks(self) -> tuple[Block, ...]:

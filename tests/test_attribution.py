@@ -318,7 +318,6 @@ def test_compiled_module(model: nn.Module, make: Make) -> None:
     assert torch.equal(make(lambda x: model(x), compiled).attribute(images(), target=1), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="Dynamo traces into the recorder and fails inside itself")
 @pytest.mark.parametrize("how", ["function", "function, model", "inside", "in place", "blocks"])
 def test_compiled_inside_the_forward_function(how: str) -> None:
     torch._dynamo.reset()

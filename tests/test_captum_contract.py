@@ -212,7 +212,6 @@ def test_autocast(method: Any, model: nn.Module) -> None:
     assert (attribution - expected).norm() < 0.1 * expected.norm()
 
 
-@pytest.mark.xfail(strict=True, reason="the rules themselves run under the caller's autocast, in bfloat16")
 @pytest.mark.parametrize("method_name", ["rollout", "AttentionRollout"])
 def test_mass_is_conserved_under_autocast(method_name: str) -> None:
     method = METHODS[method_name](model_of("swin"))
@@ -317,7 +316,6 @@ def test_no_delta_without_completeness(rule: Any) -> None:
         method.attribute(images(), target=1, return_convergence_delta=True)
 
 
-@pytest.mark.xfail(strict=True, reason="inherits GradientAttribution's delta, which is about another quantity")
 def test_inherited_compute_convergence_delta_is_not_on_offer() -> None:
     method = LNStatAttribution(model_of("vit"), rule="evidence")
     image = images()
@@ -442,7 +440,6 @@ def test_forward_functions(make: Callable[..., Any]) -> None:
         torch.testing.assert_close(one_score.attribute(image), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="a function put in place of the model's forward_func is taken for the model")
 def test_forward_func_is_read_at_call_time(make: Callable[..., Any]) -> None:
     model = model_of("vit")
     method = copy.copy(make(model))
@@ -457,7 +454,6 @@ def test_forward_func_reassigned_to_another_model(make: Callable[..., Any]) -> N
     assert torch.equal(method.attribute(images(), target=1), make(second).attribute(images(), target=1))
 
 
-@pytest.mark.xfail(strict=True, reason="normalising in place writes into a leaf that requires grad")
 @pytest.mark.parametrize("method_name", ["gradient", "GenericAttention"])
 def test_forward_func_that_normalises_in_place(method_name: str) -> None:
     model, image = model_of("vit"), images()

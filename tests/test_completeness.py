@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from oracles import Capture, dense
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution, RecordingError
+from captum_lnstat.checks import check_complete
+from captum_lnstat.engine import Needs, run
 
 FAMILIES = [
     *FEW,
@@ -156,9 +159,19 @@ def test_constant_of_a_swin_is_biases_and_betas(name):
 def test_a_step_between_the_blocks_that_is_not_known_is_refused():
     model, x = build("vit-class"), images(CASES["vit-class"])
     model.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.5,))
-    for name in ("evidence", "lnstat"):
-        with pytest.raises(RecordingError, match="misses the score"):
+    for name in ("evidence", "lnstat", "rollout"):
+        with pytest.raises(RecordingError, match="the head does not read what the step before it returned"):
             rule(model, name, x, targets(2))
+
+
+def test_evidence_that_does_not_add_up_is_refused():
+    model, x, target = build("vit-class"), images(CASES["vit-class"]), targets(2)
+    outcome = run(model, model, x, target, None, Needs(target=True, covector=True))
+    found = rule(model, "evidence", x, target)
+    check_complete(found, outcome.trace, outcome.score)
+    off = replace(found, constant=found.constant + torch.tensor([0.0, 0.1]))  # one image of the batch is enough
+    with pytest.raises(RecordingError, match=r"misses the score by up to 0\.1"):
+        check_complete(off, outcome.trace, outcome.score)
 
 
 def test_a_head_that_reads_other_tokens_is_refused():

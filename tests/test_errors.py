@@ -60,7 +60,6 @@ def test_wrong_inputs(model: nn.Module, make: Make, inputs: Any, error: type[Exc
         make(model).relevance(inputs, target=1)
 
 
-@pytest.mark.xfail(strict=True, reason="describe looks at the first of a tuple whatever its length")
 def test_describe_takes_the_same_inputs(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="tuple of 2"):
         LNStatAttribution(model).describe((images(1), images(1)))
@@ -159,9 +158,7 @@ def test_head_fusion_callable_is_checked(model: nn.Module) -> None:
         "cait_xxs24_224",
     ],
 )
-def test_other_families_are_refused(name: str, request: pytest.FixtureRequest) -> None:
-    if name.startswith("xcit"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="taken for a ViT, fails with an AttributeError"))
+def test_other_families_are_refused(name: str) -> None:
     options = {"depth": 2} if name.startswith(("xcit", "cait")) else {}
     other = timm.create_model(name, num_classes=5, **options).eval()
     image = images(1, other.default_cfg["input_size"][-1])
@@ -186,11 +183,7 @@ def test_unpooled_output_is_refused(make: Make) -> None:
 
 @pytest.mark.parametrize("kind", [Eva, Beit])
 @pytest.mark.parametrize("scale", [None, 0.1, 1.0])
-def test_evidence_of_relatives_is_complete_or_refused(
-    kind: type[nn.Module], scale: float | None, request: pytest.FixtureRequest
-) -> None:
-    if scale == 1.0:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="completeness is checked to 1e-2 + 1e-2 * size only"))
+def test_evidence_of_relatives_is_complete_or_refused(kind: type[nn.Module], scale: float | None) -> None:
     torch.manual_seed(0)
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
     relative = lively(kind(**size, init_values=scale))
@@ -292,31 +285,28 @@ class ChannelAttention(Attention):
         return self.proj((attention @ v).permute(0, 3, 1, 2).reshape(batch, count, channels))
 
 
-BLIND = "rollout", "gradient", "AttentionRollout", "GenericAttention"
-WIRINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "halved attention": ({"block_fn": HalvedAttention}, BLIND),
-    "second residual": ({"block_fn": SecondResidual}, BLIND),
-    "parallel": ({"block_fn": Parallel}, BLIND),
-    "no residual": ({"block_fn": NoResidual}, BLIND),
-    "mlp first": ({"block_fn": MlpFirst}, BLIND),
-    "reversed": ({"block_fn": Reversed}, BLIND),
-    "flip between blocks": ({"kind": FlipBetween}, tuple(METHODS)),
-    "long skip": ({"kind": LongSkip}, ("evidence", *BLIND)),
-    "extra attention": ({"kind": ExtraAttention}, BLIND),
-    "class token and mean": ({"kind": ClassTokenAndMean}, BLIND),
-    "two patches only": ({"kind": TwoPatchesOnly, "global_pool": "avg"}, tuple(METHODS)),
-    "gate after the softmax": ({"attn_layer": GatedAttention}, ("rollout", "AttentionRollout")),
-    "channel attention": ({"attn_layer": ChannelAttention}, tuple(METHODS)),
-    "channel attention, square": ({"attn_layer": ChannelAttention, "embed_dim": 34}, BLIND),
+WIRINGS: dict[str, dict[str, Any]] = {
+    "halved attention": {"block_fn": HalvedAttention},
+    "second residual": {"block_fn": SecondResidual},
+    "parallel": {"block_fn": Parallel},
+    "no residual": {"block_fn": NoResidual},
+    "mlp first": {"block_fn": MlpFirst},
+    "reversed": {"block_fn": Reversed},
+    "flip between blocks": {"kind": FlipBetween},
+    "long skip": {"kind": LongSkip},
+    "extra attention": {"kind": ExtraAttention},
+    "class token and mean": {"kind": ClassTokenAndMean},
+    "two patches only": {"kind": TwoPatchesOnly, "global_pool": "avg"},
+    "gate after the softmax": {"attn_layer": GatedAttention},
+    "channel attention": {"attn_layer": ChannelAttention},
+    "channel attention, square": {"attn_layer": ChannelAttention, "embed_dim": 34},
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_other_wirings_are_refused(wiring: str, name: str, request: pytest.FixtureRequest) -> None:
-    options, undetected = WIRINGS[wiring]
-    if name in undetected:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the wiring is not checked for this rule"))
+def test_other_wirings_are_refused(wiring: str, name: str) -> None:
+    options = WIRINGS[wiring]
     other = vit(**options)
     for block in other.blocks:
         if "attn_layer" in options:
@@ -325,7 +315,6 @@ def test_other_wirings_are_refused(wiring: str, name: str, request: pytest.Fixtu
         METHODS[name](other).attribute(images(), target=1)
 
 
-@pytest.mark.xfail(strict=True, reason="the tolerance of completeness is absolute below a score of 1")
 def test_small_scores_are_checked_as_strictly() -> None:
     other = vit(block_fn=HalvedAttention)
     with torch.no_grad():
@@ -386,9 +375,7 @@ def test_forward_function_without_grad(model: nn.Module, make: Make) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_forward_function_in_inference_mode(model: nn.Module, name: str, request: pytest.FixtureRequest) -> None:
-    if name not in ("gradient", "GenericAttention"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="torch's own error about saved inference tensors"))
+def test_forward_function_in_inference_mode(model: nn.Module, name: str) -> None:
 
     @torch.inference_mode()
     def forward(x: Tensor) -> Tensor:
@@ -406,11 +393,7 @@ def test_forward_function_that_returns_no_tensor(model: nn.Module, make: Make) -
 
 @pytest.mark.parametrize("target", [None, 0])
 @pytest.mark.parametrize("name", METHODS)
-def test_forward_function_that_returns_one_number(
-    model: nn.Module, name: str, target: Any, request: pytest.FixtureRequest
-) -> None:
-    if target == 0 and name != "lnstat":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="IndexError: tuple index out of range, from Captum"))
+def test_forward_function_that_returns_one_number(model: nn.Module, name: str, target: Any) -> None:
     method = METHODS[name](lambda x: model(x).sum(), model)
     if target is None and name in ("rollout", "AttentionRollout"):
         assert torch.equal(method.attribute(images()), METHODS[name](model).attribute(images()))
@@ -420,15 +403,13 @@ def test_forward_function_that_returns_one_number(
 
 
 @pytest.mark.parametrize("size", [16, 64])
-def test_forward_function_that_resizes(make: Make, size: int, request: pytest.FixtureRequest) -> None:
-    request.applymarker(pytest.mark.xfail(strict=True, reason="the grid is laid on the image before the resizing"))
+def test_forward_function_that_resizes(make: Make, size: int) -> None:
     model = swin()
     with pytest.raises(RecordingError):
         make(lambda x: model(nn.functional.interpolate(x, (32, 32))), model).attribute(images(2, size), target=1)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.xfail(strict=True, reason="the model's batch is not compared with the images'")
 def test_forward_function_that_runs_another_batch(model: nn.Module, make: Make, batch: int) -> None:
     def flipped_too(x: Tensor) -> Tensor:
         return model(torch.cat([x, x.flip(-1)])).reshape(2, len(x), -1).mean(0)
@@ -449,9 +430,7 @@ def test_model_made_in_inference_mode(make: Make) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("case", ["NaN in a weight", "overflow"])
-def test_nothing_non_finite_is_drawn(model: nn.Module, name: str, case: str, request: pytest.FixtureRequest) -> None:
-    if name not in ("lnstat", "evidence"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="NaN attributions"))
+def test_nothing_non_finite_is_drawn(model: nn.Module, name: str, case: str) -> None:
     broken, image = copy.deepcopy(model), images()
     if case == "overflow":
         image = image * 1e25
@@ -462,7 +441,6 @@ def test_nothing_non_finite_is_drawn(model: nn.Module, name: str, case: str, req
         METHODS[name](broken).attribute(image, target=1)
 
 
-@pytest.mark.xfail(strict=True, reason="blames the pooling or the wiring for a NaN")
 def test_a_nan_is_called_a_nan(model: nn.Module) -> None:
     broken = copy.deepcopy(model)
     with torch.no_grad():
@@ -513,7 +491,6 @@ def test_scripted_and_exported_models(model: nn.Module, make: Make, how: str) ->
         make(made, model).attribute(images(), target=1)
 
 
-@pytest.mark.xfail(strict=True, reason="says that no attention module was seen")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 def test_scripted_models_are_called_that() -> None:
     model = vit()

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from captum_lnstat.errors import UnsupportedModelError
@@ -42,6 +43,11 @@ class Topology(ABC):
         """The modules whose input and output ``trace`` reads."""
 
     @property
+    def entrance(self) -> str:
+        """Name of the tapped module that is given the images."""
+        return "patch_embed"
+
+    @property
     @abstractmethod
     def head_begins(self) -> nn.Module:
         """The module whose input is the residual stream after the last block."""
@@ -75,6 +81,7 @@ def find_topology(model: nn.Module) -> Topology:
     """
     level = [model]
     while level:
+        level = [_unwrapped(module) for module in level]
         found = [(module, family) for module in level for family in _FAMILIES if family.matches(module)]
         models = {id(module) for module, _ in found}
         if len(models) > 1:
@@ -90,7 +97,18 @@ def find_topology(model: nn.Module) -> Topology:
     raise UnsupportedModelError(_no_family(model))
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "_orig_mod", None)  # torch.compile's wrapper answers for what it wraps
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else module
+
+
 def _no_family(model: nn.Module) -> str:
+    kinds_of_copy = (torch.jit.ScriptModule, torch.fx.GraphModule)
+    if isinstance(model, kinds_of_copy) or any(isinstance(module, kinds_of_copy) for module in model.modules()):
+        return (
+            f"{type(model).__name__} is, or holds, a scripted, traced or exported copy of a model, whose attention "
+            "cannot be seen; pass the model that it was made from"
+        )
     known = "; ".join(f"{family.family}: {family.expects}" for family in reversed(_FAMILIES))
     kinds = {type(module).__name__ for module in model.modules()}
     attention = sorted(kind for kind in kinds if "attention" in kind.lower() or kind.lower().endswith("attn"))

@@ -29,6 +29,7 @@ class PlainTopology(Topology):
             all(isinstance(getattr(model, name, None), nn.Module) for name in names)
             and hasattr(model, "num_prefix_tokens")
             and hasattr(model, "global_pool")
+            and hasattr(model.patch_embed, "grid_size")
             and isinstance(blocks, nn.Sequential | nn.ModuleList)
             and len(blocks) > 0
             and all(is_residual_block(block) for block in blocks)
@@ -36,7 +37,7 @@ class PlainTopology(Topology):
 
     @property
     def taps(self) -> Iterable[nn.Module]:
-        return [tap for block in self.model.blocks for tap in block_taps(block)]
+        return [self.model.patch_embed] + [tap for block in self.model.blocks for tap in block_taps(block)]
 
     @property
     def head_begins(self) -> nn.Module:

@@ -45,6 +45,7 @@ class WindowedTopology(Topology):
 
     @property
     def taps(self) -> Iterable[nn.Module]:
+        yield self.model.patch_embed
         for _, stage in self._stages():
             if not _is_nothing(stage.downsample):
                 yield stage.downsample

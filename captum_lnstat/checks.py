@@ -1,0 +1,115 @@
+"""What is refused before, during and after a recorded pass, so that no picture is made from what does not add up."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from captum_lnstat.errors import RecordingError
+from captum_lnstat.frozen import per_image
+from captum_lnstat.recording import Recording
+from captum_lnstat.rules import Relevance
+from captum_lnstat.trace import FixedPooling, Trace
+
+# How far evidence may be from the score, relative to its size. Float error is far below; another wiring far above.
+TOLERANCE = 1e-3
+HALF_TOLERANCE = 0.1
+
+
+def check_image(image: object) -> Tensor:
+    """The image batch, or an error that says what is wrong with it."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"inputs is a {type(image).__name__}; expected a torch.Tensor or a tuple with one")
+    if image.dim() != 4:
+        raise ValueError(f"inputs has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
+    if image.numel() == 0:
+        raise ValueError(f"inputs has shape {tuple(image.shape)}; expected at least one image")
+    if not image.is_floating_point():
+        raise TypeError(f"inputs is of {image.dtype}; expected a floating-point image, normalised for the model")
+    if not bool(torch.isfinite(image).all()):
+        raise ValueError("inputs holds NaN or infinite values; expected finite ones, since no map can be right for it")
+    return image
+
+
+def check_seen(seen: Tensor, image: Tensor) -> None:
+    """The transformer has to see the images it is to explain: as many, and of their size."""
+    if len(seen) != len(image) or seen.shape[-2:] != image.shape[-2:]:
+        raise RecordingError(
+            f"the transformer was given images of shape {tuple(seen.shape)}, forward_func of {tuple(image.shape)}; "
+            "expected as many, of the same height and width. Resize, crop or repeat them before you explain them"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """A model that no gradient can be taken of is refused; one in train mode is warned about."""
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.is_inference():
+        raise RecordingError(
+            f"the parameters of {type(model).__name__} were made under torch.inference_mode, so no gradient can be "
+            "taken even at its head; build or load the model outside inference_mode"
+        )
+    if model.training:
+        warnings.warn(
+            f"{type(model).__name__} is in train mode: dropout and stochastic depth make the explanation of this pass "
+            "random. Call model.eval() first",
+            stacklevel=4,
+        )
+
+
+def check_stream(recording: Recording, trace: Trace) -> None:
+    """Every step has to read what the one before it returned, and the head what the last one returned."""
+    calls = [recording.call(step.name) for step in trace.steps]
+    readers = [call.input.tensor for call in calls[1:]] + [recording.stream_end]
+    names = [step.name for step in trace.steps[1:]] + ["the head"]
+    for call, reader, name in zip(calls, readers, names, strict=True):
+        written = call.output.tensor
+        if reader is None or written.shape != reader.shape:
+            same = False
+        else:
+            one = written.data_ptr() == reader.data_ptr() and written.stride() == reader.stride()
+            same = one or torch.equal(written, reader)
+        if not same:
+            raise RecordingError(
+                f"{name} does not read what the step before it returned: the model does something between its blocks "
+                "that its topology does not know, so relevance cannot be placed"
+            )
+
+
+def check_start(trace: Trace, u: Tensor) -> None:
+    """The head may only read the tokens that the topology says it reads."""
+    read, expected = u.ne(0).any(-1), trace.start("mean").ne(0)
+    unexpected = read & ~expected
+    # In float16 a covector can vanish for want of small numbers.
+    exact = isinstance(trace.pooling, FixedPooling) and trace.blocks[0].site.dtype != torch.float16
+    if exact and not bool(unexpected.any()):
+        missing = expected & ~read & read.any(1, keepdim=True)
+        if bool(missing.any()):
+            token = int(missing.nonzero()[0, 1])
+            raise RecordingError(
+                f"the head does not read token {token}, but pooling was recognised as {trace.pooling.name!r}, which "
+                "does; expected the head of the family. A model with a pooling of its own needs a topology of its own"
+            )
+    if bool(unexpected.any()):
+        token = int(unexpected.nonzero()[0, 1])
+        raise RecordingError(
+            f"the head reads token {token}, but pooling was recognised as {trace.pooling.name!r}, which does not; "
+            "expected the head of the family. A model with a pooling of its own needs a topology of its own"
+        )
+
+
+def check_complete(evidence: Relevance, trace: Trace, score: Tensor) -> None:
+    """Evidence has to add up to the score it explains; if it does not, the family was recognised wrongly."""
+    if trace.training:
+        return
+    error = (evidence.total - score.to(evidence.total.dtype)).abs()
+    size = score.abs() + evidence.constant.abs() + per_image(evidence.grid.abs()) + evidence.prefix.abs().sum(1)
+    dtypes = {score.dtype, *(block.site.dtype for block in trace.blocks)}
+    tolerance = TOLERANCE if dtypes <= {torch.float32, torch.float64} else HALF_TOLERANCE
+    if not bool((error <= tolerance * size).all()):
+        raise RecordingError(
+            f"the evidence of patches, prefix tokens and constant misses the score by up to {float(error.max()):.3g} "
+            "(expected float error): the model does something between its blocks that its topology does not know, so "
+            "no map from it can be trusted"
+        )

@@ -1,0 +1,50 @@
+"""Compiled and data-parallel models are recorded through the module inside, run eagerly."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def eager(module: nn.Module) -> nn.Module:
+    """The module inside DataParallel and torch.compile wrappers, which runs eagerly on one device."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
+
+
+class _Eagerly:
+    """While any thread records, ``torch.compile`` directives are ignored: Dynamo cannot trace into a recorder.
+
+    The stance is global, so the first to enter sets it and the last to leave takes it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            # Nothing is compiled before Dynamo is imported, which takes seconds; set_stance is there from torch 2.6.
+            if self._inside == 1 and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+run_eagerly = _Eagerly()
