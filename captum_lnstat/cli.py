@@ -24,6 +24,8 @@ from captum_lnstat.zoo.models import CLASS_NAMES
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
 DEFAULT_SCENE = 264
+# Below this confidence a map of the target was seen to lie on background or on another object.
+FAINT_TARGET = 0.01
 
 
 # The bytes \b keep click from running the lines together.
@@ -128,6 +130,8 @@ def explain(
         _say("model", name)
         _say("prediction", f"{subject.label(best)}, confidence {_percent(confidence[best])}")
         _say("target", f"{subject.label(wanted)}, confidence {_percent(confidence[wanted])}")
+        if confidence[wanted] < FAINT_TARGET:
+            click.echo("Note: the model all but rules this target out; the map shows what little argued for it", err=True)
         for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
             _say(heading, line)
         panels = comparison(subject.model, inputs, wanted, rule=rule, during=progress)

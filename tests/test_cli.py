@@ -131,6 +131,15 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["out.png"]
 
 
+def test_a_target_that_the_model_rules_out_is_said_to_be_one(drawn):
+    reference = zoo.load("swin-mini")
+    inputs = reference.transform(zoo.scenes()[cli.DEFAULT_SCENE].image)[None]
+    confidence = reference.model(inputs).softmax(-1)[0]
+    assert confidence.min() < 0.01 < confidence.max()
+    assert "all but rules this target out" in run("explain", "--target", int(confidence.argmin())).stderr
+    assert run("explain", "--target", int(confidence.argmax())).stderr == ""
+
+
 @pytest.mark.parametrize("target", ["trouser", "TROUSER", "1"])
 def test_a_target_is_a_name_or_an_index(drawn, target):
     result = run("explain", "--target", target, "--rule", "rollout", "--output", "there.pdf")
