@@ -105,9 +105,9 @@ def check_complete(evidence: Relevance, trace: Trace, score: Tensor) -> None:
         return
     error = (evidence.total - score.to(evidence.total.dtype)).abs()
     size = score.abs() + evidence.constant.abs() + per_image(evidence.grid.abs()) + evidence.prefix.abs().sum(1)
-    dtypes = {score.dtype, *(block.site.dtype for block in trace.blocks)}
-    tolerance = TOLERANCE if dtypes <= {torch.float32, torch.float64} else HALF_TOLERANCE
-    if not bool((error <= tolerance * size).all()):
+    coarsest = max({score.dtype, *(block.site.dtype for block in trace.blocks)}, key=lambda d: torch.finfo(d).eps)
+    tolerance = TOLERANCE if coarsest in (torch.float32, torch.float64) else HALF_TOLERANCE
+    if not bool((error <= tolerance * size + torch.finfo(coarsest).eps).all()):
         raise RecordingError(
             f"the evidence of patches, prefix tokens and constant misses the score by up to {float(error.max()):.3g} "
             "(expected float error): the model does something between its blocks that its topology does not know, so "
