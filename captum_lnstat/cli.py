@@ -126,6 +126,10 @@ def explain(
                 "--checkpoint",
                 err=True,
             )
+        elif confidence[wanted] < FAINT_TARGET:
+            click.echo(
+                "Note: the model all but rules this target out; the map shows what little argued for it", err=True
+            )
         _say("image", source)
         _say("model", name)
         _say("prediction", f"{subject.label(best)}, confidence {_percent(confidence[best])}")
