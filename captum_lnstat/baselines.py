@@ -17,6 +17,67 @@ from captum_lnstat.interpolation import Interpolation
 from captum_lnstat.rules import Relevance, Settings
 
 
+class RawAttention(GridAttribution):
+    r"""The attention of one block alone, as the head reads it: :math:`r A_l`, class-agnostic, sums to 1.
+
+    With :math:`A_l` the head-fused attention of the block and :math:`r_i` the weight with which the head reads token
+    ``i`` (1 at the class token, :math:`1 / N` for a model that averages its ``N`` tokens), patch ``j`` gets
+
+    .. math:: P_j = \sum_i r_i A_{l, ij}.
+
+    No relation of another block is applied. Windows and shifts are undone; a Swin's map is taken down through its
+    patch mergings uniformly. What ends on prefix tokens or on padded places of windows is not on the patches.
+
+    Args:
+        forward_func (Callable): As for ``LNStatAttribution``.
+        model (nn.Module, optional): As for ``LNStatAttribution``.
+        block (int): Which block; negative indices count from the last. Default: -1, the last.
+        head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable.
+        interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
+
+    Examples::
+
+        >>> from captum_lnstat import RawAttention, zoo
+        >>> vit = zoo.load("vit-mini")
+        >>> image = vit.transform(zoo.scenes()[0].image)[None]
+        >>> RawAttention(vit.model).attribute(image).shape
+        torch.Size([1, 3, 64, 64])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        model: nn.Module | None = None,
+        *,
+        block: int = -1,
+        head_fusion: HeadFusion = "mean",
+        interpolation: Interpolation = "bilinear",
+    ) -> None:
+        if isinstance(block, bool) or not isinstance(block, int):
+            raise TypeError(f"block is {block!r}; expected the index of a block")
+        settings = Settings(residual="half", head_fusion=head_fusion, merging="uniform")
+        super().__init__(forward_func, model, settings=settings, interpolation=interpolation)
+        self.block = block
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name that Captum shows."""
+        return "Raw Attention"
+
+    def _needs(self) -> Needs:
+        return Needs()
+
+    def _relevance(self, outcome: Pass) -> Relevance:
+        return rules.raw_attention(outcome.trace, self.settings, self.block)
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+    ) -> TensorOrTuple:
+        """As ``LNStatAttribution.attribute``; the target does not matter."""
+        return self._attribute(inputs, target, additional_forward_args)[0]
+
+
 class AttentionRollout(GridAttribution):
     """Attention rollout (Abnar and Zuidema, ACL 2020): ``r <- r (A + I) / 2``, class-agnostic, sums to 1.
 

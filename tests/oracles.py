@@ -357,6 +357,20 @@ class Dense:
         row = F.pad(self.start(fusion), (0, 1))[:, None] @ product
         return Answer(row[:, 0, :-1], row[:, 0, -1], torch.zeros(self.batch, dtype=row.dtype))
 
+    def raw_attention(self, block: int = -1, fusion: Fusion = "mean") -> Answer:
+        """The chosen block's dense attention and the mergings' matrices; every other block is left out."""
+        chosen, product = self.blocks[block], self._nothing()
+        for step in self.steps:
+            if isinstance(step, DenseMerging):
+                product = _absorbing(step.matrix("uniform"), step.x.shape[1]) @ product
+            elif step is chosen:
+                product = _absorbing(step.fused(fusion), step.before.shape[1]) @ product
+        row = F.pad(self.start(fusion), (0, 1))[:, None] @ product
+        return Answer(row[:, 0, :-1], row[:, 0, -1], torch.zeros(self.batch, dtype=row.dtype))
+
+    def _nothing(self) -> Tensor:
+        return _absorbing(torch.eye(self.steps[0].before.shape[1]).double().expand(self.batch, -1, -1), -1)
+
     def evidence(
         self,
         target: Tensor,
@@ -416,7 +430,7 @@ class Dense:
             return self._roll(grads, keep=keep, normalize=normalize, residual=residual, merging=merging)
 
     def _roll(self, grads: list[Tensor], *, keep: bool, normalize: bool, residual: str, merging: str) -> Answer:
-        total = _absorbing(torch.eye(self.steps[0].before.shape[1]).double().expand(self.batch, -1, -1), -1)
+        total = self._nothing()
         for step in self.steps:
             if isinstance(step, DenseMerging):
                 total = _absorbing(step.matrix(merging), step.x.shape[1]) @ total

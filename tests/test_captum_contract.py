@@ -18,10 +18,10 @@ from captum.attr import FeatureAblation, GradientAttribution, NoiseTunnel, Salie
 from captum.attr import visualization as viz
 from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
 from captum.testing.helpers.basic import assertTensorAlmostEqual, assertTensorTuplesAlmostEqual
-from contract_helpers import METHODS, MODELS, Normalise, images, untouched, vit
+from contract_helpers import CLASS_AGNOSTIC, METHODS, MODELS, Normalise, images, untouched, vit
 from torch import Tensor, nn
 
-from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution
+from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, RawAttention
 
 mpl.use("Agg")
 
@@ -212,7 +212,7 @@ def test_autocast(method: Any, model: nn.Module) -> None:
     assert (attribution - expected).norm() < 0.1 * expected.norm()
 
 
-@pytest.mark.parametrize("method_name", ["rollout", "AttentionRollout"])
+@pytest.mark.parametrize("method_name", CLASS_AGNOSTIC)
 def test_mass_is_conserved_under_autocast(method_name: str) -> None:
     method = METHODS[method_name](model_of("swin"))
     with torch.autocast("cpu", torch.bfloat16):
@@ -290,6 +290,7 @@ def test_what_captum_asks_of_a_method(make: Callable[..., Any]) -> None:
 
 def test_names() -> None:
     assert LNStatAttribution.get_name() == "LN Stat"
+    assert RawAttention.get_name() == "Raw Attention"
     assert AttentionRollout.get_name() == "Attention Rollout"
     assert GenericAttention.get_name() == "Generic Attention"
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from contract_helpers import METHODS, images, lively, swin, untouched, vit
+from contract_helpers import CLASS_AGNOSTIC, METHODS, images, lively, swin, untouched, vit
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -395,7 +395,7 @@ def test_forward_function_that_returns_no_tensor(model: nn.Module, make: Make) -
 @pytest.mark.parametrize("name", METHODS)
 def test_forward_function_that_returns_one_number(model: nn.Module, name: str, target: Any) -> None:
     method = METHODS[name](lambda x: model(x).sum(), model)
-    if target is None and name in ("rollout", "AttentionRollout"):
+    if target is None and name in CLASS_AGNOSTIC:
         assert torch.equal(method.attribute(images()), METHODS[name](model).attribute(images()))
         return
     with untouched(model), pytest.raises(ValueError, match=r"output per image|at least two classes"):
