@@ -13,7 +13,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, RawAttention
+from captum_lnstat import AttentionRollout, FrozenLayerNorm, GenericAttention, LNStatAttribution, RawAttention
 
 CLASSES = 5
 
@@ -76,6 +76,7 @@ METHODS: dict[str, Method] = {
     "RawAttention": RawAttention,
     "AttentionRollout": AttentionRollout,
     "GenericAttention": GenericAttention,
+    "FrozenLayerNorm": FrozenLayerNorm,
 }
 
 CLASS_AGNOSTIC = ("rollout", "RawAttention", "AttentionRollout")

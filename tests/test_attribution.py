@@ -220,7 +220,7 @@ def _switch_often() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_switch_often")
-@pytest.mark.parametrize("name", ["lnstat", "gradient", "AttentionRollout"])
+@pytest.mark.parametrize("name", ["lnstat", "gradient", "AttentionRollout", "FrozenLayerNorm"])
 def test_threads(model: nn.Module, name: str) -> None:
     method = METHODS[name](model)
     pictures = [images(seed=seed) for seed in range(4)]
