@@ -42,7 +42,8 @@ _ACTIVATIONS: set[Callable[..., Any]] = {
     Tensor.tanh,
     F.softsign,
 }
-_FACTORS = {F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.hardsigmoid, F.softplus, torch.rsqrt, Tensor.rsqrt}
+_SIGMOIDS = {F.sigmoid, torch.sigmoid, Tensor.sigmoid, F.hardsigmoid, F.softplus}
+_ROOTS = {torch.rsqrt, Tensor.rsqrt}
 _TIMES = {torch.mul, Tensor.mul, torch.multiply, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
 _REFUSED = {
     F.multi_head_attention_forward: "torch.nn.MultiheadAttention",
@@ -190,7 +191,7 @@ class Freezer:
             )
         if function in _TIMES:
             return function(*self._gated(args), **kwargs)
-        frozen = self._rule(function)
+        frozen = self._rule(function, args[0] if args else kwargs.get("input"))
         if frozen is None:
             return function(*args, **kwargs)
         if not torch.is_grad_enabled():
@@ -200,14 +201,16 @@ class Freezer:
             )
         return frozen(*args, **kwargs)
 
-    def _rule(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
+    def _rule(self, function: Callable[..., Any], input: Tensor | None) -> Callable[..., Any] | None:
         if function in LAYER_NORMS:
             return _layer_norm
         if function in _RMS_NORMS:
             return _rms_norm
         if function is F.scaled_dot_product_attention:
             return _attention
-        if function in SOFTMAXES or function in _FACTORS:
+        # Of (batch, classes) they make probabilities, as part of the score.
+        factor = function in SOFTMAXES | _SIGMOIDS and input is not None and input.dim() >= 3
+        if factor or function in _ROOTS:
             return lambda *args, **kwargs: function(*args, **kwargs).detach()
         if function in _ACTIVATIONS:
             return partial(self._activation, function)

@@ -294,3 +294,12 @@ def test_what_is_around_the_model_is_differentiated_as_it_is():
     probability = model(x).detach().sigmoid()[torch.arange(2), target]
     slope = probability * (1 - probability)
     assert close(squashed.attribute(x, target), plain.attribute(x, target) * slope[:, None, None, None])
+
+
+@pytest.mark.parametrize("squash", [nn.Softmax(-1), nn.Sigmoid()])
+def test_probabilities_inside_the_model_are_part_of_the_score(squash):
+    model, x, target = build("swin1-shift"), images(CASES["swin1-shift"]), targets(2)
+    outside = FrozenLayerNorm(lambda x: squash(model(x)), model).attribute(x, target)
+    inside = build("swin1-shift")
+    inside.head.fc = nn.Sequential(inside.head.fc, squash)
+    assert close(FrozenLayerNorm(inside).attribute(x, target), outside)
