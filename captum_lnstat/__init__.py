@@ -3,15 +3,17 @@
 from captum_lnstat import zoo
 from captum_lnstat._version import __version__
 from captum_lnstat.attribution import LNStatAttribution
-from captum_lnstat.baselines import AttentionRollout, GenericAttention
+from captum_lnstat.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.recording import Recorder, Recording
 from captum_lnstat.topology import Topology, register_topology
 
 __all__ = [
     "AttentionRollout",
+    "FrozenLayerNorm",
     "GenericAttention",
     "LNStatAttribution",
+    "RawAttention",
     "Recorder",
     "Recording",
     "RecordingError",

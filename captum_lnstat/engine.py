@@ -16,6 +16,7 @@ from captum_lnstat.compiled import eager, run_eagerly
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.head import contrast, gradients, head_covector, target_score
 from captum_lnstat.recording import Recorder, Recording
+from captum_lnstat.statistics import accumulation_dtype
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.trace import Trace
 
@@ -29,12 +30,19 @@ class Needs:
         covector: The head's covector at the end of the stream.
         contrastive: The score is that of the target against the other classes.
         output_gradients: The gradient of the score at every attention's output, hence the trunk's graph.
+        input_gradient: Input times gradient with everything in the model frozen that is not affine.
     """
 
     target: bool = False
     covector: bool = False
     contrastive: bool = False
     output_gradients: bool = False
+    input_gradient: bool = False
+
+    @property
+    def graph(self) -> bool:
+        """The trunk runs with a graph."""
+        return self.output_gradients or self.input_gradient
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Pass:
     u: Tensor | None
     constant: Tensor | None
     output_gradients: tuple[Tensor, ...] | None
+    input_times_gradient: Tensor | None
 
 
 def run(
@@ -64,23 +73,36 @@ def run(
     if isinstance(forward_func, nn.Module):
         forward_func = eager(forward_func)
     # A caller in inference_mode or no_grad still gets gradients at the head; the trunk has a graph only if asked for.
-    with torch.inference_mode(False), torch.set_grad_enabled(needs.output_gradients):
+    with torch.inference_mode(False), torch.set_grad_enabled(needs.graph):
         x = image.detach().clone(memory_format=torch.contiguous_format)
         parameter = next((p for p in topology.model.parameters() if p.is_floating_point()), x)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(parameter.dtype)
-        if needs.output_gradients:
-            x = x.requires_grad_().clone()  # not a leaf: a model may normalise it in place
-        recorder = Recorder(topology.model, topology.taps, topology.head_begins, cut=not needs.output_gradients)
+        leaf = x
+        if needs.graph:
+            x = leaf.requires_grad_().clone()  # not a leaf: a model may normalise it in place
+        recorder = Recorder(
+            topology.model,
+            topology.taps,
+            topology.head_begins,
+            cut=not needs.graph,
+            freeze="everything" if needs.input_gradient else "head",
+        )
         with run_eagerly, recorder:
             output = _logits(_run_forward(forward_func, (x,), None, additional_forward_args))
     # The hook at the head has switched gradients on; leaving the context above has put the caller's mode back.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        return _read(topology, recorder.recording, output, image, target, needs)
+        return _read(topology, recorder.recording, output, image, leaf, target, needs)
 
 
 def _read(
-    topology: Topology, recording: Recording, output: Tensor, image: Tensor, target: Target, needs: Needs
+    topology: Topology,
+    recording: Recording,
+    output: Tensor,
+    image: Tensor,
+    leaf: Tensor,
+    target: Target,
+    needs: Needs,
 ) -> Pass:
     if recording.stream_end is None:
         raise RecordingError(
@@ -89,7 +111,7 @@ def _read(
         )
     if not bool(torch.isfinite(output).all()):
         raise RecordingError("the model's output is not finite: a NaN or an overflow on the way makes every map wrong")
-    score = u = constant = output_gradients = None
+    score = u = constant = output_gradients = input_times_gradient = None
     if needs.contrastive:
         score = contrast(output, target)
     elif needs.target or target is not None:
@@ -102,7 +124,7 @@ def _read(
     if needs.covector and score is not None:
         u, constant = head_covector(score, recording.stream_end)
         check_start(trace, u)
-    elif not needs.output_gradients:
+    elif not needs.graph:
         # What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be.
         first = output.flatten(1)[:, 0] if output.dim() > 1 else output
         read = first if score is None else score
@@ -120,8 +142,13 @@ def _read(
         slope, *rest = gradients(score, [recording.stream_end, *(out for out in outputs if out is not None)])
         check_start(trace, slope.flatten(1, -2))
         output_gradients = tuple(rest)
+    if needs.input_gradient and score is not None:
+        slope, gradient = gradients(score, [recording.stream_end, leaf])
+        check_start(trace, slope.flatten(1, -2))
+        dtype = accumulation_dtype(leaf)
+        input_times_gradient = leaf.detach().to(dtype) * gradient.to(dtype)
     detached = None if score is None else score.detach()
-    return Pass(trace, recording, output.detach(), detached, u, constant, output_gradients)
+    return Pass(trace, recording, output.detach(), detached, u, constant, output_gradients, input_times_gradient)
 
 
 def _logits(output: Any) -> Tensor:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from captum_lnstat.errors import RecordingError
+from captum_lnstat.freezing import LAYER_NORMS, SOFTMAXES, Freezer
 from captum_lnstat.frozen import FrozenLayerNorm, FrozenNorm
 from captum_lnstat.sites import AttentionSite, FusedSite, Kept, MultiHeadSite, SoftmaxSite
 from captum_lnstat.statistics import TokenStatistics, token_statistics
 
-_SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 # What may stand between the softmax and the product with the values without being another quantity.
 _PASSING = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as, Tensor.contiguous, Tensor.float, Tensor.half}
-_LAYER_NORMS = {F.layer_norm, torch.layer_norm}
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -145,6 +144,8 @@ class Recorder(TorchFunctionMode):
             graph and with frozen LayerNorm statistics; its values are bit for bit those of the model.
         cut: Cut the graph where the head begins (the trunk needs none). False keeps the trunk's graph, and the
             LayerNorms as they are.
+        freeze: ``"head"`` freezes the LayerNorms of a head that was cut off. ``"everything"`` freezes norms, attention
+            probabilities and activation gates of the whole model, which is then affine for autograd.
 
     Example:
         >>> import torch
@@ -163,12 +164,14 @@ class Recorder(TorchFunctionMode):
         head_begins: nn.Module | None = None,
         *,
         cut: bool = True,
+        freeze: Literal["head", "everything"] = "head",
     ) -> None:
         super().__init__()
         self._model = model
         self._taps = set(taps)
         self._head_begins = head_begins
         self._cut = cut
+        self._freezer = Freezer() if freeze == "everything" else None
         self._thread = threading.get_ident()
         self._handles: list[RemovableHandle] = []
         self._running: list[str] = [""]
@@ -202,6 +205,8 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         self._remove_hooks()
         self._softmaxes.clear()
+        if self._freezer is not None:
+            self._freezer.clear()
         super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
 
     def _remove_hooks(self) -> None:
@@ -265,20 +270,26 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._elsewhere():
             return function(*args, **kwargs)
-        if function in _LAYER_NORMS:
+        if function in LAYER_NORMS:
             return self._layer_norm(function, *args, **kwargs)
-        output = function(*args, **kwargs)
+        output = self._call(function, args, kwargs)
         if function is F.scaled_dot_product_attention:
             self._fused(output, *args, **kwargs)
         elif function is F.multi_head_attention_forward:
             self._multi_head(output[0], *args, **kwargs)
         elif function is F.rms_norm:
             self._rms_norm(*args, **kwargs)
-        elif function in _SOFTMAXES:
+        elif function in SOFTMAXES:
             self._softmax(output, *args, **kwargs)
         elif self._softmaxes and args:
             self._follow(function, output, args, kwargs)
         return output
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # What forward_func does around the model (a softmax of the scores) is differentiated as it is.
+        if self._freezer is None or len(self._running) == 1:
+            return function(*args, **kwargs)
+        return self._freezer(function, args, kwargs)
 
     def _fused(
         self,
@@ -340,7 +351,7 @@ class Recorder(TorchFunctionMode):
         )
         if self._in_cut_head and torch.is_grad_enabled():
             return FrozenLayerNorm.apply(input, shape, weight, bias, float(eps))  # type: ignore[no-any-return]
-        return function(input, normalized_shape, weight, bias, eps, *rest, **kwargs)  # type: ignore[no-any-return]
+        return self._call(function, (input, normalized_shape, weight, bias, eps, *rest), kwargs)  # type: ignore[no-any-return]
 
     def _rms_norm(
         self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None

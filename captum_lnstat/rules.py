@@ -124,6 +124,23 @@ class _Perception:
         self.row.split(merging)
 
 
+class _RawAttention:
+    """``r <- r A`` at one block; the other blocks leave ``r`` as it is."""
+
+    covector = None
+
+    def __init__(self, trace: Trace, settings: Settings, chosen: Block) -> None:
+        self._chosen = chosen
+        self.row = _Row(trace.start(settings.head_fusion), settings)
+
+    def through_block(self, block: Block, attention: Tensor, said: Tensor | None) -> None:
+        if block is self._chosen:
+            self.row.tokens = self.row.mix(block, attention, self.row.tokens)
+
+    def through_merging(self, merging: Merging) -> None:
+        self.row.split(merging)
+
+
 class _Evidence:
     """``r <- s * r + ((1 - s) * r) A + c``, collecting on the way what was said for the class.
 
@@ -225,6 +242,22 @@ def _walk(trace: Trace, walkers: Sequence[_Walker], fusion: HeadFusion) -> None:
 def perception(trace: Trace, settings: Settings) -> Relevance:
     """Class-agnostic relevance: how much of the prediction's input came from each patch. Sums to 1, gradient-free."""
     walker = _Perception(trace, settings)
+    _walk(trace, [walker], settings.head_fusion)
+    return walker.row.relevance(trace)
+
+
+def raw_attention(trace: Trace, settings: Settings, block: int) -> Relevance:
+    """Head-fused attention of one block as the head reads it: ``r A``, no relation of another block. Sums to 1.
+
+    Args:
+        trace: The traced forward pass.
+        settings: How heads are fused and mergings undone.
+        block: Index into the blocks, negative from the last one.
+    """
+    count = len(trace.blocks)
+    if not -count <= block < count:
+        raise ValueError(f"block is {block}; expected an index into the {count} blocks, {-count} to {count - 1}")
+    walker = _RawAttention(trace, settings, trace.blocks[block])
     _walk(trace, [walker], settings.head_fusion)
     return walker.row.relevance(trace)
 

@@ -13,7 +13,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution
+from captum_lnstat import AttentionRollout, FrozenLayerNorm, GenericAttention, LNStatAttribution, RawAttention
 
 CLASSES = 5
 
@@ -73,9 +73,13 @@ METHODS: dict[str, Method] = {
     "evidence": lambda f, model=None: LNStatAttribution(f, model, rule="evidence"),
     "rollout": lambda f, model=None: LNStatAttribution(f, model, rule="rollout"),
     "gradient": lambda f, model=None: LNStatAttribution(f, model, rule="gradient"),
+    "RawAttention": RawAttention,
     "AttentionRollout": AttentionRollout,
     "GenericAttention": GenericAttention,
+    "FrozenLayerNorm": FrozenLayerNorm,
 }
+
+CLASS_AGNOSTIC = ("rollout", "RawAttention", "AttentionRollout")
 
 
 def images(batch: int = 2, size: int | tuple[int, int] = 32, seed: int = 0, channels: int = 3) -> Tensor:

@@ -19,6 +19,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 Fusion = str | Callable[[Tensor], Tensor]
 
@@ -34,6 +35,73 @@ class DetachedNorm(nn.Module):
         centred = x - x.mean(-1, keepdim=True)
         deviation = ((centred**2).mean(-1, keepdim=True) + self.eps).sqrt().detach()
         return centred / deviation * self.weight + self.bias
+
+
+class DetachedGate(nn.Module):
+    """``x * (f(x) / x)``, the second factor a constant for autograd."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert bool((x != 0).all())
+        return x * (self.function(x) / x).detach()
+
+
+class DetachedAttention(TorchFunctionMode):
+    """Softmax and sigmoid as constants for autograd, and no fused attention."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return self._explicit(*args, **kwargs)
+        output = function(*args, **kwargs)
+        if function in (F.softmax, torch.softmax, Tensor.softmax, torch.sigmoid, Tensor.sigmoid, F.sigmoid):
+            return output.detach()
+        return output
+
+    def _explicit(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
+    ) -> Tensor:
+        assert not any(options.values())
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        return scores.softmax(-1).detach() @ v
+
+
+class Frozen:
+    """Input times gradient through a copy of a model whose norms, gates and attention are detached by hand.
+
+    Attributes:
+        attribution: Input times gradient.
+        added: What every additive parameter adds to the score, by name: parameter times gradient, image by image.
+    """
+
+    ADDITIVE = ("bias", "v_bias", "cls_token", "reg_token", "dist_token", "pos_embed")
+
+    def __init__(self, model: nn.Module, x: Tensor, target: Any) -> None:
+        frozen = copy.deepcopy(model)
+        for parent in list(frozen.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.LayerNorm):
+                    setattr(parent, name, DetachedNorm(child))
+                elif type(child).__name__ in ("GELU", "SiLU"):  # timm has a GELU of its own
+                    setattr(parent, name, DetachedGate(child))
+        parameters = {name: p for name, p in frozen.named_parameters() if name.rpartition(".")[2] in self.ADDITIVE}
+        images, added = [], []
+        for image, c in zip(x, target, strict=True):
+            leaf = image[None].clone().requires_grad_()
+            with DetachedAttention():
+                logits = frozen(leaf)
+            torch.testing.assert_close(logits, model(leaf))
+            slope, *slopes = torch.autograd.grad(logits[0, c], [leaf, *parameters.values()], allow_unused=True)
+            images.append(leaf.detach() * slope)
+            parts = zip(parameters.items(), slopes, strict=True)
+            added.append({name: float((p.detach() * s).sum()) for (name, p), s in parts if s is not None})
+        self.attribution = torch.cat(images)
+        self.added = {name: torch.tensor([row[name] for row in added], dtype=x.dtype) for name in added[0]}
 
 
 def variance(x: Tensor) -> Tensor:
@@ -357,6 +425,20 @@ class Dense:
         row = F.pad(self.start(fusion), (0, 1))[:, None] @ product
         return Answer(row[:, 0, :-1], row[:, 0, -1], torch.zeros(self.batch, dtype=row.dtype))
 
+    def raw_attention(self, block: int = -1, fusion: Fusion = "mean") -> Answer:
+        """The chosen block's dense attention and the mergings' matrices; every other block is left out."""
+        chosen, product = self.blocks[block], self._nothing()
+        for step in self.steps:
+            if isinstance(step, DenseMerging):
+                product = _absorbing(step.matrix("uniform"), step.x.shape[1]) @ product
+            elif step is chosen:
+                product = _absorbing(step.fused(fusion), step.before.shape[1]) @ product
+        row = F.pad(self.start(fusion), (0, 1))[:, None] @ product
+        return Answer(row[:, 0, :-1], row[:, 0, -1], torch.zeros(self.batch, dtype=row.dtype))
+
+    def _nothing(self) -> Tensor:
+        return _absorbing(torch.eye(self.steps[0].before.shape[1]).double().expand(self.batch, -1, -1), -1)
+
     def evidence(
         self,
         target: Tensor,
@@ -416,7 +498,7 @@ class Dense:
             return self._roll(grads, keep=keep, normalize=normalize, residual=residual, merging=merging)
 
     def _roll(self, grads: list[Tensor], *, keep: bool, normalize: bool, residual: str, merging: str) -> Answer:
-        total = _absorbing(torch.eye(self.steps[0].before.shape[1]).double().expand(self.batch, -1, -1), -1)
+        total = self._nothing()
         for step in self.steps:
             if isinstance(step, DenseMerging):
                 total = _absorbing(step.matrix(merging), step.x.shape[1]) @ total

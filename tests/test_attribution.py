@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_helpers import METHODS, MODELS, CountCalls, Normalise, images, swin, untouched, vit
+from contract_helpers import CLASS_AGNOSTIC, METHODS, MODELS, CountCalls, Normalise, images, swin, untouched, vit
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution
@@ -83,7 +83,7 @@ def test_one_channel(make: Make) -> None:
 def test_target_matters_where_it_should(model: nn.Module, make: Make) -> None:
     method = make(model)
     same = torch.equal(method.attribute(images(), target=1), method.attribute(images(), target=2))
-    assert same is (make in (METHODS["rollout"], METHODS["AttentionRollout"]))
+    assert same is (make in [METHODS[name] for name in CLASS_AGNOSTIC])
 
 
 def test_callers_leaf_is_left_alone(model: nn.Module, make: Make) -> None:
@@ -220,7 +220,7 @@ def _switch_often() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_switch_often")
-@pytest.mark.parametrize("name", ["lnstat", "gradient", "AttentionRollout"])
+@pytest.mark.parametrize("name", ["lnstat", "gradient", "AttentionRollout", "FrozenLayerNorm"])
 def test_threads(model: nn.Module, name: str) -> None:
     method = METHODS[name](model)
     pictures = [images(seed=seed) for seed in range(4)]

@@ -18,10 +18,10 @@ from captum.attr import FeatureAblation, GradientAttribution, NoiseTunnel, Salie
 from captum.attr import visualization as viz
 from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
 from captum.testing.helpers.basic import assertTensorAlmostEqual, assertTensorTuplesAlmostEqual
-from contract_helpers import METHODS, MODELS, Normalise, images, untouched, vit
+from contract_helpers import CLASS_AGNOSTIC, METHODS, MODELS, Normalise, images, untouched, vit
 from torch import Tensor, nn
 
-from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution
+from captum_lnstat import AttentionRollout, FrozenLayerNorm, GenericAttention, LNStatAttribution, RawAttention
 
 mpl.use("Agg")
 
@@ -212,7 +212,7 @@ def test_autocast(method: Any, model: nn.Module) -> None:
     assert (attribution - expected).norm() < 0.1 * expected.norm()
 
 
-@pytest.mark.parametrize("method_name", ["rollout", "AttentionRollout"])
+@pytest.mark.parametrize("method_name", CLASS_AGNOSTIC)
 def test_mass_is_conserved_under_autocast(method_name: str) -> None:
     method = METHODS[method_name](model_of("swin"))
     with torch.autocast("cpu", torch.bfloat16):
@@ -290,7 +290,9 @@ def test_what_captum_asks_of_a_method(make: Callable[..., Any]) -> None:
 
 def test_names() -> None:
     assert LNStatAttribution.get_name() == "LN Stat"
+    assert RawAttention.get_name() == "Raw Attention"
     assert AttentionRollout.get_name() == "Attention Rollout"
+    assert FrozenLayerNorm.get_name() == "Frozen LayerNorm"
     assert GenericAttention.get_name() == "Generic Attention"
 
 
@@ -341,7 +343,7 @@ class TestWithCaptumsHelpers(unittest.TestCase):
 
     def test_hook_removal(self) -> None:
         # As Captum's generated test_hook_removal: normal, wrong target, an error in every module in turn.
-        for make in (METHODS["lnstat"], METHODS["gradient"]):
+        for make in (METHODS["lnstat"], METHODS["gradient"], METHODS["FrozenLayerNorm"]):
             for name in ("vit", "swin"):
                 model = copy.deepcopy(model_of(name))
                 method = make(model)
@@ -431,7 +433,10 @@ def test_forward_functions(make: Callable[..., Any]) -> None:
     for squash in (torch.softmax, torch.log_softmax):
         check(make(lambda x, squash=squash: squash(model(x), -1), model).attribute(image, target=1), image)
     normalised = make(nn.Sequential(Normalise(), model)).attribute(image, target=1)
-    torch.testing.assert_close(normalised, make(model).attribute(Normalise()(image), target=1), rtol=1e-4, atol=1e-6)
+    plain = make(model).attribute(Normalise()(image), target=1)
+    if make is FrozenLayerNorm:  # input times gradient, of the input before it is normalised
+        plain = plain * 1.5 * image / Normalise()(image)
+    torch.testing.assert_close(normalised, plain, rtol=1e-4, atol=1e-6)
     one_score = make(lambda x: model(x)[:, 1], model)
     if getattr(one_score, "contrastive", False):
         with pytest.raises(ValueError, match="contrastive=False"):
@@ -454,7 +459,7 @@ def test_forward_func_reassigned_to_another_model(make: Callable[..., Any]) -> N
     assert torch.equal(method.attribute(images(), target=1), make(second).attribute(images(), target=1))
 
 
-@pytest.mark.parametrize("method_name", ["gradient", "GenericAttention"])
+@pytest.mark.parametrize("method_name", ["gradient", "GenericAttention", "FrozenLayerNorm"])
 def test_forward_func_that_normalises_in_place(method_name: str) -> None:
     model, image = model_of("vit"), images()
     method = METHODS[method_name](nn.Sequential(Normalise(inplace=True), model))

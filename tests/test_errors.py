@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from contract_helpers import METHODS, images, lively, swin, untouched, vit
+from contract_helpers import CLASS_AGNOSTIC, METHODS, images, lively, swin, untouched, vit
+from oracles import Frozen
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -103,7 +104,7 @@ def test_bad_targets(model: nn.Module, make: Make, target: Any, error: type[Exce
         make(model).attribute(image, target=target)
 
 
-@pytest.mark.parametrize("name", ["lnstat", "evidence", "gradient", "GenericAttention"])
+@pytest.mark.parametrize("name", ["lnstat", "evidence", "gradient", "GenericAttention", "FrozenLayerNorm"])
 def test_no_target(model: nn.Module, name: str) -> None:
     with untouched(model), pytest.raises(AssertionError, match="Target not provided when necessary"):
         METHODS[name](model).attribute(images())
@@ -303,6 +304,18 @@ WIRINGS: dict[str, dict[str, Any]] = {
 }
 
 
+AFFINE_WIRINGS = (
+    "halved attention",
+    "second residual",
+    "no residual",
+    "mlp first",
+    "reversed",
+    "gate after the softmax",
+    "channel attention",
+    "channel attention, square",
+)
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_other_wirings_are_refused(wiring: str, name: str) -> None:
@@ -311,6 +324,12 @@ def test_other_wirings_are_refused(wiring: str, name: str) -> None:
     for block in other.blocks:
         if "attn_layer" in options:
             block.attn.fused_attn = False
+    if name == "FrozenLayerNorm" and wiring in AFFINE_WIRINGS:
+        # It knows no blocks: with everything frozen these are affine too, and it has to be as exact for them.
+        other = other.double()
+        found = METHODS[name](other).attribute(images().double(), target=1)
+        torch.testing.assert_close(found, Frozen(other, images().double(), [1, 1]).attribution)
+        return
     with untouched(other), pytest.raises(REFUSED):
         METHODS[name](other).attribute(images(), target=1)
 
@@ -354,7 +373,7 @@ def test_forward_function_that_runs_the_model_twice_or_never(model: nn.Module, m
         make(lambda x: other(x), model).attribute(images(), target=1)
 
 
-@pytest.mark.parametrize("name", ["lnstat", "evidence", "gradient", "GenericAttention"])
+@pytest.mark.parametrize("name", ["lnstat", "evidence", "gradient", "GenericAttention", "FrozenLayerNorm"])
 def test_forward_function_that_leaves_the_graph(model: nn.Module, name: str) -> None:
     with untouched(model), pytest.raises(RecordingError, match="no gradient"):
         METHODS[name](lambda x: model(x).detach(), model).attribute(images(), target=1)
@@ -367,7 +386,7 @@ def test_forward_function_without_grad(model: nn.Module, make: Make) -> None:
 
     method = make(forward, model)
     with untouched(model):
-        if make in (METHODS["gradient"], METHODS["GenericAttention"]):
+        if make in [METHODS[name] for name in ("gradient", "GenericAttention", "FrozenLayerNorm")]:
             with pytest.raises(RecordingError, match="without no_grad"):
                 method.attribute(images(), target=1)
         else:
@@ -395,7 +414,7 @@ def test_forward_function_that_returns_no_tensor(model: nn.Module, make: Make) -
 @pytest.mark.parametrize("name", METHODS)
 def test_forward_function_that_returns_one_number(model: nn.Module, name: str, target: Any) -> None:
     method = METHODS[name](lambda x: model(x).sum(), model)
-    if target is None and name in ("rollout", "AttentionRollout"):
+    if target is None and name in CLASS_AGNOSTIC:
         assert torch.equal(method.attribute(images()), METHODS[name](model).attribute(images()))
         return
     with untouched(model), pytest.raises(ValueError, match=r"output per image|at least two classes"):
