@@ -5,6 +5,8 @@ from captum_lnstat._version import __version__
 from captum_lnstat.attribution import LNStatAttribution
 from captum_lnstat.baselines import AttentionRollout, GenericAttention
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.feature_mask import patch_feature_mask
+from captum_lnstat.quantus import quantus_explain_func
 from captum_lnstat.recording import Recorder, Recording
 from captum_lnstat.topology import Topology, register_topology
 
@@ -18,6 +20,8 @@ __all__ = [
     "Topology",
     "UnsupportedModelError",
     "__version__",
+    "patch_feature_mask",
+    "quantus_explain_func",
     "register_topology",
     "zoo",
 ]

@@ -131,7 +131,9 @@ def explain(
         _say("prediction", f"{subject.label(best)}, confidence {_percent(confidence[best])}")
         _say("target", f"{subject.label(wanted)}, confidence {_percent(confidence[wanted])}")
         if confidence[wanted] < FAINT_TARGET:
-            click.echo("Note: the model all but rules this target out; the map shows what little argued for it", err=True)
+            click.echo(
+                "Note: the model all but rules this target out; the map shows what little argued for it", err=True
+            )
         for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
             _say(heading, line)
         panels = comparison(subject.model, inputs, wanted, rule=rule, during=progress)
