@@ -6,6 +6,7 @@ from captum_lnstat.attribution import LNStatAttribution
 from captum_lnstat.baselines import AttentionRollout, GenericAttention
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.feature_mask import patch_feature_mask
+from captum_lnstat.layer import LayerLNStat
 from captum_lnstat.quantus import quantus_explain_func
 from captum_lnstat.recording import Recorder, Recording
 from captum_lnstat.topology import Topology, register_topology
@@ -14,6 +15,7 @@ __all__ = [
     "AttentionRollout",
     "GenericAttention",
     "LNStatAttribution",
+    "LayerLNStat",
     "Recorder",
     "Recording",
     "RecordingError",

@@ -15,6 +15,7 @@ from captum_lnstat.checks import check_model, check_seen, check_start, check_str
 from captum_lnstat.compiled import eager, run_eagerly
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.head import contrast, gradients, head_covector, target_score
+from captum_lnstat.outputs import Output, pick_output
 from captum_lnstat.recording import Recorder, Recording
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.trace import Trace
@@ -57,6 +58,7 @@ def run(
     target: Target,
     additional_forward_args: ForwardArgs,
     needs: Needs,
+    output: Output = None,
 ) -> Pass:
     """Run ``forward_func`` once and record it. Neither the model, the caller's grad mode nor ``image`` is changed."""
     topology = find_topology(eager(model))
@@ -73,10 +75,11 @@ def run(
             x = x.requires_grad_().clone()  # not a leaf: a model may normalise it in place
         recorder = Recorder(topology.model, topology.taps, topology.head_begins, cut=not needs.output_gradients)
         with run_eagerly, recorder:
-            output = _logits(_run_forward(forward_func, (x,), None, additional_forward_args))
+            returned = _run_forward(forward_func, (x,), None, additional_forward_args)
+            scores = pick_output(returned, output)
     # The hook at the head has switched gradients on; leaving the context above has put the caller's mode back.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        return _read(topology, recorder.recording, output, image, target, needs)
+        return _read(topology, recorder.recording, scores, image, target, needs)
 
 
 def _read(
@@ -122,14 +125,3 @@ def _read(
         output_gradients = tuple(rest)
     detached = None if score is None else score.detach()
     return Pass(trace, recording, output.detach(), detached, u, constant, output_gradients)
-
-
-def _logits(output: Any) -> Tensor:
-    """The scores: a tensor, or the ``logits`` of a Hugging Face output."""
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"forward_func returned a {type(output).__name__}; expected a tensor of scores. Pass a function that picks "
-            "one, and the model as model="
-        )
-    return output
