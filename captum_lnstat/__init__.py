@@ -5,6 +5,9 @@ from captum_lnstat._version import __version__
 from captum_lnstat.attribution import LNStatAttribution
 from captum_lnstat.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.feature_mask import patch_feature_mask
+from captum_lnstat.layer import LayerLNStat
+from captum_lnstat.quantus import quantus_explain_func
 from captum_lnstat.recording import Recorder, Recording
 from captum_lnstat.topology import Topology, register_topology
 
@@ -13,6 +16,7 @@ __all__ = [
     "FrozenLayerNorm",
     "GenericAttention",
     "LNStatAttribution",
+    "LayerLNStat",
     "RawAttention",
     "Recorder",
     "Recording",
@@ -20,6 +24,8 @@ __all__ = [
     "Topology",
     "UnsupportedModelError",
     "__version__",
+    "patch_feature_mask",
+    "quantus_explain_func",
     "register_topology",
     "zoo",
 ]

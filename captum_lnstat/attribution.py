@@ -19,6 +19,7 @@ from captum_lnstat.engine import Needs, Pass, run
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.fusion import HeadFusion, check_fusion
 from captum_lnstat.interpolation import Interpolation, check_interpolation, to_pixels
+from captum_lnstat.outputs import Output, check_output
 from captum_lnstat.rules import Relevance, Settings
 from captum_lnstat.statistics import MergingShare, ResidualShare
 
@@ -46,6 +47,7 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         *,
         settings: Settings,
         interpolation: Interpolation,
+        output: Output = None,
     ) -> None:
         if model is None and not isinstance(forward_func, nn.Module):
             raise TypeError(
@@ -55,6 +57,7 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         super().__init__(forward_func)
         check_interpolation(interpolation)
         check_fusion(settings.head_fusion)
+        check_output(output)
         check_choice("residual", settings.residual, ("ratio", "update", "half"))
         check_choice("evidence_residual", settings.evidence_residual, ("ratio", "update", "half"))
         check_choice("merging", settings.merging, ("uniform", "variance"))
@@ -63,6 +66,7 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         self._module = forward_func if isinstance(forward_func, nn.Module) else None
         self.settings = settings
         self.interpolation = interpolation
+        self.output = output
 
     @abstractmethod
     def _needs(self) -> Needs:
@@ -110,12 +114,15 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
                 "additional_forward_args"
             )
         image = check_image(inputs[0] if isinstance(inputs, tuple) else inputs)
-        return run(self.forward_func, self._transformer(), image, target, additional_forward_args, needs)
+        return run(self.forward_func, self._transformer(), image, target, additional_forward_args, needs, self.output)
 
     def _explain(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target, additional_forward_args: ForwardArgs
     ) -> tuple[Pass, Relevance]:
         outcome = self._pass(inputs, target, additional_forward_args, self._needs())
+        return outcome, self._finite_relevance(outcome)
+
+    def _finite_relevance(self, outcome: Pass) -> Relevance:
         # Relevance is computed in float32 whatever the caller's autocast makes of the model.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
             relevance = self._relevance(outcome)
@@ -124,7 +131,7 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
                 "the relevance is not finite: something in the forward pass overflowed. Expected activations whose "
                 "variance fits the model's dtype"
             )
-        return outcome, relevance
+        return relevance
 
     def relevance(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None
@@ -203,6 +210,9 @@ class LNStatAttribution(GridAttribution):
             between classes, less of the object. Default: False
         normalized (bool): For ``"gradient"``: rows of the positive gradient attention divided by their sum.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
+        output (str, int or Callable, optional): Which scores to explain if ``forward_func`` returns several: a key or
+            attribute, a position, or a function of what it returns. By default the tensor itself, or a Hugging Face
+            output's ``logits``.
 
     Examples::
 
@@ -233,10 +243,11 @@ class LNStatAttribution(GridAttribution):
         contrastive: bool = False,
         normalized: bool = False,
         interpolation: Interpolation = "bilinear",
+        output: Output = None,
     ) -> None:
         check_choice("rule", rule, RULES)
         settings = Settings(residual, head_fusion, merging, evidence_residual)
-        super().__init__(forward_func, model, settings=settings, interpolation=interpolation)
+        super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
         self.rule = rule
         self.contrastive = contrastive
         self.normalized = normalized

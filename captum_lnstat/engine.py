@@ -15,6 +15,7 @@ from captum_lnstat.checks import check_model, check_seen, check_start, check_str
 from captum_lnstat.compiled import eager, run_eagerly
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.head import contrast, gradients, head_covector, target_score
+from captum_lnstat.outputs import Output, pick_output
 from captum_lnstat.recording import Recorder, Recording
 from captum_lnstat.statistics import accumulation_dtype
 from captum_lnstat.topology import Topology, find_topology
@@ -66,6 +67,7 @@ def run(
     target: Target,
     additional_forward_args: ForwardArgs,
     needs: Needs,
+    output: Output = None,
 ) -> Pass:
     """Run ``forward_func`` once and record it. Neither the model, the caller's grad mode nor ``image`` is changed."""
     topology = find_topology(eager(model))
@@ -89,10 +91,11 @@ def run(
             freeze="everything" if needs.input_gradient else "head",
         )
         with run_eagerly, recorder:
-            output = _logits(_run_forward(forward_func, (x,), None, additional_forward_args))
+            returned = _run_forward(forward_func, (x,), None, additional_forward_args)
+            scores = pick_output(returned, output)
     # The hook at the head has switched gradients on; leaving the context above has put the caller's mode back.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        return _read(topology, recorder.recording, output, image, leaf, target, needs)
+        return _read(topology, recorder.recording, scores, image, leaf, target, needs)
 
 
 def _read(
@@ -149,14 +152,3 @@ def _read(
         input_times_gradient = leaf.detach().to(dtype) * gradient.to(dtype)
     detached = None if score is None else score.detach()
     return Pass(trace, recording, output.detach(), detached, u, constant, output_gradients, input_times_gradient)
-
-
-def _logits(output: Any) -> Tensor:
-    """The scores: a tensor, or the ``logits`` of a Hugging Face output."""
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"forward_func returned a {type(output).__name__}; expected a tensor of scores. Pass a function that picks "
-            "one, and the model as model="
-        )
-    return output

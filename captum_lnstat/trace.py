@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -133,6 +133,22 @@ class Trace:
     def blocks(self) -> tuple[Block, ...]:
         """The blocks alone, first to last."""
         return tuple(step for step in self.steps if isinstance(step, Block))
+
+    def above(self, block: Block, *, into: bool) -> Trace:
+        """The way from ``block`` to the head, as if its tokens were the patch tokens of the image.
+
+        Args:
+            block: One of ``blocks``.
+            into: Begin with the block, at its input. False begins after it, at its output.
+        """
+        index = next(i for i, step in enumerate(self.steps) if step is block)
+        grid = self.grid
+        for step in self.steps[:index]:
+            if isinstance(step, Merging):
+                grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+        after = block.before + block.attention_update + block.mlp_update
+        steps, tokens = (self.steps[index:], block.before) if into else (self.steps[index + 1 :], after)
+        return replace(self, steps=steps, tokens=tokens, grid=grid)
 
     def start(self, fusion: HeadFusion) -> Float[Tensor, "batch token"]:
         """The row vector with which class-agnostic relevance starts at the head."""
