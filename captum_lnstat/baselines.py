@@ -17,6 +17,7 @@ from captum_lnstat.engine import Needs, Pass
 from captum_lnstat.frozen import per_image
 from captum_lnstat.fusion import HeadFusion
 from captum_lnstat.interpolation import Interpolation
+from captum_lnstat.outputs import Output
 from captum_lnstat.rules import Relevance, Settings
 
 
@@ -37,6 +38,7 @@ class RawAttention(GridAttribution):
         block (int): Which block; negative indices count from the last. Default: -1, the last.
         head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
+        output (str, int or Callable, optional): As for ``LNStatAttribution``.
 
     Examples::
 
@@ -55,11 +57,12 @@ class RawAttention(GridAttribution):
         block: int = -1,
         head_fusion: HeadFusion = "mean",
         interpolation: Interpolation = "bilinear",
+        output: Output = None,
     ) -> None:
         if isinstance(block, bool) or not isinstance(block, int):
             raise TypeError(f"block is {block!r}; expected the index of a block")
         settings = Settings(residual="half", head_fusion=head_fusion, merging="uniform")
-        super().__init__(forward_func, model, settings=settings, interpolation=interpolation)
+        super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
         self.block = block
 
     @classmethod
@@ -92,6 +95,7 @@ class AttentionRollout(GridAttribution):
         model (nn.Module, optional): As for ``LNStatAttribution``.
         head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
+        output (str, int or Callable, optional): As for ``LNStatAttribution``.
     """
 
     def __init__(
@@ -101,9 +105,10 @@ class AttentionRollout(GridAttribution):
         *,
         head_fusion: HeadFusion = "mean",
         interpolation: Interpolation = "bilinear",
+        output: Output = None,
     ) -> None:
         settings = Settings(residual="half", head_fusion=head_fusion, merging="uniform")
-        super().__init__(forward_func, model, settings=settings, interpolation=interpolation)
+        super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
 
     @classmethod
     def get_name(cls) -> str:
@@ -133,6 +138,7 @@ class GenericAttention(GridAttribution):
         forward_func (Callable): As for ``LNStatAttribution``.
         model (nn.Module, optional): As for ``LNStatAttribution``.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
+        output (str, int or Callable, optional): As for ``LNStatAttribution``.
     """
 
     def __init__(
@@ -141,8 +147,11 @@ class GenericAttention(GridAttribution):
         model: nn.Module | None = None,
         *,
         interpolation: Interpolation = "bilinear",
+        output: Output = None,
     ) -> None:
-        super().__init__(forward_func, model, settings=Settings(merging="uniform"), interpolation=interpolation)
+        super().__init__(
+            forward_func, model, settings=Settings(merging="uniform"), interpolation=interpolation, output=output
+        )
 
     @classmethod
     def get_name(cls) -> str:
@@ -185,6 +194,7 @@ class FrozenLayerNorm(GridAttribution):
     Args:
         forward_func (Callable): As for ``LNStatAttribution``.
         model (nn.Module, optional): As for ``LNStatAttribution``.
+        output (str, int or Callable, optional): As for ``LNStatAttribution``.
 
     Examples::
 
@@ -199,8 +209,10 @@ class FrozenLayerNorm(GridAttribution):
         torch.Size([1, 16, 16])
     """
 
-    def __init__(self, forward_func: Callable[..., Any], model: nn.Module | None = None) -> None:
-        super().__init__(forward_func, model, settings=Settings(), interpolation="nearest")
+    def __init__(
+        self, forward_func: Callable[..., Any], model: nn.Module | None = None, *, output: Output = None
+    ) -> None:
+        super().__init__(forward_func, model, settings=Settings(), interpolation="nearest", output=output)
 
     @classmethod
     def get_name(cls) -> str:
