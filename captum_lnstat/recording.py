@@ -251,7 +251,7 @@ class Recorder(TorchFunctionMode):
         if not self._cut:
             self._stream_end = stream
             return None
-        # The caller's grad mode comes back when the forward_func call returns: see attribution.py.
+        # The caller's grad mode comes back when the forward_func call returns: see engine.py.
         torch.set_grad_enabled(True)
         self._stream_end = stream.detach().requires_grad_()
         return (self._stream_end, *inputs[1:])

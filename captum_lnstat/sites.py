@@ -190,7 +190,7 @@ class SoftmaxSite(AttentionSite):
         if self.value is None:
             raise RecordingError(
                 f"the softmax at {self.module!r} was seen, but not the product of its output with the values, which "
-                "this rule needs; rule='rollout' needs the probabilities alone"
+                "every rule reads; expected attention @ values after it, with at most a dropout or a cast between"
             )
         value = self.value.read()[:, heads]
         return value.to(accumulation_dtype(value))

@@ -1,11 +1,14 @@
-"""What no test may leave behind."""
+"""What no test may leave behind, and the methods and models that the contract is tested on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from contract_helpers import METHODS, swin, vit
+from torch import nn
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +20,15 @@ def _modes_stay() -> Iterator[None]:
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture(params=METHODS)
+def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Every public method in turn, as a function of forward_func and model."""
+    return METHODS[request.param]
+
+
+@pytest.fixture(scope="module", params=[vit, swin])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """A small ViT and a small Swin."""
+    return request.param()

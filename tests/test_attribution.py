@@ -22,16 +22,6 @@ from captum_lnstat import LNStatAttribution
 Make = Callable[..., Any]
 
 
-@pytest.fixture(params=METHODS)
-def make(request: pytest.FixtureRequest) -> Make:
-    return METHODS[request.param]
-
-
-@pytest.fixture(scope="module", params=[vit, swin])
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    return request.param()
-
-
 def test_one_forward_call(model: nn.Module, make: Make) -> None:
     counted = CountCalls(model)
     method = make(counted)

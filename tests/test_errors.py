@@ -25,16 +25,6 @@ REFUSED = (RecordingError, UnsupportedModelError)
 Make = Callable[..., Any]
 
 
-@pytest.fixture(params=METHODS)
-def make(request: pytest.FixtureRequest) -> Make:
-    return METHODS[request.param]
-
-
-@pytest.fixture(scope="module", params=[vit, swin])
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    return request.param()
-
-
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [

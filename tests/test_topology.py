@@ -219,25 +219,17 @@ class _OtherWiring(nn.Module):
         return self.norm2(x + self.mlp(x))
 
 
-def test_blocks_of_another_wiring_are_refused():
-    model = _tiny_vit()
-    for i, block in enumerate(model.blocks):
-        model.blocks[i] = _OtherWiring(block)
-    for name in ("rollout", "evidence", "gradient"):
-        with pytest.raises(RecordingError):
-            rule(model, name, torch.randn(1, 3, 16, 16), targets(1))
-
-
 class _Parallel(_OtherWiring):
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         return x + self.attn(self.norm1(x)) + self.mlp(self.norm2(x))
 
 
-def test_parallel_blocks_are_refused():
-    """norm2 reads the stream before the attention's update: there is nothing between the two."""
+# In _Parallel norm2 reads the stream before the attention's update: there is nothing between the two.
+@pytest.mark.parametrize("wiring", [_OtherWiring, _Parallel])
+def test_blocks_of_another_wiring_are_refused(wiring):
     model = _tiny_vit()
     for i, block in enumerate(model.blocks):
-        model.blocks[i] = _Parallel(block)
+        model.blocks[i] = wiring(block)
     for name in ("rollout", "evidence", "gradient"):
         with pytest.raises(RecordingError):
             rule(model, name, torch.randn(1, 3, 16, 16), targets(1))

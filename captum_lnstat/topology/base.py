@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from captum_lnstat.compiled import eager
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording import Recording
 from captum_lnstat.trace import Trace
@@ -81,7 +82,7 @@ def find_topology(model: nn.Module) -> Topology:
     """
     level = [model]
     while level:
-        level = [_unwrapped(module) for module in level]
+        level = [eager(module) for module in level]
         found = [(module, family) for module in level for family in _FAMILIES if family.matches(module)]
         models = {id(module) for module, _ in found}
         if len(models) > 1:
@@ -95,11 +96,6 @@ def find_topology(model: nn.Module) -> Topology:
             return family(module)
         level = [child for module in level for child in module.children()]
     raise UnsupportedModelError(_no_family(model))
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = getattr(module, "_orig_mod", None)  # torch.compile's wrapper answers for what it wraps
-    return _unwrapped(inner) if isinstance(inner, nn.Module) else module
 
 
 def _no_family(model: nn.Module) -> str:
