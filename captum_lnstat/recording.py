@@ -64,7 +64,7 @@ class NormCall:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """The first tensor a module was given and the tensor it returned."""
+    """The first tensor a module was given and the tensor it returned, or the first of those it returned."""
 
     input: Kept
     output: Kept
@@ -234,6 +234,8 @@ class Recorder(TorchFunctionMode):
             if self._elsewhere():
                 return
             self._running.pop()
+            if isinstance(output, tuple) and output:
+                output = output[0]  # a block that returns its attention maps beside its tokens
             if module in self._taps and isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
                 self._calls.setdefault(name, []).append(ModuleCall(Kept.of(inputs[0]), Kept.of(output)))
 
