@@ -110,6 +110,10 @@ class Recording:
             raise RecordingError(f"expected one LayerNorm call at {module!r}, saw: {seen}")
         return found[0]
 
+    def norms_inside(self, module: str) -> list[NormCall]:
+        """Every norm call inside a module, in order."""
+        return [norm for norm in self.norms if _inside(norm.module, module)]
+
 
 def _inside(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
