@@ -143,6 +143,8 @@ def windows(
     window: tuple[int, int],
     shift: tuple[int, int],
     device: torch.device | None = None,
+    *,
+    pad_first: bool = False,
 ) -> Groups:
     """The windows of a shifted-window attention: roll by ``-shift``, pad right and below, cut into windows.
 
@@ -151,14 +153,21 @@ def windows(
         window: Rows and columns of a window.
         shift: Rows and columns of the cyclic shift.
         device: Where the index lives.
+        pad_first: Pad, then roll: the padding moves with the tokens.
 
     Example:
         >>> windows((2, 3), (2, 2), (0, 1)).index.tolist()
         [[1, 2, 4, 5], [0, -1, 3, -1]]
+        >>> windows((2, 3), (2, 2), (0, 1), pad_first=True).index.tolist()
+        [[1, 2, 4, 5], [-1, 0, -1, 3]]
     """
     ids = torch.arange(grid[0] * grid[1], device=device).reshape(grid)
+    padding = (0, -grid[1] % window[1], 0, -grid[0] % window[0])
+    if pad_first:
+        ids = F.pad(ids, padding, value=PADDING)
     ids = ids.roll((-shift[0], -shift[1]), dims=(0, 1))
-    ids = F.pad(ids, (0, -grid[1] % window[1], 0, -grid[0] % window[0]), value=PADDING)
+    if not pad_first:
+        ids = F.pad(ids, padding, value=PADDING)
     rows, columns = ids.shape[0] // window[0], ids.shape[1] // window[1]
     ids = ids.reshape(rows, window[0], columns, window[1]).transpose(1, 2)
     return Groups(ids.reshape(rows * columns, window[0] * window[1]))
