@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from captum_lnstat.layout import PADDING, Groups
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -55,7 +57,7 @@ class Covector:
         flat = u.flatten(2)
         longest = flat.square().sum(-1).argmax(1)
         one = flat[torch.arange(len(flat), device=u.device), longest]
-        length = one.square().sum(-1)
+        length = one.square().sum(-1, keepdim=True)
         scale = torch.where(length > 0, (flat @ one[..., None])[..., 0] / length, 0)
         apart = (flat - scale[..., None] * one[:, None]).abs().amax(-1)
         allowed = SAME_DIRECTION * torch.finfo(u.dtype).eps * scale.abs() * one.abs().amax(-1, keepdim=True)
@@ -117,6 +119,20 @@ class Covector:
         """Each token's covector times a vector of its own, channel by channel."""
         factor = factor if self.everywhere else factor[:, self.at]
         kind = torch.arange(len(self.at), device=self.at.device)
-        return replace(
-            self, directions=self.dense() * factor[:, :, None], scale=torch.ones_like(self.scale), kind=kind
-        )
+        return replace(self, directions=self.dense() * factor[:, :, None], scale=torch.ones_like(self.scale), kind=kind)
+
+
+def to_children(joined: Covector, groups: Groups) -> Covector:
+    """From the covectors of joined children, ``(child, channel)`` flat, to those of the children.
+
+    Every direction becomes one for each of the places in a group.
+    """
+    members = groups.index.shape[1]
+    batch, kinds, scores, _ = joined.directions.shape
+    split = joined.directions.reshape(batch, kinds, scores, members, -1).transpose(2, 3)
+    parents = groups.index[joined.at]  # (place, member)
+    real = parents != PADDING
+    at, order = parents[real].sort()
+    kind = (joined.kind[:, None] * members + torch.arange(members, device=at.device))[real][order]
+    scale = joined.scale[:, :, None].expand(-1, -1, members)[:, real][:, order]
+    return Covector(at, scale, split.flatten(1, 2), kind, groups.count)

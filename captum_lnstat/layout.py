@@ -63,7 +63,8 @@ class Groups:
     tokens: int | None = None
 
     @cached_property
-    def _count(self) -> int:
+    def count(self) -> int:
+        """How many tokens there are."""
         return int(self.index.max()) + 1 if self.tokens is None else self.tokens
 
     @cached_property
@@ -82,12 +83,12 @@ class Groups:
     def _place_of_token(self) -> Int[Tensor, " token"] | None:
         """The place of every token, if each has exactly one."""
         order = self._tokens_of_places.argsort()
-        every = torch.arange(self._count, device=self.index.device)
+        every = torch.arange(self.count, device=self.index.device)
         return self._places[order] if torch.equal(self._tokens_of_places[order], every) else None
 
     @cached_property
     def covered(self) -> Bool[Tensor, " token"] | None:
-        found = torch.zeros(self._count, dtype=torch.bool, device=self.index.device)
+        found = torch.zeros(self.count, dtype=torch.bool, device=self.index.device)
         found[self._tokens_of_places] = True
         return None if bool(found.all()) else found
 
@@ -101,7 +102,7 @@ class Groups:
         if self._place_of_token is not None:
             tokens = flat[:, self._place_of_token]
         else:
-            tokens = flat.new_zeros(batch, self._count, flat.shape[-1])
+            tokens = flat.new_zeros(batch, self.count, flat.shape[-1])
             tokens.index_add_(1, self._tokens_of_places, flat[:, self._places])
         return tokens, flat[:, self._padded_places].sum(1)
 

@@ -27,6 +27,11 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def stream(tokens: Tensor) -> Tensor:
+    """The residual stream as (batch, token, channel), whatever its layout was, in the accumulation dtype."""
+    return tokens.flatten(1, -2).to(accumulation_dtype(tokens))
+
+
 @dataclass(frozen=True)
 class TokenStatistics:
     """Mean and biased variance over the channels of each token, in float32 (float64 for a float64 model)."""

@@ -248,7 +248,9 @@ class Trace:
             into: Begin with the block, at its input. False begins after it, at its output.
         """
         index = next(i for i, step in enumerate(self.steps) if step is block)
-        below, above = (self.steps[:index], self.steps[index:]) if into else (self.steps[: index + 1], self.steps[index + 1 :])
+        below, above = (
+            (self.steps[:index], self.steps[index:]) if into else (self.steps[: index + 1], self.steps[index + 1 :])
+        )
         grid = self.grid
         for step in below:
             if isinstance(step, Merging):

@@ -17,8 +17,9 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenNorm
 from captum_lnstat.layout import Groups, quads, windows
 from captum_lnstat.recording import Recording
+from captum_lnstat.statistics import stream
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block, stream
+from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
 from captum_lnstat.trace import Block, FixedPooling, Merging, Trace
 
 Grid = tuple[int, int]
@@ -87,9 +88,10 @@ class WindowedTopology(Topology):
                 grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
             else:
                 steps.append(residual_block(name, module, recording, _layout(module, tokens, grid)))
-        first = steps[0].before if isinstance(steps[0], Block) else steps[0].children
         height, width = self._patches.kernel_size
-        return Trace(self.family, tuple(steps), first, 0, first_grid, (height, width), self._pooling(steps[-1]))
+        return Trace(
+            self.family, tuple(steps), steps[0].before, 0, first_grid, (height, width), self._pooling(steps[-1])
+        )
 
     def _pooling(self, last: Block | Merging) -> FixedPooling:
         if not isinstance(last, Block) or not _pools_by_mean(self.model):
@@ -209,4 +211,5 @@ def _merging(name: str, module: Any, recording: Recording, grid: Grid) -> Mergin
             f"{name} keeps its width of {reduction.in_features} channels, so it cannot be told whether its norm comes "
             "before or after the reduction"
         )
-    return Merging(name, quads(grid, children.device), stream(children), path, norm_first, reduction.weight.detach())
+    groups, after = quads(grid, children.device), stream(recording.call(name).output.read())
+    return Merging(name, groups, stream(children), path, norm_first, reduction.weight.detach(), after)
