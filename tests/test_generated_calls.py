@@ -465,12 +465,16 @@ def bad_calls(draw: st.DrawFn, kind: type, part: str) -> tuple[Call, list[str]]:
 
 def others_error(call: Call) -> type[BaseException] | None:
     """What the function raises by itself for these images and arguments, or Captum for this target of its output."""
-    if not callable(call.forward) or not isinstance(call.image, Tensor):
+    image = call.image
+    # What is no image at all has to be refused before anybody else sees it.
+    if not callable(call.forward) or not plain_tensors(image) or image.dim() != 4 or not image.numel():
+        return None
+    if not image.is_floating_point() or not torch.isfinite(image).all():
         return None
     try:
         with torch.no_grad():
             dtype = next(call.model.parameters()).dtype
-            output = _run_forward(call.forward, (call.image.detach().to(dtype),), None, call.further)
+            output = _run_forward(call.forward, (image.detach().to(dtype),), None, call.further)
             if isinstance(output, Tensor):
                 score = _select_targets(output, call.target)
                 assert score[0].numel() == 1

@@ -201,7 +201,8 @@ def test_nothing_is_left_behind(name: str, point: str) -> None:
         given_as = (image,) if data.draw(st.booleans()) else image
         method = EVERY_METHOD[name](lambda x: model(x), model)
         function = method.forward_func
-        expected = method.attribute(image, target=1)
+        with untouched(model, image):
+            expected = method.attribute(image, target=1)
         if point == "forward_func":
             method.forward_func = broken_function(model, failure)
         raised: BaseException | None = None
