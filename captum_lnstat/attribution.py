@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_lnstat import rules
 from captum_lnstat._compat import _format_output, _is_tuple, log_usage
 from captum_lnstat._typing import ForwardArgs, Target, TensorOrTuple
-from captum_lnstat.checks import check_complete, check_image
+from captum_lnstat.checks import check_complete, check_fits, check_image
 from captum_lnstat.description import Description, describe_pass
 from captum_lnstat.engine import Needs, Pass, run
 from captum_lnstat.errors import RecordingError
@@ -29,8 +29,14 @@ RULES: tuple[Rule, ...] = ("lnstat", "evidence", "rollout", "gradient")
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False; a string such as ``"no"`` would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
 
 
 class GridAttribution(GradientAttribution):  # type: ignore[misc]
@@ -49,6 +55,12 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         interpolation: Interpolation,
         output: Output = None,
     ) -> None:
+        if not callable(forward_func):
+            raise TypeError(
+                f"forward_func is a {type(forward_func).__name__}; expected the model, or a function that runs it"
+            )
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; expected the module that forward_func runs")
         if model is None and not isinstance(forward_func, nn.Module):
             raise TypeError(
                 f"forward_func is a {type(forward_func).__name__}, not a module; pass the transformer that it runs as "
@@ -175,7 +187,7 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         is_tuple = _is_tuple(inputs)
         image = inputs[0] if isinstance(inputs, tuple) else inputs
         with torch.inference_mode(False), torch.no_grad():
-            attribution = self._to_inputs(outcome, relevance.grid, image)
+            attribution = check_fits(self._to_inputs(outcome, relevance.grid, image))
         return _format_output(is_tuple, (attribution,)), outcome, relevance
 
 
@@ -214,6 +226,9 @@ class LNStatAttribution(GridAttribution):
             attribute, a position, or a function of what it returns. By default the tensor itself, or a Hugging Face
             output's ``logits``.
 
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
+
     Examples::
 
         >>> import torch
@@ -246,6 +261,8 @@ class LNStatAttribution(GridAttribution):
         output: Output = None,
     ) -> None:
         check_choice("rule", rule, RULES)
+        check_switch("contrastive", contrastive)
+        check_switch("normalized", normalized)
         settings = Settings(residual, head_fusion, merging, evidence_residual)
         super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
         self.rule = rule
@@ -331,10 +348,15 @@ class LNStatAttribution(GridAttribution):
               constant (biases), minus the score. Float error: below ``1e-4 * max(1, |score|)`` in float32.
 
         Raises:
-            ValueError, TypeError: The images are not what is expected; the message says what is.
-            AssertionError, IndexError: The target does not fit the output, as in all of Captum.
+            ValueError, TypeError: The images, an option or the target are not what is expected; the message says what
+                is.
+            AssertionError, IndexError, RuntimeError: The target does not fit the output, as in all of Captum: not
+                given or of another form, an int out of range, a list or tensor with one out of range.
             UnsupportedModelError: The model, or a setting of it, cannot be explained with certainty.
             RecordingError: The forward pass did not add up.
+
+        What ``forward_func`` raises by itself, for instance for images of a size that the model does not take, is
+        passed on as it is.
         """
         if return_convergence_delta and not self.has_convergence_delta():
             raise ValueError(f"rule={self.rule!r} has no convergence delta; rule='evidence' has")

@@ -40,6 +40,9 @@ class RawAttention(GridAttribution):
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
 
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
+
     Examples::
 
         >>> from captum_lnstat import RawAttention, zoo
@@ -80,7 +83,11 @@ class RawAttention(GridAttribution):
     def attribute(
         self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
     ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``; the target does not matter."""
+        """As ``LNStatAttribution.attribute``, errors included; a target does not matter, but has to fit the output.
+
+        Raises:
+            ValueError: The model has no such ``block``.
+        """
         return self._attribute(inputs, target, additional_forward_args)[0]
 
 
@@ -96,6 +103,9 @@ class AttentionRollout(GridAttribution):
         head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
     """
 
     def __init__(
@@ -125,7 +135,7 @@ class AttentionRollout(GridAttribution):
     def attribute(
         self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
     ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``; the target does not matter."""
+        """As ``LNStatAttribution.attribute``, errors included; a target does not matter, but has to fit the output."""
         return self._attribute(inputs, target, additional_forward_args)[0]
 
 
@@ -139,6 +149,9 @@ class GenericAttention(GridAttribution):
         model (nn.Module, optional): As for ``LNStatAttribution``.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
     """
 
     def __init__(
@@ -169,7 +182,7 @@ class GenericAttention(GridAttribution):
     def attribute(
         self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
     ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``."""
+        """As ``LNStatAttribution.attribute``, errors included."""
         return self._attribute(inputs, target, additional_forward_args)[0]
 
 
@@ -195,6 +208,9 @@ class FrozenLayerNorm(GridAttribution):
         forward_func (Callable): As for ``LNStatAttribution``.
         model (nn.Module, optional): As for ``LNStatAttribution``.
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
 
     Examples::
 
@@ -242,5 +258,5 @@ class FrozenLayerNorm(GridAttribution):
     def attribute(
         self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
     ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``."""
+        """As ``LNStatAttribution.attribute``, errors included."""
         return self._attribute(inputs, target, additional_forward_args)[0]

@@ -26,6 +26,9 @@ def check_image(image: object) -> Tensor:
     """The image batch, or an error that says what is wrong with it."""
     if not isinstance(image, Tensor):
         raise TypeError(f"inputs is a {type(image).__name__}; expected a torch.Tensor or a tuple with one")
+    if image.layout is not torch.strided or image.is_nested or image.device.type == "meta":
+        kind = "nested" if image.is_nested else image.device.type if image.device.type == "meta" else image.layout
+        raise TypeError(f"inputs is a {kind} tensor; expected a dense one with values")
     if image.dim() != 4:
         raise ValueError(f"inputs has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
     if image.numel() == 0:
@@ -35,6 +38,16 @@ def check_image(image: object) -> Tensor:
     if not bool(torch.isfinite(image).all()):
         raise ValueError("inputs holds NaN or infinite values; expected finite ones, since no map can be right for it")
     return image
+
+
+def check_fits(attribution: Tensor) -> Tensor:
+    """Relevance that is finite may still be too large for the narrow dtype of the images."""
+    if attribution.dtype.itemsize < 4 and not bool(torch.isfinite(attribution).all()):
+        raise RecordingError(
+            f"the relevance does not fit into {attribution.dtype}, the dtype of the images; expected images in float32 "
+            "for a score of this size"
+        )
+    return attribution
 
 
 def check_seen(seen: Tensor, image: Tensor) -> None:

@@ -20,7 +20,7 @@ _NAMES = ("mean", "max", "min")
 
 def check_fusion(fusion: HeadFusion) -> None:
     """Raise unless ``fusion`` is one of the names or a callable."""
-    if fusion not in _NAMES and not callable(fusion):
+    if not callable(fusion) and not (isinstance(fusion, str) and fusion in _NAMES):
         raise ValueError(
             f"head_fusion is {fusion!r}; expected one of {', '.join(map(repr, _NAMES))} or a callable from "
             "(batch, head, query, key) to (batch, query, key)"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_lnstat._compat import _format_output, _is_tuple, log_usage
 from captum_lnstat._typing import ForwardArgs, Target, TensorOrTuple
 from captum_lnstat.attribution import LNStatAttribution, check_choice
+from captum_lnstat.checks import check_fits
 from captum_lnstat.compiled import eager
 from captum_lnstat.engine import Pass
 from captum_lnstat.fusion import HeadFusion
@@ -51,6 +52,9 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
         merging (str): As for ``LNStatAttribution``.
         contrastive (bool): As for ``LNStatAttribution``. Default: False
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
 
     Examples::
 
@@ -141,13 +145,15 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
               channel)`` for a Swin. For ``LayerAttribution.interpolate``, move the channels before rows and columns.
 
         Raises:
-            ValueError: ``layer`` is not a block of the model; the message names the blocks.
+            ValueError, TypeError, AssertionError, IndexError, RuntimeError, UnsupportedModelError, RecordingError: As
+                for ``LNStatAttribution.attribute``; a ValueError also if ``layer`` is not a block of the model: the
+                message names the blocks.
         """
         relevance, shape = self._explain(inputs, target, additional_forward_args, attribute_to_layer_input)
         image = inputs[0] if isinstance(inputs, tuple) else inputs
         with torch.inference_mode(False), torch.no_grad():
             tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1).reshape(shape[:-1])
-            spread = (tokens / shape[-1]).to(image.dtype)[..., None].expand(shape).contiguous()
+            spread = check_fits((tokens / shape[-1]).to(image.dtype))[..., None].expand(shape).contiguous()
         return _format_output(_is_tuple(inputs), (spread,))  # type: ignore[no-any-return]
 
     def _explain(

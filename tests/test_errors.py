@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from contract_helpers import CLASS_AGNOSTIC, METHODS, images, lively, swin, untouched, vit
+from contract_helpers import CLASS_AGNOSTIC, EVERY_METHOD, METHODS, images, lively, swin, untouched, vit
 from oracles import Frozen
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -36,6 +36,13 @@ Make = Callable[..., Any]
         (images(1).masked_fill(images(1) > 2, torch.inf), ValueError, "NaN or infinite"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, r"torch\.uint8; expected a floating-point image"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.complex64), TypeError, "floating-point"),
+        (images(1).to_sparse(), TypeError, r"torch\.sparse_coo tensor; expected a dense one"),
+        (images(1).to("meta"), TypeError, "meta tensor; expected a dense one"),
+        (
+            torch.nested.nested_tensor([*images()], layout=torch.jagged),
+            TypeError,
+            "nested tensor; expected a dense one",
+        ),
         ([images(1)], TypeError, "list; expected a torch.Tensor or a tuple"),
         (images(1).numpy(), TypeError, "ndarray; expected a torch.Tensor or a tuple"),
         (None, TypeError, "NoneType"),
@@ -114,7 +121,7 @@ def test_no_target(model: nn.Module, name: str) -> None:
         ("interpolation", ["bilinear", "nearest"]),
     ],
 )
-@pytest.mark.parametrize("value", ["nonsense", None, 3])
+@pytest.mark.parametrize("value", ["nonsense", None, 3, [], {}, np.array(["mean", "ratio"])])
 def test_constructor_names_the_options(model: nn.Module, option: str, names: list[str], value: Any) -> None:
     with pytest.raises(ValueError, match=option) as raised:
         LNStatAttribution(model, **{option: value})
@@ -126,6 +133,31 @@ def test_constructor_needs_the_model(model: nn.Module, make: Make) -> None:
         make(lambda x: model(x))
     with pytest.raises(TypeError):
         LNStatAttribution(model, None, "evidence")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("forward_func", [None, "vit", 3])
+def test_constructor_needs_a_function(model: nn.Module, make: Make, forward_func: Any) -> None:
+    with pytest.raises(TypeError, match=f"forward_func is a {type(forward_func).__name__}"):
+        make(forward_func, model)
+    for wrong in ("vit", 3, lambda x: x, VisionTransformer):
+        with pytest.raises(TypeError, match=f"model is a {type(wrong).__name__}; expected the module"):
+            make(model, wrong)
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, None, []])
+@pytest.mark.parametrize("option", ["contrastive", "normalized"])
+def test_switches_are_true_or_false(option: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{option} is {re.escape(repr(value))}; expected True or False"):
+        LNStatAttribution(vit(), **{option: value})
+
+
+@pytest.mark.parametrize("name", ["lnstat", "evidence", "gradient", "FrozenLayerNorm", "LayerLNStat"])
+def test_relevance_too_large_for_the_dtype_of_the_images(name: str) -> None:
+    other = vit()
+    method = EVERY_METHOD[name](lambda x: other(x) * 1e10, other)
+    with untouched(other), pytest.raises(RecordingError, match=r"does not fit into torch\.float16"):
+        method.attribute(images().half(), target=1)
+    assert torch.isfinite(method.attribute(images(), target=1)).all()
 
 
 def test_head_fusion_callable_is_checked(model: nn.Module) -> None:
