@@ -78,10 +78,15 @@ class RawAttention(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
         """As ``LNStatAttribution.attribute``; the target does not matter."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class AttentionRollout(GridAttribution):
@@ -123,10 +128,15 @@ class AttentionRollout(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
         """As ``LNStatAttribution.attribute``; the target does not matter."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class GenericAttention(GridAttribution):
@@ -167,10 +177,15 @@ class GenericAttention(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
         """As ``LNStatAttribution.attribute``."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class FrozenLayerNorm(GridAttribution):
@@ -240,7 +255,12 @@ class FrozenLayerNorm(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
         """As ``LNStatAttribution.attribute``."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]

@@ -171,7 +171,7 @@ def test_families():
     ids=["linear", "nothing", "resnet", "encoder layer"],
 )
 def test_other_models_are_refused_in_words(model):
-    with pytest.raises(UnsupportedModelError, match="Known families are plain") as error:
+    with pytest.raises(UnsupportedModelError, match="not a vision transformer of a known family") as error:
         find_topology(model)
     assert type(model).__name__ in str(error.value)
 
