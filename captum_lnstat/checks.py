@@ -113,6 +113,12 @@ def check_stream(recording: Recording, trace: Trace) -> None:
             )
 
 
+_OTHER_POOLING = (
+    "expected the head of the family. Of several scores that read a part each (a distilled model in train mode), explain "
+    "their mean with output=; a model with a pooling of its own needs a topology of its own"
+)
+
+
 def check_start(trace: Trace, u: Tensor) -> None:
     """The head may only read the tokens that the topology says it reads."""
     read, expected = u.ne(0).any(-1), trace.start("mean").ne(0)
@@ -125,13 +131,13 @@ def check_start(trace: Trace, u: Tensor) -> None:
             token = int(missing.nonzero()[0, 1])
             raise RecordingError(
                 f"the head does not read token {token}, but pooling was recognised as {trace.pooling.name!r}, which "
-                "does; expected the head of the family. A model with a pooling of its own needs a topology of its own"
+                f"does; {_OTHER_POOLING}"
             )
     if bool(unexpected.any()):
         token = int(unexpected.nonzero()[0, 1])
         raise RecordingError(
             f"the head reads token {token}, but pooling was recognised as {trace.pooling.name!r}, which does not; "
-            "expected the head of the family. A model with a pooling of its own needs a topology of its own"
+            f"{_OTHER_POOLING}"
         )
 
 

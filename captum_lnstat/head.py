@@ -117,7 +117,8 @@ def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor]) -> tuple[Ten
     if not score.requires_grad:
         raise RecordingError(
             "the score has no gradient at the transformer's tokens: forward_func leaves the graph after the model "
-            "(no_grad, inference_mode, detach, numpy or argmax). Let it return the model's scores as they are"
+            "(no_grad, inference_mode, detach, numpy, argmax or re-entrant checkpointing). Let it return the model's "
+            "scores as they are"
         )
     try:
         return torch.autograd.grad(score.sum(), list(at))
