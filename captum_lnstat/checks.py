@@ -114,7 +114,7 @@ def check_stream(recording: Recording, trace: Trace) -> None:
 
 
 _OTHER_POOLING = (
-    "expected the head of the family. Of several scores that read a part each (a distilled model in train mode), explain "
+    "expected the head of the family. If several scores read a part each (a distilled model in train mode), explain "
     "their mean with output=; a model with a pooling of its own needs a topology of its own"
 )
 

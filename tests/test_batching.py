@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from contract_helpers import METHODS, images, swin, untouched, vit
+from contract_helpers import images, swin, untouched, vit
 from torch import Tensor, nn
 
 from captum_lnstat import LayerLNStat, LNStatAttribution
