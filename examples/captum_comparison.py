@@ -50,7 +50,7 @@ SEED = 0
 IG_STEPS = 50  # Captum's default
 PATCH = 8  # of the occlusion window, its stride too
 NOISE = 0.1  # deviation of the noise for infidelity, in normalised pixels
-FAITHFUL, RADIUS, NEIGHBOURS = 20, 0.02, 10  # perturbations an image
+FAITHFUL, RADIUS = 20, 0.02  # perturbations an image for infidelity; how far for sensitivity
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ class Method:
 
     def attribute(self, made: Any, images: Any, target: Any, **more: Any) -> Any:
         return made.attribute(images, target=target, **self.options, **more)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured: images for the metrics, pairs of timings, draws an image for sensitivity."""
+
+    images: int
+    pairs: int
+    draws: int
 
 
 class GradCamOnPixels(GradientAttribution):
@@ -95,7 +104,11 @@ METHODS = (
     Method("FrozenLayerNorm", FrozenLayerNorm, {}),
     Method("Captum Saliency", Saliency, {}, global_attribution=False),
     Method("Captum InputXGradient", InputXGradient, {}),
-    Method(f"Captum IntegratedGradients, {IG_STEPS} steps", IntegratedGradients, {"n_steps": IG_STEPS}),
+    Method(
+        f"Captum IntegratedGradients, {IG_STEPS} steps",
+        IntegratedGradients,
+        {"n_steps": IG_STEPS, "internal_batch_size": 50},
+    ),
     Method("Captum LayerGradCam, last norm", GradCamOnPixels, {}, global_attribution=False),
     Method(
         f"Captum Occlusion, {PATCH} x {PATCH} windows",
@@ -315,14 +328,14 @@ def faithfulness(method: Method, model: nn.Module, images: Tensor, target: list[
     return float(values.median())
 
 
-def sensitivity(method: Method, model: nn.Module, images: Tensor, target: list[int]) -> float:
+def sensitivity(method: Method, model: nn.Module, images: Tensor, target: list[int], draws: int) -> float:
     made = method.make(model)
     torch.manual_seed(SEED)
     values = sensitivity_max(
         lambda inputs, target: method.attribute(made, inputs, target),
         images,
         perturb_radius=RADIUS,
-        n_perturb_samples=NEIGHBOURS,
+        n_perturb_samples=draws,
         max_examples_per_batch=len(images),
         target=target,
     )
@@ -358,29 +371,30 @@ def robustness(found: dict[str, dict[str, str]]) -> str:
     return f"{table(heads, rows)}\n\n{listed or 'Nothing fails.'}"
 
 
-def figures(method: Method, model: nn.Module, images: Tensor, target: list[int], pairs: int) -> tuple[str, ...]:
+def figures(method: Method, model: nn.Module, images: Tensor, target: list[int], scale: Scale) -> tuple[str, ...]:
     forwards, backwards = count_calls(method, model, images[:1])
-    ratio = time_ratio(method, model, images[:4], pairs)
+    ratio = time_ratio(method, model, images[:4], scale.pairs)
     images = images[: len(target)]
-    unfaithful, sensitive = faithfulness(method, model, images, target), sensitivity(method, model, images, target)
+    unfaithful = faithfulness(method, model, images, target)
+    sensitive = sensitivity(method, model, images, target, scale.draws)
     return (method.name, str(forwards), backwards, f"{ratio:.1f}", f"{unfaithful:.3g}", f"{sensitive:.3f}")
 
 
-def page(count: int, pairs: int) -> str:
+def page(scale: Scale, models: tuple[str, ...]) -> str:
     scenes = [scene for scene in zoo.scenes() if len(scene.labels) == 1]
-    parts = [INTRODUCTION.format(**context(count, pairs))]
-    for name in zoo.names():
+    parts = [INTRODUCTION.format(**context(scale))]
+    for name in models:
         reference = zoo.load(name)
         model = reference.model
-        images = torch.stack([reference.transform(scene.image) for scene in scenes[: max(count, 4)]])
-        target = [scene.labels[0] for scene in scenes[:count]]
+        images = torch.stack([reference.transform(scene.image) for scene in scenes[: max(scale.images, 4)]])
+        target = [scene.labels[0] for scene in scenes[: scale.images]]
         works: dict[str, dict[str, str]] = {}
         rows: list[tuple[str, ...]] = []
         for method in METHODS:
             begin = time.process_time()
             works[method.name] = conditions(method, model, images)
             if works[method.name]["plain"] == "ok":
-                rows.append(figures(method, model, images, target, pairs))
+                rows.append(figures(method, model, images, target, scale))
             else:
                 rows.append((method.name, *("-",) * 5))
             print(f"{name}, {method.name}: {time.process_time() - begin:.0f} s", file=sys.stderr)
@@ -389,14 +403,14 @@ def page(count: int, pairs: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def context(count: int, pairs: int) -> dict[str, Any]:
+def context(scale: Scale) -> dict[str, Any]:
     return {
-        "count": count,
-        "pairs": pairs,
+        "count": scale.images,
+        "pairs": scale.pairs,
         "noise": NOISE,
         "faithful": FAITHFUL,
         "radius": RADIUS,
-        "neighbours": NEIGHBOURS,
+        "neighbours": scale.draws,
         "versions": f"captum-lnstat {__version__}, captum {captum.__version__}, "
         f"torch {torch.__version__.partition('+')[0]}, timm {timm.__version__}, Python {platform.python_version()}",
     }
@@ -429,11 +443,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=32, help="for the metrics")
     parser.add_argument("--pairs", type=int, default=9, help="of timings")
+    parser.add_argument("--draws", type=int, default=10, help="an image, for sensitivity")
+    parser.add_argument("--models", nargs="+", choices=zoo.names(), default=zoo.names())
     parser.add_argument("--output", type=Path, default=PAGE)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # Captum's notes on requires_grad
-    text = page(options.images, options.pairs)
+    text = page(Scale(options.images, options.pairs, options.draws), tuple(options.models))
     options.output.write_text(text, encoding="utf-8")
     print(f"wrote {options.output}")
 
