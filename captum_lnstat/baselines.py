@@ -81,14 +81,19 @@ class RawAttention(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
         """As ``LNStatAttribution.attribute``, errors included; a target does not matter, but has to fit the output.
 
         Raises:
             ValueError: The model has no such ``block``.
         """
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class AttentionRollout(GridAttribution):
@@ -133,10 +138,15 @@ class AttentionRollout(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
         """As ``LNStatAttribution.attribute``, errors included; a target does not matter, but has to fit the output."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class GenericAttention(GridAttribution):
@@ -180,10 +190,15 @@ class GenericAttention(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
         """As ``LNStatAttribution.attribute``, errors included."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class FrozenLayerNorm(GridAttribution):
@@ -256,7 +271,12 @@ class FrozenLayerNorm(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
         """As ``LNStatAttribution.attribute``, errors included."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]

@@ -64,11 +64,12 @@ def test_describe_takes_the_same_inputs(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("size", [16, 40, (32, 64)])
-def test_wrong_size_is_the_models_own_error(model: nn.Module, make: Make, size: Any) -> None:
+def test_wrong_size_and_channels(model: nn.Module, make: Make, size: Any) -> None:
     image = images(1, size)
-    with untouched(model, image), pytest.raises(AssertionError, match="Input"):
+    height, width = image.shape[2:]
+    with untouched(model, image), pytest.raises(ValueError, match=f"inputs are {height} x {width} .* takes .32, 32."):
         make(model).attribute(image, target=1)
-    with untouched(model), pytest.raises(RuntimeError, match="channels"):
+    with untouched(model), pytest.raises(ValueError, match="inputs have 1 channels; the model takes 3"):
         make(model).attribute(images(1, channels=1), target=1)
 
 
@@ -190,7 +191,7 @@ def test_other_families_are_refused(name: str) -> None:
             LNStatAttribution(other, rule=rule).attribute(image, target=1)
     if raised.type is UnsupportedModelError:
         assert type(other).__name__ in str(raised.value)
-        assert "register_topology" in str(raised.value)
+        assert "to do: " in str(raised.value)
 
 
 @pytest.mark.parametrize("pool", ["max", "avgmax", "prr"])
@@ -446,7 +447,7 @@ def test_forward_function_that_returns_one_number(model: nn.Module, name: str, t
 @pytest.mark.parametrize("size", [16, 64])
 def test_forward_function_that_resizes(make: Make, size: int) -> None:
     model = swin()
-    with pytest.raises(RecordingError):
+    with pytest.raises(ValueError, match="Resize them before"):
         make(lambda x: model(nn.functional.interpolate(x, (32, 32))), model).attribute(images(2, size), target=1)
 
 
