@@ -259,7 +259,8 @@ class _Probe:
         rounding = w.norm() * (z * size).square().sum(1).sqrt()
         tolerance = TOLERANCE.get(block.site.dtype, HALF_TOLERANCE)
         expected, typical = terms.sum(1), terms.square().sum(1).sqrt()
-        return (told - expected).abs() / (tolerance * (typical + expected.abs()) + rounding)
+        excess: Tensor = (told - expected).abs() / (tolerance * (typical + expected.abs()) + rounding)
+        return excess
 
 
 def check_layout(block: Block) -> None:
