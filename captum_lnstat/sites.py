@@ -184,7 +184,9 @@ class SoftmaxSite(AttentionSite):
 
     def probabilities(self, heads: slice) -> Tensor:
         attention = self.attention.read()[:, heads]
-        return attention.to(accumulation_dtype(attention))
+        return attention.to(
+            accumulation_dtype((self.value or self.attention).tensor)
+        )  # softmax in float32 of a float64 model
 
     def values(self, heads: slice) -> Tensor:
         if self.value is None:
