@@ -6,9 +6,11 @@ from captum_lnstat.topology.base import Topology, find_topology, register_topolo
 from captum_lnstat.topology.encoder import EncoderTopology
 from captum_lnstat.topology.plain import PlainTopology
 from captum_lnstat.topology.windowed import WindowedTopology
+from captum_lnstat.topology.cait import ClassAttentionTopology
 # isort: on
 
 __all__ = [
+    "ClassAttentionTopology",
     "EncoderTopology",
     "PlainTopology",
     "Topology",
