@@ -64,7 +64,7 @@ class NormCall:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """The first tensor a module was given and the tensor it returned."""
+    """The first tensor a module was given and the tensor it returned, or the first of those it returned."""
 
     input: Kept
     output: Kept
@@ -109,6 +109,10 @@ class Recording:
             seen = ", ".join(norm.kind for norm in found) or "none"
             raise RecordingError(f"expected one LayerNorm call at {module!r}, saw: {seen}")
         return found[0]
+
+    def norms_inside(self, module: str) -> list[NormCall]:
+        """Every norm call inside a module, in order."""
+        return [norm for norm in self.norms if _inside(norm.module, module)]
 
 
 def _inside(name: str, module: str) -> bool:
@@ -234,6 +238,8 @@ class Recorder(TorchFunctionMode):
             if self._elsewhere():
                 return
             self._running.pop()
+            if isinstance(output, tuple) and output:
+                output = output[0]  # a block that returns its attention maps beside its tokens
             if module in self._taps and isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
                 self._calls.setdefault(name, []).append(ModuleCall(Kept.of(inputs[0]), Kept.of(output)))
 

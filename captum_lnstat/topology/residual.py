@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -11,72 +9,112 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale
 from captum_lnstat.layout import Layout
 from captum_lnstat.recording import NormCall, Recording
-from captum_lnstat.statistics import accumulation_dtype
+from captum_lnstat.sites import AttentionSite
+from captum_lnstat.statistics import stream
+from captum_lnstat.topology.parts import BlockParts, find_parts
 from captum_lnstat.trace import Block
 
-BLOCK_PARTS = "norm1, attn (with a Linear proj), norm2 and mlp"
+BLOCK_PARTS = "two LayerNorms, one attention with heads and a Linear after it, and an MLP"
 
 
 def is_residual_block(block: nn.Module) -> bool:
     """Whether a module has the parts of a residual block."""
-    parts = (getattr(block, name, None) for name in ("norm1", "attn", "norm2", "mlp"))
-    return all(isinstance(part, nn.Module) for part in parts) and isinstance(
-        getattr(block.attn, "proj", None), nn.Linear
-    )
+    return find_parts(block) is not None
 
 
-def block_taps(block: Any) -> list[nn.Module]:
+def block_taps(block: nn.Module) -> list[nn.Module]:
     """The modules whose calls ``residual_block`` reads."""
-    gate = getattr(block.attn, "gate", None)
-    return [block] if gate is None else [block, gate]
+    gate = _parts(type(block).__name__, block).gate
+    return [block] if gate is None else [block, gate[1]]
 
 
-def stream(tokens: Tensor) -> Tensor:
-    """The residual stream as (batch, token, channel), whatever its layout was, in the accumulation dtype."""
-    return tokens.flatten(1, -2).to(accumulation_dtype(tokens))
-
-
-def residual_block(name: str, block: nn.Module, recording: Recording, layout: Layout) -> Block:
+def residual_block(
+    name: str, block: nn.Module, recording: Recording, layout: Layout, site: AttentionSite | None = None
+) -> Block:
     """Read one block from the recording.
 
-    Pre-norm (``norm1`` reads the stream): the stream between the two updates is what ``norm2`` read.
-    Post-norm (``norm1`` reads the attention's output, as in Swin v2): the updates are what the norms returned.
+    Pre-norm (the first norm reads the stream): the stream between the two updates is what the second norm read.
+    Post-norm (the first norm reads the attention's output, as in Swin v2): the updates are what the norms returned.
+
+    Args:
+        name: Dotted name of the block in the recording.
+        block: The block.
+        recording: The pass.
+        layout: How the stream's tokens become the attention's queries and keys.
+        site: The block's attention, where a topology had to unfold what was recorded.
+
+    Raises:
+        RecordingError: The block's norms, attention and updates do not fit together.
+        UnsupportedModelError: The block lacks a part.
     """
+    parts = _parts(name, block)
+    site = recording.site(f"{name}.{parts.attention}") if site is None else site
     call = recording.call(name)
     before, after = stream(call.input.read()), stream(call.output.read())
-    norm1, norm2 = recording.norm(f"{name}.norm1"), recording.norm(f"{name}.norm2")
-    if norm1.input.tensor.data_ptr() == call.input.tensor.data_ptr():
-        if norm2.input.tensor.data_ptr() == call.input.tensor.data_ptr():
+    first, second = _norms(name, parts, recording)
+    if first.input.tensor.data_ptr() == call.input.tensor.data_ptr():
+        if second.input.tensor.data_ptr() == call.input.tensor.data_ptr():
             raise RecordingError(
-                f"norm2 of {name!r} reads what norm1 reads: attention and MLP run side by side, so no stream lies "
-                "between them; expected norm2 to read the stream with the attention's update"
+                f"both norms of {name!r} read what the block reads: attention and MLP run side by side, so no stream "
+                "lies between them; expected the second norm to read the stream with the attention's update"
             )
-        between = stream(norm2.input.read())
-        attention_update, mlp_update = between - before, after - between
-        path = _path_to_update(name, block, recording)
+        between = stream(second.input.read())
+        path = _path_to_update(name, parts, site, recording)
     else:
-        attention_update, mlp_update = _output(norm1), _output(norm2)
-        _check_sum(name, before + attention_update + mlp_update, after)
-        norm = norm1.frozen
+        between = before + _output(first)
+        _check_sum(name, between + _output(second), after)
+        norm = first.frozen
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
-        path = (*_path_to_update(name, block, recording), flat)
-    return Block(name, recording.site(f"{name}.attn"), layout, before, attention_update, mlp_update, path)
+        path = (*_path_to_update(name, parts, site, recording), flat)
+    return Block(name, site, layout, before, between, after, path)
 
 
-def _path_to_update(name: str, block: Any, recording: Recording) -> tuple[FrozenMap, ...]:
-    attention, path = block.attn, list[FrozenMap]()
-    scale_norm = getattr(attention, "norm", None)
-    if isinstance(scale_norm, nn.Module) and not isinstance(scale_norm, nn.Identity):
-        path.append(recording.norm(f"{name}.attn.norm").frozen)
-    if getattr(attention, "gate", None) is not None:
-        path.append(FrozenScale(recording.call(f"{name}.attn.gate").output.read().sigmoid()))
-    path.append(FrozenLinear(attention.proj.weight, attention.proj.bias))
-    layer_scale = getattr(block, "ls1", None)
-    if layer_scale is not None and not isinstance(layer_scale, nn.Identity):
-        if not isinstance(getattr(layer_scale, "gamma", None), Tensor):
-            raise UnsupportedModelError(f"{name}.ls1 is a {type(layer_scale).__name__}; expected a LayerScale's gamma")
-        path.append(FrozenScale(layer_scale.gamma))
+def _parts(name: str, block: nn.Module) -> BlockParts:
+    parts = find_parts(block)
+    if parts is None:
+        raise UnsupportedModelError(f"{name!r} is not a residual block; expected {BLOCK_PARTS}")
+    return parts
+
+
+def _norms(name: str, parts: BlockParts, recording: Recording) -> tuple[NormCall, NormCall]:
+    """The calls of the block's two norms in the order in which they ran."""
+    one, other = (recording.norm(f"{name}.{norm}") for norm in parts.norms)
+    order = [id(norm) for norm in recording.norms]
+    return (one, other) if order.index(id(one)) < order.index(id(other)) else (other, one)
+
+
+def _path_to_update(name: str, parts: BlockParts, site: AttentionSite, recording: Recording) -> tuple[FrozenMap, ...]:
+    path = list[FrozenMap]()
+    inner = _norm_of_heads(f"{name}.{parts.attention}", parts, site, recording)
+    if inner is not None:
+        path.append(inner.frozen)
+    if parts.gate is not None:
+        path.append(FrozenScale(recording.call(f"{name}.{parts.gate[0]}").output.read().sigmoid()))
+    path.append(FrozenLinear(parts.out.weight, parts.out.bias))
+    if parts.scale is not None:
+        path.append(FrozenScale(parts.scale))
     return tuple(path)
+
+
+def _norm_of_heads(attention: str, parts: BlockParts, site: AttentionSite, recording: Recording) -> NormCall | None:
+    """The norm of the joined heads before the Linear that leads back to the stream, if there is one.
+
+    Norms of queries and keys come in pairs; one more, as wide as the joined heads of every query, is this one.
+    """
+    queries = site.shape[0] * site.shape[2]
+    found = [
+        norm
+        for norm in recording.norms_inside(attention)
+        if norm.input.tensor.shape[-1] == parts.out.in_features
+        and norm.input.tensor.numel() == queries * parts.out.in_features
+    ]
+    if len(found) % 2 == 0:
+        return None
+    if found[-1].kind != "layer_norm":
+        raise UnsupportedModelError(
+            f"the joined heads of {attention!r} go through a {found[-1].kind}; expected LayerNorm"
+        )
+    return found[-1]
 
 
 def _output(norm: NormCall) -> Tensor:
@@ -91,6 +129,6 @@ def _check_sum(name: str, expected: Tensor, seen: Tensor) -> None:
     error, size = (seen - expected).abs().amax(), seen.abs().amax()
     if torch.isfinite(size) and error > 0.05 * size:
         raise RecordingError(
-            f"block {name!r} does not return x + norm1(attn(x)) + norm2(mlp(x')): off by {error:.3g} at values up to "
-            f"{size:.3g}. Its wiring is neither pre-norm nor post-norm, so its relevance cannot be placed"
+            f"block {name!r} does not return x + norm(attention(x)) + norm(mlp(x')): off by {error:.3g} at values "
+            f"up to {size:.3g}. Its wiring is neither pre-norm nor post-norm, so its relevance cannot be placed"
         )

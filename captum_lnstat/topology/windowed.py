@@ -1,113 +1,206 @@
-"""Swin v1 and v2: attention in shifted windows, stages joined by patch mergings (timm ``SwinTransformer``)."""
+"""Swin and its relatives: attention in shifted windows, stages joined by 2 x 2 patch mergings.
+
+Found by structure: a convolution that cuts the image into patches, blocks that know a window and a shift, mergings
+with a norm and a reduction, a last LayerNorm, a mean over the tokens. Tokens may be a map ``(batch, rows, columns,
+channels)`` or a sequence ``(batch, tokens, channels)``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from captum_lnstat.compiled import eager
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenNorm
-from captum_lnstat.layout import quads, windows
+from captum_lnstat.layout import Groups, quads, windows
 from captum_lnstat.recording import Recording
+from captum_lnstat.statistics import stream
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block, stream
+from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
 from captum_lnstat.trace import Block, FixedPooling, Merging, Trace
+
+Grid = tuple[int, int]
 
 
 @register_topology
 class WindowedTopology(Topology):
-    """Stages of window-attention blocks; each further stage begins with a 2 x 2 patch merging."""
+    """Stages of window-attention blocks, a 2 x 2 patch merging between one stage and the next."""
 
     family = "windowed"
     expects = (
-        f"patch_embed, layers of blocks with {BLOCK_PARTS}, window_size and shift_size, patch mergings with norm and "
-        "reduction, norm and a mean over the tokens"
+        f"a patch convolution, blocks with {BLOCK_PARTS}, window_size and shift_size, patch mergings with norm and "
+        "reduction, a last LayerNorm and a mean over the tokens"
     )
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._steps = list(_outermost(model, _is_step))
+        self._names = {id(module): name.replace("._orig_mod", "") for name, module in model.named_modules()}
+        self._patches: Any = _patch_convolution(model)
+        self._head_begins = _last_norm(model)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        layers = getattr(model, "layers", None)
-        if not isinstance(layers, nn.Sequential | nn.ModuleList) or len(layers) == 0:
-            return False
-        blocks = [block for stage in layers for block in getattr(stage, "blocks", [None])]
-        return (
-            all(isinstance(getattr(model, name, None), nn.Module) for name in ("patch_embed", "norm", "head"))
-            and all(isinstance(block, nn.Module) and is_residual_block(block) for block in blocks)
-            and all(hasattr(block, "window_size") and hasattr(block, "shift_size") for block in blocks)
-            and all(_is_merging(stage.downsample) or _is_nothing(stage.downsample) for stage in layers)
-        )
-
-    def _stages(self) -> Iterator[tuple[str, Any]]:
-        for name, stage in self.model.layers.named_children():
-            yield f"layers.{name}", stage
+        return _is_swin(model) and not any(_is_swin(inner) for inner in model.modules() if inner is not model)
 
     @property
     def taps(self) -> Iterable[nn.Module]:
-        yield self.model.patch_embed
-        for _, stage in self._stages():
-            if not _is_nothing(stage.downsample):
-                yield stage.downsample
-            for block in stage.blocks:
-                yield from block_taps(block)
+        yield from (self._patches, self._entrance)
+        for _, step in self._steps:
+            yield from [step] if _is_merging(step) else block_taps(step)
+
+    @property
+    def entrance(self) -> str:
+        name: str = self._names[id(self._entrance)]
+        return name
+
+    @property
+    def _entrance(self) -> nn.Module:
+        """What holds the patch convolution and nothing else of the model: it may pad the images before."""
+        found: nn.Module = self._patches
+        for module in self.model.modules():
+            if module is not self.model and any(inner is self._patches for inner in module.children()):
+                found = found if any(_outermost(module, _is_step)) else module
+        return found
 
     @property
     def head_begins(self) -> nn.Module:
-        head: nn.Module = self.model.norm
-        return head
+        if self._head_begins is None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} ends without a LayerNorm: it gives features, not scores; expected a "
+                "model with its last LayerNorm and its classifier"
+            )
+        return self._head_begins
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
+        rows, columns = recording.call(self._names[id(self._patches)]).output.tensor.shape[-2:]
+        grid = first_grid = (int(rows), int(columns))
         steps: list[Block | Merging] = []
-        grids: list[tuple[int, int]] = []
-        for name, stage in self._stages():
-            if not _is_nothing(stage.downsample):
-                steps.append(_merging(f"{name}.downsample", stage.downsample, recording))
-            for child, block in stage.blocks.named_children():
-                block_name = f"{name}.blocks.{child}"
-                tokens = recording.call(block_name).input.read()
-                grid = _grid(tokens)
-                grids.append(grid)
-                layout = windows(grid, block.window_size, block.shift_size, tokens.device)
-                steps.append(residual_block(block_name, block, recording, layout))
-        first = steps[0].before if isinstance(steps[0], Block) else steps[0].children
-        height, width = self.model.patch_embed.patch_size
-        pooling = self._pooling(steps[-1])
-        return Trace(self.family, tuple(steps), first, 0, grids[0], (height, width), pooling)
+        for dotted, module in self._steps:
+            name = dotted.replace("._orig_mod", "")
+            tokens = recording.call(name).input.read()
+            _check_grid(name, tokens, grid)
+            if _is_merging(module):
+                steps.append(_merging(name, module, recording, grid))
+                grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+            else:
+                steps.append(residual_block(name, module, recording, _layout(module, tokens, grid)))
+        height, width = self._patches.kernel_size
+        return Trace(
+            self.family, tuple(steps), steps[0].before, 0, first_grid, (height, width), self._pooling(steps[-1])
+        )
 
     def _pooling(self, last: Block | Merging) -> FixedPooling:
-        pool = getattr(self.model, "global_pool", None)
-        if pool != "avg" or not isinstance(last, Block):
+        if not isinstance(last, Block) or not _pools_by_mean(self.model):
+            pool = getattr(self.model, "global_pool", None)
             raise UnsupportedModelError(
-                f"global_pool={pool!r} of {type(self.model).__name__}: where class-agnostic relevance starts is "
-                "defined for 'avg' after a last block only"
+                f"{type(self.model).__name__} (global_pool={pool!r}) does not end in a block and a mean over tokens; "
+                "where class-agnostic relevance starts is defined for an average pooling after a last block only"
             )
         count = last.before.shape[1]
         return FixedPooling("mean of the tokens", last.before.new_full((count,), 1 / count))
 
 
-def _is_nothing(module: object) -> bool:
-    return module is None or isinstance(module, nn.Identity)
+def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The submodules that are ``wanted``, in order, without looking for more inside them."""
+    for name, child in model.named_children():
+        if wanted(child):
+            yield prefix + name, child
+        else:
+            yield from _outermost(child, wanted, f"{prefix}{name}.")
 
 
-def _is_merging(module: object) -> bool:
-    return isinstance(getattr(module, "reduction", None), nn.Linear) and isinstance(
-        getattr(module, "norm", None), nn.Module
+def _is_step(module: nn.Module) -> bool:
+    return _is_window_block(module) or _is_merging(module)
+
+
+def _is_window_block(module: Any) -> bool:
+    return is_residual_block(module) and _window_owner(module) is not None
+
+
+def _window_owner(block: Any) -> Any:
+    """Who cuts the windows: the block, or its attention."""
+    return next(
+        (part for part in (block, *block.children()) if hasattr(part, "window_size") and hasattr(part, "shift_size")),
+        None,
     )
 
 
-def _grid(tokens: Tensor) -> tuple[int, int]:
-    if tokens.dim() != 4:
+def _is_merging(module: object) -> bool:
+    reduction = getattr(module, "reduction", None)
+    norm = getattr(module, "norm", None)
+    return isinstance(reduction, nn.Linear) and isinstance(norm, nn.Module) and not reduction.in_features % 4
+
+
+def _patch_convolution(model: nn.Module) -> nn.Conv2d | None:
+    """The first convolution outside the steps, if it cuts the image into patches that do not overlap."""
+    found = _outermost(model, lambda module: _is_step(module) or isinstance(module, nn.Conv2d))
+    first = next((module for _, module in found if isinstance(module, nn.Conv2d)), None)
+    return first if first is not None and first.kernel_size == first.stride else None
+
+
+def _last_norm(model: nn.Module) -> nn.Module | None:
+    return next((child for child in model.children() if isinstance(eager(child), nn.LayerNorm)), None)
+
+
+def _is_swin(model: nn.Module) -> bool:
+    """Whether all the parts are in ``model``, its own last norm among them (or missing, in a model of features)."""
+    if not any(_is_window_block(module) for _, module in _outermost(model, _is_step)):
+        return False
+    patches = _patch_convolution(model)
+    return patches is not None and (_last_norm(model) is not None or not isinstance(model, nn.Sequential))
+
+
+def _pools_by_mean(model: nn.Module) -> bool:
+    """Whether there is an average pooling (torch's own, or one that is told its kind) and nothing else is asked for."""
+    kinds = (getattr(module, "pool_type", None) for module in _outside_of_steps(model))
+    torchs = (isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d) for module in _outside_of_steps(model))
+    return getattr(model, "global_pool", "avg") == "avg" and ("avg" in kinds or any(torchs))
+
+
+def _outside_of_steps(model: nn.Module) -> Iterator[nn.Module]:
+    for child in model.children():
+        if not _is_step(child):
+            yield child
+            yield from _outside_of_steps(child)
+
+
+def _check_grid(name: str, tokens: Tensor, grid: Grid) -> None:
+    shape = tuple(tokens.shape[1:-1])
+    if shape not in (grid, (grid[0] * grid[1],)):
         raise RecordingError(
-            f"a window block was given tokens of shape {tuple(tokens.shape)}; expected (batch, rows, columns, channels)"
+            f"{name!r} was given tokens of shape {tuple(tokens.shape)}; expected (batch, {grid[0]}, {grid[1]}, "
+            f"channels) or (batch, {grid[0] * grid[1]}, channels)"
         )
-    return tokens.shape[1], tokens.shape[2]
 
 
-def _merging(name: str, module: Any, recording: Recording) -> Merging:
+def _pair(size: Any) -> Grid:
+    rows, columns = size if isinstance(size, tuple | list) else (size, size)
+    return int(rows), int(columns)
+
+
+def _layout(block: Any, tokens: Tensor, grid: Grid) -> Groups:
+    """The windows of a block. Who cuts them tells what is done where a grid is not whole windows.
+
+    A block that is given a map rolls it, then pads. A block that is given a sequence pads, then rolls; so does an
+    attention that cuts its own windows, and it drops the shift of an axis that one window covers.
+    """
+    owner = _window_owner(block)
+    window, shift = _pair(owner.window_size), _pair(owner.shift_size)
+    if owner is not block:
+        covered = [size <= side for size, side in zip(grid, window, strict=True)]
+        shift = (0 if covered[0] else shift[0], 0 if covered[1] else shift[1])
+    pad_first = owner is not block or tokens.dim() == 3
+    return windows(grid, window, shift, tokens.device, pad_first=pad_first)
+
+
+def _merging(name: str, module: Any, recording: Recording, grid: Grid) -> Merging:
     """Swin v1 normalises the joined children, then reduces them; Swin v2 reduces them, then normalises the parent."""
-    call, norm = recording.call(name), recording.norm(f"{name}.norm").frozen
-    children = call.input.read()
+    norm = recording.norm(f"{name}.norm").frozen
+    children = recording.call(name).input.read()
     reduction: nn.Linear = module.reduction
     linear = FrozenLinear(reduction.weight, reduction.bias)
     flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
@@ -118,5 +211,5 @@ def _merging(name: str, module: Any, recording: Recording) -> Merging:
             f"{name} keeps its width of {reduction.in_features} channels, so it cannot be told whether its norm comes "
             "before or after the reduction"
         )
-    groups = quads(_grid(children), children.device)
-    return Merging(name, groups, stream(children), path, norm_first, reduction.weight.detach())
+    groups, after = quads(grid, children.device), stream(recording.call(name).output.read())
+    return Merging(name, groups, stream(children), path, norm_first, reduction.weight.detach(), after)

@@ -1,0 +1,86 @@
+"""The parts of a residual block, found by what its modules are and not by what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from captum_lnstat.compiled import eager
+
+# An attention module says how many heads it has; libraries differ in the word.
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """Where the parts of a residual block are.
+
+    Attributes:
+        norms: Names of its two LayerNorms in the block, as defined; the recording says which of them runs first.
+        attention: Name of the child that attends.
+        out: The Linear from the joined heads back to the stream.
+        scale: What the attention's output is multiplied by, channel by channel (LayerScale), or ``None``.
+        gate: The Linear whose sigmoid multiplies the joined heads, and its name in the block, or ``None``.
+    """
+
+    norms: tuple[str, str]
+    attention: str
+    out: nn.Linear
+    scale: Tensor | None
+    gate: tuple[str, nn.Linear] | None
+
+
+def find_parts(block: nn.Module) -> BlockParts | None:
+    """The parts of a residual block, or ``None`` for a module that is none.
+
+    A residual block has two norms among its children, and one child that has heads. The last Linear of that child with
+    as many outputs as the second norm has channels leads back to the stream. Parameters of one value per channel, in the
+    block or alone in a child of it, are LayerScales, the attention's first.
+
+    Example:
+        >>> parts = find_parts(nn.TransformerEncoderLayer(8, 2))
+        >>> parts.attention, parts.norms
+        ('self_attn', ('norm1', 'norm2'))
+    """
+    block = eager(block)
+    children = dict(block.named_children())
+    norms = [name for name, child in children.items() if _channels(child) is not None]
+    if len(norms) != 2:
+        return None
+    # Of a block that widens the stream, the second norm reads what the attention has widened.
+    width = _channels(children[norms[1]])
+    attending = [name for name, child in children.items() if _attends(child)]
+    if len(attending) != 1:
+        return None
+    attention: Any = children[attending[0]]
+    gate = getattr(attention, "gate", None)
+    linears = [m for m in attention.modules() if isinstance(m, nn.Linear) and m.out_features == width and m is not gate]
+    if not linears:
+        return None
+    named_gate = (f"{attending[0]}.gate", gate) if isinstance(gate, nn.Linear) else None
+    return BlockParts((norms[0], norms[1]), attending[0], linears[-1], next(_scales(block, width), None), named_gate)
+
+
+def _channels(module: nn.Module) -> int | None:
+    """How many channels a LayerNorm or RMSNorm normalises together."""
+    shape = getattr(module, "normalized_shape", None)
+    return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else None
+
+
+def _attends(module: nn.Module) -> bool:
+    if any(find_parts(part) is not None for part in module.modules() if part is not module):
+        return False  # a whole encoder
+    counts = (isinstance(getattr(part, name, None), int) for part in module.modules() for name in _HEAD_COUNTS)
+    return any(counts) and any(isinstance(part, nn.Linear) for part in module.modules())
+
+
+def _scales(block: nn.Module, width: int | None) -> Iterator[Tensor]:
+    for child in (block, *block.children()):
+        parameters = list(child.parameters(recurse=False))
+        alone = len(parameters) == 1 and _channels(child) is None and not list(child.children())
+        for parameter in parameters:
+            if parameter.shape == (width,) and (child is block or alone):
+                yield parameter
