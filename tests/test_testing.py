@@ -75,8 +75,8 @@ def _order(trace, ids):
             block,
             layout=layout,
             before=block.before[:, order],
-            attention_update=block.attention_update[:, order],
-            mlp_update=block.mlp_update[:, order],
+            between=block.between[:, order],
+            after=block.after[:, order],
         )
         for block in trace.blocks
     ]
@@ -107,7 +107,9 @@ def _windows(trace, move):
             return step
         rows = int((step.before.shape[1] * trace.grid[0] / trace.grid[1]) ** 0.5)
         ids = torch.arange(step.before.shape[1]).reshape(rows, -1)
-        return replace(step, layout=Groups(move(ids).flatten()[step.layout.index]))
+        return replace(
+            step, layout=Groups(torch.where(step.layout.index < 0, -1, move(ids).flatten()[step.layout.index]))
+        )
 
     return _with_groups(trace, change)
 
