@@ -48,8 +48,8 @@ def residual_block(
         UnsupportedModelError: The block lacks a part.
     """
     parts = _parts(name, block)
-    site = recording.site(f"{name}.{parts.attention}") if site is None else site
     call = recording.call(name)
+    site = recording.site(f"{name}.{parts.attention}") if site is None else site
     before, after = stream(call.input.read()), stream(call.output.read())
     first, second = _norms(name, parts, recording)
     if first.input.tensor.data_ptr() == call.input.tensor.data_ptr():
