@@ -77,12 +77,13 @@ def hand_down(
     ends = [0, *itertools.accumulate(part.shape[-1] for part in columns)]
     parts = [slice(*pair) for pair in itertools.pairwise(ends)]
     mixed = rows.new_zeros(len(grouped), count, site.shape[3])
+    additive = fusion == "mean" and not site.signed  # no head-fused map is needed
     for queries, turns in site.chunks(wanted, whole_maps=callable(fusion)):
-        left, fuser = grouped[:, :, queries], Fuser(fusion, site.shape[1])
+        left, fuser = grouped[:, :, queries], Fuser(fusion, site.shape[1], signed=site.signed)
         for heads, attention in turns:
             # (group, head, column, key)
             heard = left[:, None] @ attention if attention.shape[1] > 1 else (left @ attention[:, 0])[:, None]
-            if fusion == "mean":
+            if additive:
                 mixed += heard[:, :, :count].sum(1) / site.shape[1]
             else:
                 fuser.add(attention)
@@ -90,7 +91,7 @@ def hand_down(
                 reader.add(queries, heads, attention, heard[:, :, parts[1]])
             if probe is not None:
                 probe.add(queries, heads, attention, heard[:, :, parts[-1]])
-        if fusion != "mean":
+        if not additive:
             mixed += left[:, :count] @ fuser.fused()
     if wiring is not None and probe is not None:
         wiring.note(block.name, probe.excess(wanted))
@@ -119,6 +120,8 @@ class _Reader:
 
     def __init__(self, block: Block, u: Covector) -> None:
         self._site, self._scores = block.site, u.scores
+        if block.layout.covered is not None:
+            u = u.scaled(block.layout.covered.to(u.scale.dtype)[None])  # a token that takes no part hears no bias
         pulled, constant = pull_through(block.path, u)
         self.constant = constant.sum(1)
         batch, heads = len(u.scale), block.site.shape[1]

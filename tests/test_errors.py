@@ -179,11 +179,10 @@ def test_head_fusion_callable_is_checked(model: nn.Module) -> None:
         "pvt_v2_b0",
         "test_mambaout",
         "xcit_nano_12_p16_224",
-        "cait_xxs24_224",
     ],
 )
 def test_other_families_are_refused(name: str) -> None:
-    options = {"depth": 2} if name.startswith(("xcit", "cait")) else {}
+    options = {"depth": 2} if name.startswith("xcit") else {}
     other = timm.create_model(name, num_classes=5, **options).eval()
     image = images(1, other.default_cfg["input_size"][-1])
     for rule in ("lnstat", "rollout", "gradient"):
