@@ -39,8 +39,8 @@ def find_parts(block: nn.Module) -> BlockParts | None:
     """The parts of a residual block, or ``None`` for a module that is none.
 
     A residual block has two norms among its children, and one child that has heads. The last Linear of that child with
-    as many outputs as the second norm has channels leads back to the stream. Parameters of one value per channel, in the
-    block or alone in a child of it, are LayerScales, the attention's first.
+    as many outputs as the second norm has channels leads back to the stream. Parameters of one value per channel, in
+    the block or alone in a child of it, are LayerScales, the attention's first.
 
     Example:
         >>> parts = find_parts(nn.TransformerEncoderLayer(8, 2))
