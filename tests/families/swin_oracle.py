@@ -133,9 +133,7 @@ class SwinDense(Dense):
         place, place_values = _placers(ids, self.batch, before.shape[1])
         members = F.pad(read.flatten(0, 1), (0, 0, 1, 0))[ids]
         attention = place(live)
-        values = place_values(
-            library.values(block, members).unflatten(-1, (live.shape[1], -1)).transpose(1, 2)
-        )
+        values = place_values(library.values(block, members).unflatten(-1, (live.shape[1], -1)).transpose(1, 2))
         out, offset = self._maps(block, attention, values)
         heard = torch.einsum("bhim,bhmd->bihd", attention, values).flatten(2)
         assert torch.allclose(torch.einsum("bica,bia->bic", out, heard) + offset, update, atol=1e-9)
@@ -274,4 +272,3 @@ class HuggingFace(Library):
 
     def head(self, model: Any, tokens: Tensor) -> Tensor:
         return model.classifier(self._base(model).layernorm(tokens).mean(1))
-

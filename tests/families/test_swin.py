@@ -337,7 +337,9 @@ def test_another_pooling_is_refused():
 def test_a_rollout_needs_no_graph_where_the_pooling_is_known():
     x, model = show("torchvision-1-odd"), _bare(True)
     found = LNStatAttribution(lambda x: model(x).pooler_output.detach(), model, rule="rollout").relevance(x)
-    assert torch.allclose(found, LNStatAttribution(lambda x: model(x).pooler_output, model, rule="rollout").relevance(x))
+    assert torch.allclose(
+        found, LNStatAttribution(lambda x: model(x).pooler_output, model, rule="rollout").relevance(x)
+    )
     bare = _bare(False)
     with pytest.raises(UnsupportedModelError, match="average pooling"):
         LNStatAttribution(lambda x: bare(x).last_hidden_state.mean(1).detach(), bare, rule="rollout").relevance(x)
