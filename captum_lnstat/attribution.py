@@ -276,9 +276,9 @@ class LNStatAttribution(GridAttribution):
         assert outcome.u is not None
         assert outcome.constant is not None
         if self.rule == "evidence":
-            evidence = relevance = rules.evidence(trace, outcome.u, outcome.constant, settings)
+            (evidence,) = (relevance,) = rules.evidence(trace, outcome.u, outcome.constant, settings)
         else:
-            relevance, evidence = rules.lnstat(trace, outcome.u, outcome.constant, settings)
+            (relevance,), (evidence,) = rules.lnstat(trace, outcome.u, outcome.constant, settings)
         assert outcome.score is not None
         check_complete(evidence, trace, outcome.score)
         return relevance

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.frozen import per_image
-from captum_lnstat.recording import Recording
 from captum_lnstat.rules import Relevance
+from captum_lnstat.statistics import stream
 from captum_lnstat.trace import FixedPooling, Trace
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 # How far evidence may be from the score, relative to its size. Float error is far below; another wiring far above.
 TOLERANCE = 1e-3
@@ -58,14 +62,13 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_stream(recording: Recording, trace: Trace) -> None:
+def check_stream(trace: Trace, stream_end: Tensor) -> None:
     """Every step has to read what the one before it returned, and the head what the last one returned."""
-    calls = [recording.call(step.name) for step in trace.steps]
-    readers = [call.input.tensor for call in calls[1:]] + [recording.stream_end]
+    readers = [step.before for step in trace.steps[1:]] + [stream(stream_end.detach())]
     names = [step.name for step in trace.steps[1:]] + ["the head"]
-    for call, reader, name in zip(calls, readers, names, strict=True):
-        written = call.output.tensor
-        if reader is None or written.shape != reader.shape:
+    for step, reader, name in zip(trace.steps, readers, names, strict=True):
+        written = step.after
+        if written.shape != reader.shape:
             same = False
         else:
             one = written.data_ptr() == reader.data_ptr() and written.stride() == reader.stride()
@@ -77,9 +80,9 @@ def check_stream(recording: Recording, trace: Trace) -> None:
             )
 
 
-def check_start(trace: Trace, u: Tensor) -> None:
+def check_start(trace: Trace, read: Bool[Tensor, "batch token"]) -> None:
     """The head may only read the tokens that the topology says it reads."""
-    read, expected = u.ne(0).any(-1), trace.start("mean").ne(0)
+    expected = trace.start("mean").ne(0)
     unexpected = read & ~expected
     # In float16 a covector can vanish for want of small numbers.
     exact = isinstance(trace.pooling, FixedPooling) and trace.blocks[0].site.dtype != torch.float16

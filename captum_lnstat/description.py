@@ -10,8 +10,7 @@ from captum_lnstat.compiled import eager
 from captum_lnstat.engine import Pass
 from captum_lnstat.layout import Groups
 from captum_lnstat.rules import Settings
-from captum_lnstat.statistics import residual_share
-from captum_lnstat.trace import Block, Merging
+from captum_lnstat.trace import Merging, Step, Transition, Update
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,9 @@ class StepDescription:
 
     Attributes:
         name: Dotted name of the module.
-        kind: ``"attention"`` or ``"merging"``.
-        shape: Of the attention: (groups in the batch, heads, queries, keys); of a merging: (parents, children each).
+        kind: ``"attention"``, ``"merging"``, ``"update"`` or ``"transition"``.
+        shape: Of the attention: (groups in the batch, heads, queries, keys); of an update: (tokens,); of the others:
+            (parents, children each).
         residual: Mean and range of the residual share over tokens, for an attention.
         padded: Places of its windows, or children, that are padding, per image.
     """
@@ -59,8 +59,11 @@ class Description:
 
 def _line(step: StepDescription) -> str:
     padded = f", {step.padded} padded" if step.padded else ""
-    if step.residual is None:
-        return f"  {step.name}: merging, {step.shape[0]} tokens of {step.shape[1]} children{padded}"
+    if step.kind == "update":
+        return f"  {step.name}: added to each of {step.shape[0]} tokens"
+    if step.kind != "attention":
+        return f"  {step.name}: {step.kind}, {step.shape[0]} tokens of {step.shape[1]} children{padded}"
+    assert step.residual is not None
     groups, heads, queries, keys = step.shape
     mean, low, high = step.residual
     return (
@@ -86,11 +89,15 @@ def describe_pass(model: nn.Module, outcome: Pass, settings: Settings) -> Descri
     )
 
 
-def _describe_step(step: Block | Merging, settings: Settings) -> StepDescription:
+def _describe_step(step: Step, settings: Settings) -> StepDescription:
     if isinstance(step, Merging):
         padded = int((step.groups.index < 0).sum())
         return StepDescription(step.name, "merging", tuple(step.groups.index.shape), None, padded)
-    share = residual_share(step.before, step.attention_update, settings.residual)
+    if isinstance(step, Update):
+        return StepDescription(step.name, "update", tuple(step.after.shape[1:2]), None, 0)
+    if isinstance(step, Transition):
+        return StepDescription(step.name, "transition", tuple(step.groups.index.shape), None, 0)
+    share = step.residual_share(settings.residual)
     padded = int((step.layout.index < 0).sum()) if isinstance(step.layout, Groups) else 0
     spread = (float(share.mean()), float(share.min()), float(share.max()))
     return StepDescription(step.name, "attention", step.site.shape, spread, padded)

@@ -13,11 +13,12 @@ from captum_lnstat._compat import _run_forward
 from captum_lnstat._typing import ForwardArgs, Target
 from captum_lnstat.checks import check_model, check_seen, check_start, check_stream
 from captum_lnstat.compiled import eager, run_eagerly
+from captum_lnstat.covector import Covector
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.head import contrast, gradients, head_covector, target_score
 from captum_lnstat.outputs import Output, pick_output
 from captum_lnstat.recording import Recorder, Recording
-from captum_lnstat.statistics import accumulation_dtype
+from captum_lnstat.statistics import accumulation_dtype, stream
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.trace import Trace
 
@@ -54,7 +55,7 @@ class Pass:
     recording: Recording
     output: Tensor
     score: Tensor | None
-    u: Tensor | None
+    u: Covector | None
     constant: Tensor | None
     output_gradients: tuple[Tensor, ...] | None
     input_times_gradient: Tensor | None
@@ -125,17 +126,16 @@ def _read(
         check_seen(recording.call(topology.entrance).input.tensor, image)
         trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
         trace = replace(trace, training=topology.model.training)
-        check_stream(recording, trace)
+        check_stream(trace, recording.stream_end)
     if needs.covector and score is not None:
-        u, constant = head_covector(score, recording.stream_end)
-        check_start(trace, u)
+        u, constant = head_covector([score], recording.stream_end)
+        check_start(trace, u.spread(u.dense().ne(0).flatten(2).any(-1, keepdim=True))[..., 0])
     elif not needs.graph:
         # What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be.
         first = output.flatten(1)[:, 0] if output.dim() > 1 else output
         read = first if score is None else score
         if read.requires_grad:
-            (slope,) = gradients(read, [recording.stream_end])
-            check_start(trace, slope.flatten(1, -2))
+            check_start(trace, _reads(gradients(read, [recording.stream_end])[0]))
     if needs.output_gradients and score is not None:
         outputs = [block.site.output for block in trace.blocks]
         missing = [block.name for block, site_output in zip(trace.blocks, outputs, strict=True) if site_output is None]
@@ -145,12 +145,17 @@ def _read(
                 "model and forward_func without no_grad, detach or re-entrant checkpointing"
             )
         slope, *rest = gradients(score, [recording.stream_end, *(out for out in outputs if out is not None)])
-        check_start(trace, slope.flatten(1, -2))
+        check_start(trace, _reads(slope))
         output_gradients = tuple(rest)
     if needs.input_gradient and score is not None:
         slope, gradient = gradients(score, [recording.stream_end, leaf])
-        check_start(trace, slope.flatten(1, -2))
+        check_start(trace, _reads(slope))
         dtype = accumulation_dtype(leaf)
         input_times_gradient = leaf.detach().to(dtype) * gradient.to(dtype)
     detached = None if score is None else score.detach()
     return Pass(trace, recording, output.detach(), detached, u, constant, output_gradients, input_times_gradient)
+
+
+def _reads(slope: Tensor) -> Tensor:
+    """Which tokens a score has a gradient at."""
+    return stream(slope).ne(0).any(-1)

@@ -117,8 +117,10 @@ class FrozenAttention(torch.autograd.Function):
         scale, is_causal = ctx.options.get("scale"), ctx.options.get("is_causal", False)
         site = FusedSite("", Kept.of(query), Kept.of(key), Kept.of(value), kept, scale, is_causal, None)
         wide = gradient.to(accumulation_dtype(gradient))
-        parts = [attention.transpose(-2, -1).to(wide.dtype) @ wide[:, heads] for heads, attention in site.chunks()]
-        said = torch.cat(parts, 1)
+        said = wide.new_zeros(*query.shape[:2], *value.shape[-2:])
+        for queries, turns in site.chunks():
+            for heads, attention in turns:
+                said[:, heads] += attention.transpose(-2, -1).to(wide.dtype) @ wide[:, heads][:, :, queries]
         said = said.reshape(len(said), value.shape[1], -1, *said.shape[2:]).sum(2)  # query heads share a value head
         return None, None, said.to(gradient.dtype), None, None
 

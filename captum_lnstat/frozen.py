@@ -2,7 +2,7 @@
 
 With its statistics frozen, ``LN(x) = gamma * (x - mean(x)) / sigma + beta`` is affine, and so is every other step
 between an attention's output and the residual stream. For an affine ``f(x) = M x + b``,
-``<u, f(x)> = <M^T u, x> + <u, b>``: ``pull(u)`` returns ``M^T u`` and ``<u, b>`` summed over tokens and channels.
+``<u, f(x)> = <M^T u, x> + <u, b>``: ``pull(u)`` returns ``M^T u`` and ``<u, b>``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_lnstat.covector import Covector
 from captum_lnstat.statistics import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -24,14 +25,18 @@ if TYPE_CHECKING:
 class FrozenMap(Protocol):
     """An affine map on the channels of each token."""
 
-    def pull(self, u: Float[Tensor, "batch *tokens out"]) -> tuple[Float[Tensor, "batch *tokens in"], Tensor]:
-        """Return ``M^T u`` and, per image, ``<u, b>``."""
+    def pull(self, u: Covector) -> tuple[Covector, Float[Tensor, "batch place score"]]:
+        """Return ``M^T u`` and ``<u_i, b>`` of every token that ``u`` is at."""
         ...
 
 
 def per_image(values: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
     """Sum everything but the batch."""
     return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+def _nothing(u: Covector) -> Tensor:
+    return u.scale.new_zeros(*u.scale.shape, u.scores)
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,21 @@ class FrozenLinear:
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None = None
 
-    def pull(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        constant = u.new_zeros(len(u)) if self.bias is None else per_image(u @ self.bias.detach().to(u.dtype))
-        return u @ self.weight.detach().to(u.dtype), constant
+    def pull(self, u: Covector) -> tuple[Covector, Tensor]:
+        constant = _nothing(u) if self.bias is None else u.read_vector(self.bias)
+        return u.with_directions(u.directions @ self.weight.detach().to(u.directions.dtype)), constant
 
 
 @dataclass(frozen=True)
 class FrozenScale:
-    """``f(x) = gamma * x``: LayerScale, or a gate held constant."""
+    """``f(x) = gamma * x``: LayerScale, one ``gamma`` for all tokens, or a gate held constant, one for each."""
 
-    gamma: Tensor
+    gamma: Float[Tensor, "*batch_tokens channel"]
 
-    def pull(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        return u * self.gamma.detach().to(u.dtype), u.new_zeros(len(u))
+    def pull(self, u: Covector) -> tuple[Covector, Tensor]:
+        gamma = self.gamma.detach().to(u.directions.dtype)
+        scaled = u.with_directions(u.directions * gamma) if gamma.dim() <= 1 else u.times(gamma.flatten(1, -2))
+        return scaled, _nothing(u)
 
 
 @dataclass(frozen=True)
@@ -67,16 +74,16 @@ class FrozenNorm:
     gamma: Tensor | None
     beta: Tensor | None
 
-    def pull(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        constant = u.new_zeros(len(u)) if self.beta is None else per_image(u @ self.beta.detach().to(u.dtype))
-        scaled = u if self.gamma is None else u * self.gamma.detach().to(u.dtype)
-        centred = scaled - scaled.mean(-1, keepdim=True)
-        return centred / self.deviation.to(u.dtype)[..., None], constant
+    def pull(self, u: Covector) -> tuple[Covector, Tensor]:
+        constant = _nothing(u) if self.beta is None else u.read_vector(self.beta)
+        scaled = u.directions if self.gamma is None else u.directions * self.gamma.detach().to(u.directions.dtype)
+        centred = u.with_directions(scaled - scaled.mean(-1, keepdim=True))
+        return centred.scaled(1 / self.deviation.flatten(1).to(u.scale.dtype)), constant
 
 
-def pull_through(path: Iterable[FrozenMap], u: Tensor) -> tuple[Tensor, Tensor]:
-    """Pull ``u`` from the end of a path of maps to its beginning, collecting the constants."""
-    constant = u.new_zeros(len(u))
+def pull_through(path: Iterable[FrozenMap], u: Covector) -> tuple[Covector, Float[Tensor, "batch place score"]]:
+    """Pull ``u`` from the end of a path of maps to its beginning, collecting the constants of every token."""
+    constant = _nothing(u)
     for step in reversed(list(path)):
         u, offset = step.pull(u)
         constant = constant + offset

@@ -76,7 +76,10 @@ class Fuser:
 
 def fuse(site: AttentionSite, fusion: HeadFusion) -> Float[Tensor, "batch query key"]:
     """The head-fused attention of one site."""
-    fuser = Fuser(fusion, site.shape[1])
-    for _, attention in site.chunks():
-        fuser.add(attention)
-    return fuser.fused()
+    parts = []
+    for _, turns in site.chunks(whole_maps=callable(fusion)):
+        fuser = Fuser(fusion, site.shape[1])
+        for _, attention in turns:
+            fuser.add(attention)
+        parts.append(fuser.fused())
+    return torch.cat(parts, 1)

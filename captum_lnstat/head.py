@@ -12,8 +12,9 @@ from torch import Tensor
 
 from captum_lnstat._compat import _select_targets
 from captum_lnstat._typing import Target
+from captum_lnstat.covector import Covector
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.statistics import accumulation_dtype
+from captum_lnstat.statistics import accumulation_dtype, stream
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -63,29 +64,36 @@ def contrast(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
 
 
 def head_covector(
-    score: Float[Tensor, " batch"], stream_end: Tensor
-) -> tuple[Float[Tensor, "batch token channel"], Float[Tensor, " batch"]]:
+    scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor
+) -> tuple[Covector, Float[Tensor, "batch score"]]:
     """``u`` with ``score = sum_i u_i . x_i + constant`` at the end of the residual stream, and the constant.
 
     The LayerNorms of the head were recorded with frozen statistics, so for a head of norms, pooling and linear layers
     this is exact. For any other head it is the first-order expansion, the remainder being part of the constant.
     """
-    (u,) = gradients(score, [stream_end])
-    u = u.flatten(1, -2).to(accumulation_dtype(u))
-    tokens = stream_end.detach().flatten(1, -2).to(u.dtype)
-    constant = score.detach().to(u.dtype) - (u * tokens).sum((1, 2))
-    return u, constant
+    slopes = [gradients(score, [stream_end], again=True)[0] for score in scores]
+    u = torch.stack([stream(slope) for slope in slopes], 2)
+    covector = Covector.of(u)
+    said = covector.read(stream(stream_end.detach())).sum(1)
+    values = torch.stack([score.detach() for score in scores], 1)
+    return covector, values.to(said.dtype) - said
 
 
-def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradient of every image's score; the parameters' ``.grad`` stays as it is."""
+def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor], *, again: bool = False) -> tuple[Tensor, ...]:
+    """Gradient of every image's score; the parameters' ``.grad`` stays as it is.
+
+    Args:
+        score: One value an image.
+        at: Where.
+        again: Keep the graph for a further call.
+    """
     if not score.requires_grad:
         raise RecordingError(
             "the score has no gradient at the transformer's tokens: forward_func leaves the graph after the model "
             "(no_grad, inference_mode, detach, numpy or argmax). Let it return the model's scores as they are"
         )
     try:
-        return torch.autograd.grad(score.sum(), list(at))
+        return torch.autograd.grad(score.sum(), list(at), retain_graph=again)
     except RuntimeError as error:
         if "not have been used in the graph" not in str(error):
             raise

@@ -11,13 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 PADDING = -1
 
 
 class Layout(Protocol):
     """A way from the tokens of an image to groups and back; groups are counted in the batch, image by image."""
+
+    @property
+    def covered(self) -> Bool[Tensor, " token"] | None:
+        """Which tokens are in a group; ``None`` if all are."""
+        ...
 
     def gather(self, tokens: Float[Tensor, "batch token rest"]) -> Float[Tensor, "batch_groups member rest"]:
         """Tokens to groups; a padded place gets zeros."""
@@ -34,6 +39,8 @@ class Layout(Protocol):
 class WholeImage:
     """Every token is in the one group of its image."""
 
+    covered = None
+
     def gather(self, tokens: Tensor) -> Tensor:
         return tokens
 
@@ -43,28 +50,93 @@ class WholeImage:
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of equal size; ``index[group, member]`` is a token, or ``PADDING``. Every token is in one place only."""
+    """Groups of equal size; ``index[group, member]`` is a token, or ``PADDING``.
+
+    A token may be in several groups, or in none. What is scattered to a token from several places adds up.
+
+    Attributes:
+        index: The tokens of each group.
+        tokens: How many tokens there are, those in no group included; as many as the index names by default.
+    """
 
     index: Int[Tensor, "group member"]
+    tokens: int | None = None
 
     @cached_property
-    def _place_of_token(self) -> Int[Tensor, " token"]:
-        flat = self.index.flatten()
-        places = torch.nonzero(flat != PADDING)[:, 0]
-        return places[flat[places].argsort()]
+    def count(self) -> int:
+        """How many tokens there are."""
+        return int(self.index.max()) + 1 if self.tokens is None else self.tokens
+
+    @cached_property
+    def _places(self) -> Int[Tensor, " place"]:
+        return torch.nonzero(self.index.flatten() != PADDING)[:, 0]
 
     @cached_property
     def _padded_places(self) -> Int[Tensor, " place"]:
         return torch.nonzero(self.index.flatten() == PADDING)[:, 0]
 
+    @cached_property
+    def _tokens_of_places(self) -> Int[Tensor, " place"]:
+        return self.index.flatten()[self._places]
+
+    @cached_property
+    def _place_of_token(self) -> Int[Tensor, " token"] | None:
+        """The place of every token, if each has exactly one."""
+        order = self._tokens_of_places.argsort()
+        every = torch.arange(self.count, device=self.index.device)
+        return self._places[order] if torch.equal(self._tokens_of_places[order], every) else None
+
+    @cached_property
+    def covered(self) -> Bool[Tensor, " token"] | None:
+        found = torch.zeros(self.count, dtype=torch.bool, device=self.index.device)
+        found[self._tokens_of_places] = True
+        return None if bool(found.all()) else found
+
     def gather(self, tokens: Tensor) -> Tensor:
-        # The padding index -1 reads the row of zeros appended here.
-        padded = F.pad(tokens, (0, 0, 0, 1))
-        return padded[:, self.index].flatten(0, 1)
+        if len(self._padded_places):
+            tokens = F.pad(tokens, (0, 0, 0, 1))  # the padding index -1 reads the row of zeros appended here
+        return tokens[:, self.index].flatten(0, 1)
 
     def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         flat = groups.reshape(batch, self.index.numel(), groups.shape[-1])
-        return flat[:, self._place_of_token], flat[:, self._padded_places].sum(1)
+        if self._place_of_token is not None:
+            tokens = flat[:, self._place_of_token]
+        else:
+            tokens = flat.new_zeros(batch, self.count, flat.shape[-1])
+            tokens.index_add_(1, self._tokens_of_places, flat[:, self._places])
+        return tokens, flat[:, self._padded_places].sum(1)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Keys that each stand for several tokens, in one group an image: a key's relevance is shared among its tokens.
+
+    The layout of keys that were made of the tokens by pooling or a strided convolution.
+
+    Attributes:
+        groups: The tokens under each key, ``(key, token)``; a key without any gives its relevance to padding.
+    """
+
+    groups: Groups
+
+    @property
+    def covered(self) -> Bool[Tensor, " token"] | None:
+        return self.groups.covered
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """Not defined: a key is not made of its tokens alone."""
+        raise NotImplementedError("keys that stand for several tokens are read by scatter only")
+
+    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        shares = even_shares(self.groups).to(groups.dtype)
+        return self.groups.scatter((groups[:, :, None] * shares[..., None]).flatten(0, 1), batch)
+
+
+def even_shares(groups: Groups) -> Float[Tensor, "group member"]:
+    """The same share for every member of a group; padding gets none, but in a group of nothing else."""
+    real = groups.index != PADDING
+    real = torch.where(real.any(-1, keepdim=True), real, True)
+    return real / real.sum(-1, keepdim=True)
 
 
 def windows(

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.covector import Covector, to_children
 from captum_lnstat.frozen import per_image, pull_through
-from captum_lnstat.fusion import Fuser, HeadFusion
-from captum_lnstat.statistics import MergingShare, ResidualShare, accumulation_dtype, merging_share, residual_share
-from captum_lnstat.trace import Block, Merging, Trace
+from captum_lnstat.fusion import HeadFusion
+from captum_lnstat.layout import Groups, even_shares
+from captum_lnstat.relation import Handed, Wiring, hand_down, positive_gradient_attention
+from captum_lnstat.statistics import MergingShare, ResidualShare, merging_share
+from captum_lnstat.trace import Block, Merging, Trace, Transition, Update
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -67,78 +69,90 @@ class Relevance:
         return per_image(self.grid) + self.prefix.sum(1) + self.padding + self.constant
 
 
-class _Walker(Protocol):
-    """A row vector on its way from the head to the image."""
-
-    @property
-    def covector(self) -> Tensor | None:
-        """``u`` of the stream, for a walker that reads what was said about the class."""
-
-    def through_block(self, block: Block, attention: Tensor, said: Tensor | None) -> None: ...
-
-    def through_merging(self, merging: Merging) -> None: ...
-
-
 class _Row:
-    """The row vector ``r`` and the mass that padded places took from it."""
+    """Row vectors on their way from the head to the image, and the mass that padded places took from them."""
 
-    def __init__(self, tokens: Float[Tensor, "batch token"], settings: Settings) -> None:
+    def __init__(self, tokens: Float[Tensor, "batch token row"], at: Tensor | None) -> None:
         self.tokens = tokens
-        self.padding = tokens.new_zeros(len(tokens))
-        self._settings = settings
+        self.at = at  # the only tokens at which they are not zero, if that is known
+        self.padding = tokens.new_zeros(len(tokens), tokens.shape[-1])
 
-    def mix(self, block: Block, attention: Tensor, tokens: Tensor) -> Tensor:
-        """``tokens A``: hand each token's relevance to the tokens it attended to."""
-        grouped = block.layout.gather(tokens[..., None])
-        mixed, lost = block.layout.scatter(attention.transpose(-2, -1) @ grouped, len(tokens))
-        self.padding = self.padding + lost[:, 0]
-        return mixed[..., 0]
-
-    def split(self, merging: Merging) -> None:
+    def split(self, groups: Groups, shares: Float[Tensor, "batch parent child"]) -> None:
         """A parent's relevance to its children."""
-        shares = merging_share(merging, self._settings.merging)
-        children = (self.tokens[..., None] * shares).flatten(0, 1)[..., None]
-        tokens, lost = merging.groups.scatter(children, len(self.tokens))
-        self.tokens, self.padding = tokens[..., 0], self.padding + lost[:, 0]
+        children = (self.tokens[:, :, None] * shares[..., None]).flatten(0, 1)
+        self.tokens, lost = groups.scatter(children, len(self.tokens))
+        self.padding, self.at = self.padding + lost, None
 
-    def relevance(self, trace: Trace, constant: Tensor | None = None) -> Relevance:
+    def through_block(self, block: Block, keep: Tensor, handed: Tensor, lost: Tensor) -> None:
+        """What each token keeps, and what the attention hands down."""
+        self.tokens, self.padding = keep, self.padding + lost
+        if block.skip is not None:
+            self.split(block.skip, even_shares(block.skip)[None].to(keep.dtype))
+        self.tokens, self.at = self.tokens + handed, None
+
+    def relevance(self, trace: Trace, constant: Tensor | None = None) -> tuple[Relevance, ...]:
+        """One for every row vector."""
         prefix, patches = self.tokens[:, : trace.prefix], self.tokens[:, trace.prefix :]
-        grid = patches.reshape(len(patches), *trace.grid)
-        return Relevance(grid, prefix, self.padding, torch.zeros_like(self.padding) if constant is None else constant)
+        if trace.place is not None:
+            patches = patches[:, trace.place]
+        grid = patches.reshape(len(patches), *trace.grid, -1)
+        constant = torch.zeros_like(self.padding) if constant is None else constant
+        return tuple(
+            Relevance(grid[..., i], prefix[..., i], self.padding[..., i], constant[..., i])
+            for i in range(grid.shape[-1])
+        )
+
+
+class _Walker(Protocol):
+    """Row vectors, and perhaps a covector, on their way from the head to the image."""
+
+    row: _Row
+    u: Covector | None
+
+    def give(self, block: Block) -> Tensor:
+        """What goes through the block's attention."""
+
+    def take(self, block: Block, handed: Tensor, lost: Tensor, said: Handed) -> None:
+        """What came out of it."""
+
+    def beside(self, step: Merging | Update | Transition) -> None:
+        """A step that is no attention: what it says, before the row is handed down."""
 
 
 class _Perception:
     """``r <- alpha * r + ((1 - alpha) * r) A``, from the head's class-agnostic start."""
 
-    covector = None
-
     def __init__(self, trace: Trace, settings: Settings) -> None:
         self._settings = settings
-        self.row = _Row(trace.start(settings.head_fusion), settings)
+        self.u: Covector | None = None
+        start = trace.start(settings.head_fusion)
+        self.row = _Row(start[..., None], start.ne(0).any(0).nonzero()[:, 0])
 
-    def through_block(self, block: Block, attention: Tensor, said: Tensor | None) -> None:
-        r, alpha = self.row.tokens, residual_share(block.before, block.attention_update, self._settings.residual)
-        self.row.tokens = alpha * r + self.row.mix(block, attention, (1 - alpha) * r)
+    def _keep(self, block: Block) -> Tensor:
+        return block.residual_share(self._settings.residual)[..., None] * self.row.tokens
 
-    def through_merging(self, merging: Merging) -> None:
-        self.row.split(merging)
+    def give(self, block: Block) -> Tensor:
+        return self.row.tokens - self._keep(block)
+
+    def take(self, block: Block, handed: Tensor, lost: Tensor, said: Handed) -> None:
+        self.row.through_block(block, self._keep(block), handed, lost)
+
+    def beside(self, step: Merging | Update | Transition) -> None:
+        """Nothing is said."""
 
 
-class _RawAttention:
+class _RawAttention(_Perception):
     """``r <- r A`` at one block; the other blocks leave ``r`` as it is."""
 
-    covector = None
-
     def __init__(self, trace: Trace, settings: Settings, chosen: Block) -> None:
+        super().__init__(trace, settings)
         self._chosen = chosen
-        self.row = _Row(trace.start(settings.head_fusion), settings)
 
-    def through_block(self, block: Block, attention: Tensor, said: Tensor | None) -> None:
-        if block is self._chosen:
-            self.row.tokens = self.row.mix(block, attention, self.row.tokens)
-
-    def through_merging(self, merging: Merging) -> None:
-        self.row.split(merging)
+    def _keep(self, block: Block) -> Tensor:
+        covered = block.layout.covered
+        if block is not self._chosen:
+            return self.row.tokens
+        return torch.zeros_like(self.row.tokens) if covered is None else self.row.tokens * ~covered[:, None]
 
 
 class _Evidence:
@@ -148,102 +162,98 @@ class _Evidence:
     token it came from, ``<u, input token>`` at the end. With these three the sum over tokens and constant is the score.
     """
 
-    def __init__(self, u: Tensor, constant: Tensor, settings: Settings) -> None:
+    def __init__(self, u: Covector, constant: Float[Tensor, "batch score"], settings: Settings) -> None:
         self._settings = settings
-        self.u = u
+        self.u: Covector | None = u
         self.constant = constant
-        self.row = _Row(u.new_zeros(u.shape[:2]), settings)
+        self.row = _Row(u.spread(u.scale.new_zeros(*u.scale.shape, u.scores)), u.at)
 
-    @property
-    def covector(self) -> Tensor:
-        return self.u
+    def _add(self, said: Tensor) -> None:
+        assert self.u is not None
+        self.row.tokens = self.row.tokens + self.u.spread(said)
 
-    def through_block(self, block: Block, attention: Tensor, said: Tensor | None) -> None:
-        assert said is not None
-        r = self.row.tokens + (self.u * block.mlp_update).sum(-1)
-        share = residual_share(block.before, block.attention_update, self._settings.evidence_residual)
-        heard, lost = block.layout.scatter(said[..., None], len(r))
-        self.constant = self.constant + lost[:, 0] + pull_through(block.path, self.u)[1]
-        self.row.tokens = share * r + self.row.mix(block, attention, (1 - share) * r) + heard[..., 0]
+    def _keep(self, block: Block) -> Tensor:
+        return block.residual_share(self._settings.evidence_residual)[..., None] * self.row.tokens
 
-    def through_merging(self, merging: Merging) -> None:
-        self.row.split(merging)
-        joined, constant = pull_through(merging.path, self.u)
-        channels = merging.children.shape[-1]
-        # A padded child is a token of zeros: whatever u is there, nothing was said.
-        self.u, _ = merging.groups.scatter(joined.reshape(-1, 4, channels), len(joined))
-        self.constant = self.constant + constant
+    def give(self, block: Block) -> Tensor:
+        if self.u is not None and block.after is not block.between:
+            self._add(self.u.read(block.after) - self.u.read(block.between))
+        return self.row.tokens - self._keep(block)
 
-    def at_the_image(self, trace: Trace) -> Relevance:
-        self.row.tokens = self.row.tokens + (self.u * trace.tokens).sum(-1)
+    def take(self, block: Block, handed: Tensor, lost: Tensor, said: Handed) -> None:
+        keep = self._keep(block)
+        if self.u is not None:
+            assert said.said is not None
+            assert said.said_lost is not None
+            assert said.constant is not None
+            handed = handed + said.said
+            self.constant = self.constant + said.said_lost + said.constant
+            if block.skip is not None:
+                # The pooling between is not affine: what the tokens after it say is put under them.
+                keep = keep + self.u.spread(self.u.read(block.base))
+                self.u = None
+        self.row.through_block(block, keep, handed, lost)
+
+    def beside(self, step: Merging | Update | Transition) -> None:
+        if self.u is None:
+            return
+        if isinstance(step, Update):
+            self._add(self.u.read(step.after) - self.u.read(step.before))
+        elif isinstance(step, Merging):
+            joined, constant = pull_through(step.path, self.u)
+            # A padded child is a token of zeros: whatever u is there, nothing was said.
+            self.u, self.constant = to_children(joined, step.groups), self.constant + constant.sum(1)
+        elif step.pull is not None:
+            self.u, constant = step.pull(self.u)
+            self.constant = self.constant + constant
+        else:
+            self._add(self.u.read(step.after))
+            self.u = None
+
+    def at_the_image(self, trace: Trace) -> tuple[Relevance, ...]:
+        if self.u is not None:
+            self._add(self.u.read(trace.tokens))
+            self.u = None
         return self.row.relevance(trace, self.constant)
 
 
-def _attend(block: Block, fusion: HeadFusion, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The head-fused attention of a block and, for a covector ``u``, what each key's token said to every query."""
-    site, fuser = block.site, Fuser(fusion, block.site.shape[1])
-    grouped = block.layout.gather(pull_through(block.path, u)[0])
-    pulled = grouped.reshape(*grouped.shape[:2], site.shape[1], -1).transpose(1, 2)
-    said = pulled.new_zeros(len(pulled), site.shape[3])
-    for heads, attention in site.chunks():
-        fuser.add(attention)
-        said = said + ((attention.transpose(-2, -1) @ pulled[:, heads]) * site.values(heads)).sum((1, 3))
-    return fuser.fused(), said
+def _at(walkers: Sequence[_Walker]) -> Tensor | None:
+    known = [walker.row.at for walker in walkers]
+    return None if any(at is None for at in known) else torch.unique(torch.cat([at for at in known if at is not None]))
 
 
-# How far the attention's update may be from what its path makes of A v, in the size of the terms.
-WIRING_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-HALF_WIRING_TOLERANCE = 0.1
-
-
-def _check_update(block: Block, u: Tensor, said: Tensor) -> None:
-    """``<u, attention update>`` has to be what the keys' tokens said, plus the biases."""
-    heard, lost = block.layout.scatter(said[..., None], len(u))
-    told = heard.sum((1, 2)) + lost[:, 0] + pull_through(block.path, u)[1]
-    terms = u * block.attention_update
-    error, size = (terms.sum((1, 2)) - told).abs(), terms.abs().sum((1, 2)) + heard.abs().sum((1, 2))
-    tolerance = WIRING_TOLERANCE.get(block.site.dtype, HALF_WIRING_TOLERANCE)
-    # The update is a difference of two streams, and a small one of large streams is known to their rounding only.
-    kind = torch.finfo(block.site.dtype)
-    rounding = kind.eps * (u.abs() * (block.before.abs() + kind.smallest_normal)).sum((1, 2))
-    if bool((error > tolerance * size + rounding).any()):
-        raise RecordingError(
-            f"what block {block.name!r} adds to the stream is not its attention's output as recorded: off by "
-            f"{float((error / size).max()):.2g} of its size. Its wiring is not one that is known, so no map from it "
-            "can be trusted"
-        )
-
-
-def _check_layout(block: Block) -> None:
-    members = block.layout.gather(block.before[:1, :, :1]).shape[1]
-    if block.site.shape[2:] != (members, members):
-        raise UnsupportedModelError(
-            f"the attention of {block.name!r} is {block.site.shape[2]} x {block.site.shape[3]}, its tokens are "
-            f"{members}; expected attention from token to token (not from channel to channel)"
-        )
-
-
-def _walk(trace: Trace, walkers: Sequence[_Walker], fusion: HeadFusion) -> None:
+def _walk(trace: Trace, walkers: Sequence[_Walker], settings: Settings) -> None:
+    wiring = None if trace.training else Wiring()
     for step in reversed(trace.steps):
-        if isinstance(step, Merging):
+        if not isinstance(step, Block):
             for walker in walkers:
-                walker.through_merging(step)
+                walker.beside(step)
+                _hand_to_children(walker.row, step, settings)
             continue
-        u = next((walker.covector for walker in walkers if walker.covector is not None), None)
-        _check_layout(step)
-        probe = step.before + step.attention_update if u is None else u
-        attention, said = _attend(step, fusion, probe)
-        if not trace.training:
-            _check_update(step, probe, said)
-        for walker in walkers:
-            walker.through_block(step, attention, said)
+        given = [walker.give(step) for walker in walkers]
+        u = next((walker.u for walker in walkers if walker.u is not None), None)
+        came = hand_down(step, torch.cat(given, -1), _at(walkers), u, settings.head_fusion, wiring)
+        widths = [part.shape[-1] for part in given]
+        for walker, handed, lost in zip(
+            walkers, came.rows.split(widths, -1), came.rows_lost.split(widths, -1), strict=True
+        ):
+            walker.take(step, handed, lost, came)
+    if wiring is not None:
+        wiring.verify()
+
+
+def _hand_to_children(row: _Row, step: Merging | Update | Transition, settings: Settings) -> None:
+    if isinstance(step, Merging):
+        row.split(step.groups, merging_share(step, settings.merging))
+    elif isinstance(step, Transition):
+        row.split(step.groups, even_shares(step.groups)[None].to(row.tokens.dtype))
 
 
 def perception(trace: Trace, settings: Settings) -> Relevance:
     """Class-agnostic relevance: how much of the prediction's input came from each patch. Sums to 1, gradient-free."""
     walker = _Perception(trace, settings)
-    _walk(trace, [walker], settings.head_fusion)
-    return walker.row.relevance(trace)
+    _walk(trace, [walker], settings)
+    return walker.row.relevance(trace)[0]
 
 
 def raw_attention(trace: Trace, settings: Settings, block: int) -> Relevance:
@@ -258,41 +268,53 @@ def raw_attention(trace: Trace, settings: Settings, block: int) -> Relevance:
     if not -count <= block < count:
         raise ValueError(f"block is {block}; expected an index into the {count} blocks, {-count} to {count - 1}")
     walker = _RawAttention(trace, settings, trace.blocks[block])
-    _walk(trace, [walker], settings.head_fusion)
-    return walker.row.relevance(trace)
+    _walk(trace, [walker], settings)
+    return walker.row.relevance(trace)[0]
 
 
-def evidence(trace: Trace, u: Tensor, constant: Tensor, settings: Settings) -> Relevance:
+def evidence(trace: Trace, u: Covector, constant: Tensor, settings: Settings) -> tuple[Relevance, ...]:
     """Class-specific, signed relevance: how much each patch argued for the target. Sums to the target's score.
 
     Args:
         trace: The traced forward pass.
-        u: The head's covector for the target at the end of the stream, ``(batch, token, channel)``.
-        constant: ``score - sum_i u_i . x_i`` at the head: its bias and its LayerNorm's beta.
+        u: The head's covector at the end of the stream, for one score or several.
+        constant: ``score - sum_i u_i . x_i`` at the head, ``(batch, score)``: its bias and its LayerNorm's beta.
         settings: How relevance is rolled.
+
+    Returns:
+        One for every score.
     """
     walker = _Evidence(u, constant, settings)
-    _walk(trace, [walker], settings.head_fusion)
+    _walk(trace, [walker], settings)
     return walker.at_the_image(trace)
 
 
-def lnstat(trace: Trace, u: Tensor, constant: Tensor, settings: Settings) -> tuple[Relevance, Relevance]:
+def lnstat(
+    trace: Trace, u: Covector, constant: Tensor, settings: Settings
+) -> tuple[tuple[Relevance, ...], tuple[Relevance, ...]]:
     """``max(P - mean P, P / 20) * max(E - median E, 0)``, scaled to the sum of ``max(E - median E, 0)``.
 
     What the model looked at more than at the average patch, and counted in favour of the class more than a typical
     patch, in units of the score. A patch that was looked at less keeps a twentieth of its weight, so that a class that
-    is argued for only there still gets a map. Returns the relevance and the evidence it was made of.
+    is argued for only there still gets a map.
+
+    Returns:
+        For every score the relevance, and for every score the evidence it was made of.
     """
     looked, argued = _Perception(trace, settings), _Evidence(u, constant, settings)
-    _walk(trace, [looked, argued], settings.head_fusion)
-    seen, said = looked.row.relevance(trace).grid, argued.at_the_image(trace)
+    _walk(trace, [looked, argued], settings)
+    (seen,), said = looked.row.relevance(trace), argued.at_the_image(trace)
+    return tuple(_both(seen.grid, one) for one in said), said
+
+
+def _both(seen: Tensor, said: Relevance) -> Relevance:
     attention = torch.maximum(seen - seen.mean((1, 2), keepdim=True), seen / FAINT)
     favour = (said.grid - said.grid.flatten(1).median(1).values[:, None, None]).clamp(min=0)
     product = attention * favour
     total = product.sum((1, 2), keepdim=True)
     grid = torch.where(total > 0, product * favour.sum((1, 2), keepdim=True) / total, product)
     nothing = torch.zeros_like(said.padding)
-    return Relevance(grid, torch.zeros_like(said.prefix), nothing, nothing), said
+    return Relevance(grid, torch.zeros_like(said.prefix), nothing, nothing)
 
 
 def gradient(
@@ -309,39 +331,18 @@ def gradient(
         keep: Take ``alpha = 1`` everywhere, as Chefer et al. (ICCV 2021) do.
         normalized: Divide every row of ``A'`` by its sum and take ``r <- alpha * r + ((1 - alpha) * r) A'``.
     """
-    row = _Row(trace.start(settings.head_fusion), settings)
-    gradients = list(output_gradients)
+    start = trace.start(settings.head_fusion)
+    row = _Row(start[..., None], start.ne(0).any(0).nonzero()[:, 0])
+    gradients, wiring = list(output_gradients), None if trace.training else Wiring()
     for step in reversed(trace.steps):
-        if isinstance(step, Merging):
-            row.split(step)
+        if not isinstance(step, Block):
+            _hand_to_children(row, step, settings)
             continue
-        _check_layout(step)
-        if not trace.training:
-            probe = step.before + step.attention_update
-            _check_update(step, probe, _attend(step, "mean", probe)[1])
-        weighted = _positive_gradient_attention(step, gradients.pop())
-        alpha: Tensor | float = 1.0
-        if not keep:
-            alpha = residual_share(step.before, step.attention_update, settings.residual)
         r = row.tokens
-        if normalized:
-            total = weighted.sum(-1, keepdim=True)
-            weighted = torch.where(total > 0, weighted / total, weighted)
-            r = (1 - alpha) * r
-        row.tokens = alpha * row.tokens + row.mix(step, weighted, r)
-    return row.relevance(trace)
-
-
-def _positive_gradient_attention(block: Block, output_gradient: Tensor) -> Float[Tensor, "batch query key"]:
-    site = block.site
-    d_output = site.output_gradient(output_gradient)
-    d_output = d_output.to(accumulation_dtype(d_output))
-    fuser = Fuser("mean", site.shape[1])
-    for heads, attention in site.chunks():
-        if d_output.shape[1] != site.shape[1]:
-            raise RecordingError(
-                f"the output of {site.module!r} has {d_output.shape[1]} heads, its attention {site.shape[1]}"
-            )
-        d_attention = d_output[:, heads] @ site.values(heads).transpose(-2, -1)
-        fuser.add((d_attention * attention).clamp(min=0))
-    return fuser.fused()
+        kept = r if keep else step.residual_share(settings.residual)[..., None] * r
+        given = r - kept if normalized else r
+        handed, lost = positive_gradient_attention(step, gradients.pop(), given, row.at, normalized, wiring)
+        row.through_block(step, kept, handed, lost)
+    if wiring is not None:
+        wiring.verify()
+    return row.relevance(trace)[0]

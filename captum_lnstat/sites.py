@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,14 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.statistics import accumulation_dtype
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
-# Probabilities of so many (batch, head, query, key) entries are held at once; more heads are taken in turns.
-CHUNK = 1 << 23
+# Probabilities of so many (batch, head, query, key) entries are held at once; the rest follows in turns.
+CHUNK = 1 << 22
+
+# Which queries of a site.
+Queries = Union[slice, Tensor]
+EVERY = slice(None)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class AttentionSite(ABC):
         """The dtype in which the model computed it."""
 
     @abstractmethod
-    def probabilities(self, heads: slice) -> Float[Tensor, "batch head query key"]:
+    def probabilities(self, heads: slice, queries: Queries = EVERY) -> Float[Tensor, "batch head query key"]:
         """Attention probabilities after the softmax, in float32 (float64 for a float64 model)."""
 
     @abstractmethod
@@ -79,13 +83,25 @@ class AttentionSite(ABC):
     def output_gradient(self, gradient: Tensor) -> Float[Tensor, "batch head query channel"]:
         """The gradient at ``output`` as one at ``A v``, head by head."""
 
-    def chunks(self) -> Iterator[tuple[slice, Float[Tensor, "batch head query key"]]]:
-        """Probabilities in turns of as many heads as fit, so that not every head's map is in memory at once."""
-        batch, heads, queries, keys = self.shape
-        step = max(1, CHUNK // max(1, batch * queries * keys))
-        for start in range(0, heads, step):
-            chosen = slice(start, min(start + step, heads))
-            yield chosen, self.probabilities(chosen)
+    def chunks(
+        self, queries: Int[Tensor, " query"] | None = None, *, whole_maps: bool = False
+    ) -> Iterator[tuple[Queries, Iterator[tuple[slice, Float[Tensor, "batch head query key"]]]]]:
+        """Probabilities in turns of as many entries as fit: some queries at a time, and for them some heads at a time.
+
+        Args:
+            queries: The queries wanted; all of them by default.
+            whole_maps: All queries at once, some heads at a time.
+        """
+        batch, heads, count, keys = self.shape
+        wanted = count if queries is None else len(queries)
+        at_once = wanted if whole_maps else max(1, min(wanted, CHUNK // max(1, batch * keys)))
+        step = max(1, CHUNK // max(1, batch * at_once * keys))
+        turns = [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
+        for start in range(0, wanted, max(1, at_once)):
+            some: Queries = slice(start, min(start + at_once, wanted))
+            if queries is not None:
+                some = queries[some]
+            yield some, ((turn, self.probabilities(turn, some)) for turn in turns)
 
 
 def _four_dimensional(tensor: Tensor, module: str) -> Tensor:
@@ -130,30 +146,34 @@ class FusedSite(AttentionSite):
             return tensor[:, heads]
         return tensor[:, torch.arange(heads.start, heads.stop, device=tensor.device) // groups]
 
-    def probabilities(self, heads: slice) -> Tensor:
-        query = self.query.read()[:, heads]
+    def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
+        query = self.query.read()[:, heads][:, :, queries]
         dtype = accumulation_dtype(query)
         key = self._grouped(self.key.read(), heads).to(dtype)
         scale = 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
         scores = (query.to(dtype) * scale) @ key.transpose(-2, -1)
         hidden = None
         if self.is_causal:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril().logical_not()
+            everyone = torch.ones(self.shape[2:], dtype=torch.bool, device=scores.device)
+            hidden = everyone.tril().logical_not()[queries]
         if self.mask is not None:
             mask = self.mask.read()
             if mask.dim() >= 3 and mask.shape[-3] > 1:
                 mask = mask[..., heads, :, :]
+            if mask.dim() >= 2 and mask.shape[-2] > 1:
+                mask = mask[..., queries, :]
             if mask.dtype == torch.bool:
                 hidden = ~mask if hidden is None else hidden | ~mask
             else:
-                scores = scores + mask.to(dtype)
+                scores += mask.to(dtype)
         if hidden is not None:
-            scores = scores.masked_fill(hidden, -math.inf)
+            scores.masked_fill_(hidden, -math.inf)
         probabilities = scores.softmax(-1)
         if hidden is not None or self.mask is not None:
             # A query that may see nothing attends to nothing, as in the fused kernel; softmax alone would give NaN.
-            nothing = (scores == -math.inf).all(-1, keepdim=True)
-            probabilities = probabilities.masked_fill(nothing, 0.0)
+            nothing = (scores if hidden is not None else mask).amax(-1, keepdim=True) == -math.inf
+            if bool(nothing.any()):
+                probabilities.masked_fill_(nothing, 0.0)
         return probabilities
 
     def values(self, heads: slice) -> Tensor:
@@ -182,9 +202,9 @@ class SoftmaxSite(AttentionSite):
     def dtype(self) -> torch.dtype:
         return (self.value or self.attention).tensor.dtype  # under autocast the softmax itself is in float32
 
-    def probabilities(self, heads: slice) -> Tensor:
+    def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
         # A softmax in float32 may multiply float64 values.
-        attention = self.attention.read()[:, heads]
+        attention = self.attention.read()[:, heads][:, :, queries]
         return attention.to(accumulation_dtype((self.value or self.attention).tensor))
 
     def values(self, heads: slice) -> Tensor:
@@ -271,8 +291,8 @@ class MultiHeadSite(AttentionSite):
     def dtype(self) -> torch.dtype:
         return self.unpacked.dtype
 
-    def probabilities(self, heads: slice) -> Tensor:
-        return self.unpacked.probabilities(heads)
+    def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
+        return self.unpacked.probabilities(heads, queries)
 
     def values(self, heads: slice) -> Tensor:
         return self.unpacked.values(heads)

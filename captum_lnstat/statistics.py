@@ -27,6 +27,11 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def stream(tokens: Tensor) -> Tensor:
+    """The residual stream as (batch, token, channel), whatever its layout was, in the accumulation dtype."""
+    return tokens.flatten(1, -2).to(accumulation_dtype(tokens))
+
+
 @dataclass(frozen=True)
 class TokenStatistics:
     """Mean and biased variance over the channels of each token, in float32 (float64 for a float64 model)."""
@@ -74,10 +79,15 @@ def residual_share(
         return before.new_full(before.shape[:-1], 0.5, dtype=accumulation_dtype(before))
     own = token_variance(before)
     if form == "ratio":
-        return _share(own, token_variance(before + update)).clamp(max=1.0)
+        return ratio_share(own, token_variance(before + update))
     if form == "update":
         return _share(own, own + token_variance(update))
     raise ValueError(f"residual is {form!r}; expected 'ratio', 'update' or 'half'")
+
+
+def ratio_share(own: Float[Tensor, "batch token"], joined: Float[Tensor, "batch token"]) -> Tensor:
+    """``min(1, own / joined)``: the residual share from the variances at the two LayerNorms."""
+    return _share(own, joined).clamp(max=1.0)
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

@@ -2,42 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol, Union
 
+import torch
 from torch import Tensor
 
+from captum_lnstat.covector import Covector
 from captum_lnstat.frozen import FrozenMap
 from captum_lnstat.fusion import HeadFusion, fuse
 from captum_lnstat.layout import Groups, Layout
 from captum_lnstat.sites import AttentionSite
-from captum_lnstat.statistics import accumulation_dtype
+from captum_lnstat.statistics import (
+    ResidualShare,
+    TokenStatistics,
+    accumulation_dtype,
+    ratio_share,
+    residual_share,
+    token_statistics,
+)
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block: ``x' = x + attention update``, ``x'' = x' + mlp update``.
+    """One transformer block: ``between = x + attention update``, ``after = between + mlp update``.
 
     Attributes:
         name: Dotted name of the block.
         site: Its attention.
-        layout: How the stream's tokens become the site's queries and keys.
+        layout: How the tokens of ``between`` become the site's queries.
         before: ``x``, the residual stream before the block.
-        attention_update: What the attention added to each token.
-        mlp_update: What the MLP added to each token.
+        between: The stream with the attention's update; what the MLP's norm reads, if it comes first.
+        after: The stream with the MLP's update; ``between`` itself if no MLP follows.
         path: The affine maps from the site's output, heads joined, to the attention update.
+        keys: How the tokens of ``before`` became the site's keys, if not as the queries.
+        skip: For an attention that pools its queries: the tokens of ``before`` under each token after it.
+        carried: For such a block: what of ``before`` the update is added to, after the pooling.
+        grid: For such a block: rows and columns of tokens after it.
     """
 
     name: str
     site: AttentionSite
     layout: Layout
     before: Float[Tensor, "batch token channel"]
-    attention_update: Float[Tensor, "batch token channel"]
-    mlp_update: Float[Tensor, "batch token channel"]
+    between: Float[Tensor, "batch query_token out_channel"]
+    after: Float[Tensor, "batch query_token out_channel"]
     path: tuple[FrozenMap, ...]
+    keys: Layout | None = None
+    skip: Groups | None = None
+    carried: Float[Tensor, "batch query_token out_channel"] | None = None
+    grid: tuple[int, int] | None = None
+
+    @property
+    def base(self) -> Float[Tensor, "batch query_token out_channel"]:
+        """What the attention's update is added to."""
+        return self.before if self.carried is None else self.carried
+
+    @property
+    def attention_update(self) -> Float[Tensor, "batch query_token out_channel"]:
+        """What the attention added to each token."""
+        return self.between - self.base
+
+    @property
+    def mlp_update(self) -> Float[Tensor, "batch query_token out_channel"]:
+        """What the MLP added to each token."""
+        return self.after - self.between
+
+    @cached_property
+    def statistics(self) -> tuple[TokenStatistics, TokenStatistics]:
+        """Of every token before and after the attention's update: what the block's two LayerNorms read."""
+        return token_statistics(self.base), token_statistics(self.between)
+
+    def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
+        """Share of each token after the attention that is the token before it; 1 where it takes no part."""
+        if form == "ratio":
+            own, joined = self.statistics
+            share = ratio_share(own.variance, joined.variance)
+        else:
+            share = residual_share(self.base, self.attention_update, form)
+        covered = self.layout.covered
+        return share if covered is None else torch.where(covered, share, 1.0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +100,7 @@ class Merging:
         path: The affine maps from the joined children to the parent.
         norm_first: True if the LayerNorm reads the joined children, False if it reads the parent.
         reduction: Weight of the linear map, ``(parent channels, joined channels)``.
+        after: The residual stream after the merging.
     """
 
     name: str
@@ -59,6 +109,58 @@ class Merging:
     path: tuple[FrozenMap, ...]
     norm_first: bool
     reduction: Float[Tensor, "out in"]
+    after: Float[Tensor, "batch parent out"]
+
+    @property
+    def before(self) -> Float[Tensor, "batch child channel"]:
+        """The stream before the merging."""
+        return self.children
+
+
+@dataclass(frozen=True)
+class Update:
+    """Something added to each token in place: an MLP of its own, a positional or depthwise convolution.
+
+    Evidence: ``<u, after - before>`` is put on the token. Relevance stays where it is.
+
+    Attributes:
+        name: Dotted name of the module.
+        before: The residual stream before it.
+        after: The residual stream after it.
+    """
+
+    name: str
+    before: Float[Tensor, "batch token channel"]
+    after: Float[Tensor, "batch token channel"]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A change of the tokens that is no attention: a convolutional stage, a pooling, tokens put in another order.
+
+    A token's relevance is shared evenly among the tokens that lie under it. Where ``pull`` is not known, the evidence
+    ``<u, after>`` is put on the tokens after it, and what was said below is not told apart.
+
+    Attributes:
+        name: Dotted name of the module.
+        groups: The tokens before it under each token after it. A token with none (a class token that joins here)
+            gives its relevance to padding.
+        before: The residual stream before it.
+        after: The residual stream after it.
+        grid: Rows and columns of patch tokens after it.
+        pull: From the covector after it to the covector before it and the constant, ``(batch, score)``, if it is
+            affine.
+    """
+
+    name: str
+    groups: Groups
+    before: Float[Tensor, "batch token channel"]
+    after: Float[Tensor, "batch token_after out_channel"]
+    grid: tuple[int, int]
+    pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
+
+
+Step = Union[Block, Merging, Update, Transition]
 
 
 class Pooling(Protocol):
@@ -118,16 +220,20 @@ class Trace:
         patch: Height and width of a patch in pixels.
         pooling: How the head reads the tokens.
         training: The model was in train mode, so that dropout may stand between what was recorded and what came of it.
+        place: Which patch token is at each place of the grid, row by row, if they are not in that order.
+        covers: What the map leaves out, in words: stages that attention cannot see through.
     """
 
     family: str
-    steps: tuple[Block | Merging, ...]
+    steps: tuple[Step, ...]
     tokens: Float[Tensor, "batch token channel"]
     prefix: int
     grid: tuple[int, int]
     patch: tuple[int, int]
     pooling: Pooling
     training: bool = False
+    place: Int[Tensor, " patch"] | None = None
+    covers: str = ""
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -142,13 +248,17 @@ class Trace:
             into: Begin with the block, at its input. False begins after it, at its output.
         """
         index = next(i for i, step in enumerate(self.steps) if step is block)
+        below, above = (
+            (self.steps[:index], self.steps[index:]) if into else (self.steps[: index + 1], self.steps[index + 1 :])
+        )
         grid = self.grid
-        for step in self.steps[:index]:
+        for step in self.steps[:first]:
             if isinstance(step, Merging):
                 grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
-        after = block.before + block.attention_update + block.mlp_update
-        steps, tokens = (self.steps[index:], block.before) if into else (self.steps[index + 1 :], after)
-        return replace(self, steps=steps, tokens=tokens, grid=grid)
+            elif not isinstance(step, Update) and step.grid is not None:
+                grid = step.grid
+        tokens = block.before if into else block.after
+        return replace(self, steps=self.steps[first:], tokens=tokens, grid=grid, place=None)
 
     def start(self, fusion: HeadFusion) -> Float[Tensor, "batch token"]:
         """The row vector with which class-agnostic relevance starts at the head."""

@@ -10,7 +10,7 @@ from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenNorm, FrozenScal
 from captum_lnstat.layout import Layout
 from captum_lnstat.recording import NormCall, Recording
 from captum_lnstat.sites import AttentionSite
-from captum_lnstat.statistics import accumulation_dtype
+from captum_lnstat.statistics import stream
 from captum_lnstat.topology.parts import BlockParts, find_parts
 from captum_lnstat.trace import Block
 
@@ -26,11 +26,6 @@ def block_taps(block: nn.Module) -> list[nn.Module]:
     """The modules whose calls ``residual_block`` reads."""
     gate = _parts(type(block).__name__, block).gate
     return [block] if gate is None else [block, gate[1]]
-
-
-def stream(tokens: Tensor) -> Tensor:
-    """The residual stream as (batch, token, channel), whatever its layout was, in the accumulation dtype."""
-    return tokens.flatten(1, -2).to(accumulation_dtype(tokens))
 
 
 def residual_block(
@@ -53,8 +48,8 @@ def residual_block(
         UnsupportedModelError: The block lacks a part.
     """
     parts = _parts(name, block)
-    site = recording.site(f"{name}.{parts.attention}") if site is None else site
     call = recording.call(name)
+    site = recording.site(f"{name}.{parts.attention}") if site is None else site
     before, after = stream(call.input.read()), stream(call.output.read())
     first, second = _norms(name, parts, recording)
     if first.input.tensor.data_ptr() == call.input.tensor.data_ptr():
@@ -64,15 +59,14 @@ def residual_block(
                 "lies between them; expected the second norm to read the stream with the attention's update"
             )
         between = stream(second.input.read())
-        attention_update, mlp_update = between - before, after - between
         path = _path_to_update(name, parts, site, recording)
     else:
-        attention_update, mlp_update = _output(first), _output(second)
-        _check_sum(name, before + attention_update + mlp_update, after)
+        between = before + _output(first)
+        _check_sum(name, between + _output(second), after)
         norm = first.frozen
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
         path = (*_path_to_update(name, parts, site, recording), flat)
-    return Block(name, site, layout, before, attention_update, mlp_update, path)
+    return Block(name, site, layout, before, between, after, path)
 
 
 def _parts(name: str, block: nn.Module) -> BlockParts:

@@ -17,10 +17,10 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenNorm
 from captum_lnstat.layout import Groups, quads, windows
 from captum_lnstat.recording import Recording
-from captum_lnstat.statistics import accumulation_dtype
+from captum_lnstat.statistics import accumulation_dtype, stream
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.reading import pooling_as_read
-from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block, stream
+from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
 from captum_lnstat.trace import Block, FixedPooling, Merging, Pooling, Trace
 
 Grid = tuple[int, int]
@@ -89,9 +89,9 @@ class WindowedTopology(Topology):
                 grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
             else:
                 steps.append(residual_block(name, module, recording, _layout(module, tokens, grid)))
-        first = steps[0].before if isinstance(steps[0], Block) else steps[0].children
         height, width = self._patches.kernel_size
-        return Trace(self.family, tuple(steps), first, 0, first_grid, (height, width), self._pooling(recording))
+        patch, tokens = (height, width), steps[0].before
+        return Trace(self.family, tuple(steps), tokens, 0, first_grid, patch, self._pooling(recording))
 
     def _pooling(self, recording: Recording) -> Pooling:
         normed = recording.call(self._names[id(self.head_begins)]).output.tensor
@@ -215,4 +215,5 @@ def _merging(name: str, module: Any, recording: Recording, grid: Grid) -> Mergin
             f"{name} keeps its width of {reduction.in_features} channels, so it cannot be told whether its norm comes "
             "before or after the reduction"
         )
-    return Merging(name, quads(grid, children.device), stream(children), path, norm_first, reduction.weight.detach())
+    groups, after = quads(grid, children.device), stream(recording.call(name).output.read())
+    return Merging(name, groups, stream(children), path, norm_first, reduction.weight.detach(), after)

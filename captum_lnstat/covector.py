@@ -1,0 +1,138 @@
+"""Covectors of tokens in the form in which they stay small: few directions, a factor for every token.
+
+At a head that reads a mean of normalised tokens every token has the same covector but for its ``1 / sigma``; a head
+that reads the class token leaves all others without one. Both stay so through blocks (the covector of a stream is the
+same above and below a residual block), and each patch merging makes four directions of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from captum_lnstat.layout import PADDING, Groups
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+# So many units of rounding apart, two covectors are the same direction.
+SAME_DIRECTION = 32
+
+
+@dataclass(frozen=True)
+class Covector:
+    """``u_i = scale_i * directions[kind_i]`` for the tokens ``at``, nothing for the others; for one score or several.
+
+    Attributes:
+        at: The tokens that have one, ascending.
+        scale: A factor for each of them.
+        directions: The directions, for every score.
+        kind: Which direction each of the tokens has.
+        tokens: How many tokens there are.
+    """
+
+    at: Int[Tensor, " place"]
+    scale: Float[Tensor, "batch place"]
+    directions: Float[Tensor, "batch kind score channel"]
+    kind: Int[Tensor, " place"]
+    tokens: int
+
+    @classmethod
+    def of(cls, u: Float[Tensor, "batch token score channel"]) -> Covector:
+        """The same covectors, in as few directions as there are: one if all are parallel, else one a token."""
+        tokens = u.shape[1]
+        at = u.ne(0).flatten(2).any(-1).any(0).nonzero()[:, 0]
+        u = u[:, at]
+        if len(at) > 1:
+            one = cls._parallel(at, u, tokens)
+            if one is not None:
+                return one
+        return cls(at, u.new_ones(u.shape[:2]), u, torch.arange(len(at), device=u.device), tokens)
+
+    @classmethod
+    def _parallel(cls, at: Tensor, u: Tensor, tokens: int) -> Covector | None:
+        flat = u.flatten(2)
+        longest = flat.square().sum(-1).argmax(1)
+        one = flat[torch.arange(len(flat), device=u.device), longest]
+        length = one.square().sum(-1, keepdim=True)
+        scale = torch.where(length > 0, (flat @ one[..., None])[..., 0] / length, 0)
+        apart = (flat - scale[..., None] * one[:, None]).abs().amax(-1)
+        allowed = SAME_DIRECTION * torch.finfo(u.dtype).eps * scale.abs() * one.abs().amax(-1, keepdim=True)
+        if bool((apart > allowed).any()):
+            return None
+        return cls(at, scale, one.reshape(len(u), 1, *u.shape[2:]), torch.zeros_like(at), tokens)
+
+    @property
+    def everywhere(self) -> bool:
+        """Every token has one."""
+        return len(self.at) == self.tokens
+
+    @property
+    def kinds(self) -> int:
+        """How many directions there are."""
+        return self.directions.shape[1]
+
+    @property
+    def scores(self) -> int:
+        """How many scores there are."""
+        return self.directions.shape[2]
+
+    def dense(self) -> Float[Tensor, "batch place score channel"]:
+        """The covectors of the tokens ``at``, written out."""
+        return self.scale[..., None, None] * self.directions[:, self.kind]
+
+    def read(self, x: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch place score"]:
+        """``<u_i, x_i>`` of the tokens ``at``."""
+        x = x if self.everywhere else x[:, self.at]
+        if self.kinds == 1:
+            said = x @ self.directions[:, 0].transpose(-2, -1)
+        elif self.scores == 1:
+            said = (x * self.directions[:, self.kind, 0]).sum(-1, keepdim=True)
+        else:
+            said = torch.einsum("bnc,bnsc->bns", x, self.directions[:, self.kind])
+        return self.scale[..., None] * said
+
+    def read_vector(self, b: Float[Tensor, " channel"]) -> Float[Tensor, "batch place score"]:
+        """``<u_i, b>``: the same vector at every token, such as a bias."""
+        return self.scale[..., None] * (self.directions @ b.detach().to(self.scale.dtype))[:, self.kind]
+
+    def spread(self, values: Float[Tensor, "batch place rest"]) -> Float[Tensor, "batch token rest"]:
+        """Values at the tokens ``at``, zero at the others."""
+        if self.everywhere:
+            return values
+        out = values.new_zeros(len(values), self.tokens, *values.shape[2:])
+        out[:, self.at] = values
+        return out
+
+    def with_directions(self, directions: Tensor) -> Covector:
+        """Other directions, in other channels perhaps."""
+        return replace(self, directions=directions)
+
+    def scaled(self, factor: Float[Tensor, "batch token"]) -> Covector:
+        """Each token's covector times a number."""
+        return replace(self, scale=self.scale * (factor if self.everywhere else factor[:, self.at]))
+
+    def times(self, factor: Float[Tensor, "batch token channel"]) -> Covector:
+        """Each token's covector times a vector of its own, channel by channel."""
+        factor = factor if self.everywhere else factor[:, self.at]
+        kind = torch.arange(len(self.at), device=self.at.device)
+        return replace(self, directions=self.dense() * factor[:, :, None], scale=torch.ones_like(self.scale), kind=kind)
+
+
+def to_children(joined: Covector, groups: Groups) -> Covector:
+    """From the covectors of joined children, ``(child, channel)`` flat, to those of the children.
+
+    Every direction becomes one for each of the places in a group.
+    """
+    members = groups.index.shape[1]
+    batch, kinds, scores, _ = joined.directions.shape
+    split = joined.directions.reshape(batch, kinds, scores, members, -1).transpose(2, 3)
+    parents = groups.index[joined.at]  # (place, member)
+    real = parents != PADDING
+    at, order = parents[real].sort()
+    kind = (joined.kind[:, None] * members + torch.arange(members, device=at.device))[real][order]
+    scale = joined.scale[:, :, None].expand(-1, -1, members)[:, real][:, order]
+    return Covector(at, scale, split.flatten(1, 2), kind, groups.count)
