@@ -4,11 +4,13 @@
 # isort: off
 from captum_lnstat.topology.base import Topology, find_topology, register_topology
 from captum_lnstat.topology.encoder import EncoderTopology
+from captum_lnstat.topology.convolved import ConvolvedTopology
 from captum_lnstat.topology.plain import PlainTopology
 from captum_lnstat.topology.windowed import WindowedTopology
 # isort: on
 
 __all__ = [
+    "ConvolvedTopology",
     "EncoderTopology",
     "PlainTopology",
     "Topology",
