@@ -38,6 +38,10 @@ class Library(ABC):
     def out(self, block: Any) -> nn.Linear:
         """From the joined heads to the update."""
 
+    def scale(self, block: Any) -> Tensor | None:
+        """What the update is multiplied by, channel by channel."""
+        return None
+
     @abstractmethod
     def values(self, block: Any, x: Tensor) -> Tensor:
         """Values, heads joined, from what the attention reads."""
@@ -162,6 +166,8 @@ class SwinDense(Dense):
         linear = self.library.out(block)
         matrix = linear.weight.expand(*heard.shape[:2], -1, -1)
         offset = linear.bias.expand(*heard.shape[:2], -1)
+        if (scale := self.library.scale(block)) is not None:
+            matrix, offset = scale[:, None] * matrix, scale * offset
         if self.library.post:
             norm: Any = self.library.norms(block)[0]
             whole = norm_matrix(heard @ linear.weight.T + linear.bias, norm)
