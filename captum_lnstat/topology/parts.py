@@ -68,6 +68,11 @@ def find_parts(block: nn.Module) -> BlockParts | None:
     return BlockParts(tuple(norms), attending[0], linears[-1], next(_scales(block, width), None), named_gate)
 
 
+def has_heads(module: nn.Module) -> bool:
+    """Whether a module, or one inside it, says how many heads it has."""
+    return any(isinstance(getattr(part, name, None), int) for part in module.modules() for name in _HEAD_COUNTS)
+
+
 def _channels(module: nn.Module) -> int | None:
     """How many channels a LayerNorm or RMSNorm normalises together."""
     shape = getattr(module, "normalized_shape", None)
@@ -77,8 +82,7 @@ def _channels(module: nn.Module) -> int | None:
 def _attends(module: nn.Module) -> bool:
     if any(find_parts(part) is not None for part in module.modules() if part is not module):
         return False  # a whole encoder
-    counts = (isinstance(getattr(part, name, None), int) for part in module.modules() for name in _HEAD_COUNTS)
-    return any(counts) and any(isinstance(part, nn.Linear) for part in module.modules())
+    return has_heads(module) and any(isinstance(part, nn.Linear) for part in module.modules())
 
 
 def _scales(block: nn.Module, width: int | None) -> Iterator[Tensor]:

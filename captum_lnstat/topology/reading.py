@@ -24,7 +24,7 @@ SAME = 1e-3
 
 
 def pooling_as_read(
-    recording: Recording, prefix: int, normed: Sequence[Tensor], sites: Sequence[AttentionSite]
+    recording: Recording, prefix: int, normed: Sequence[Tensor], sites: Sequence[AttentionSite], *, neck: bool = False
 ) -> Pooling:
     """The pooling of the head of one recorded pass.
 
@@ -34,6 +34,8 @@ def pooling_as_read(
         normed: Outputs of norms that read the whole stream where it ends. Behind them a mean is one functional for all
             tokens; before them each has its own, through its own statistics.
         sites: Attentions outside the blocks.
+        neck: Convolutions lie between the blocks and the head. What they make of the tokens is no longer one token
+            each, so where all are read, relevance starts on all of them in equal parts.
 
     Returns:
         Fixed weights, or the weights of the one attention in ``sites`` that reads every patch.
@@ -52,6 +54,8 @@ def pooling_as_read(
             joined = [group for group in groups if bool(_same(slope[:, group], mean).all())]
             groups = [group for group in groups if group not in joined]
             groups.append([*(token for group in joined for token in group), *range(prefix, slope.shape[1])])
+        elif neck and not groups and bool(read.all()):
+            groups = [list(range(slope.shape[1]))]
         elif groups or not (found := [site for site in sites if _reads_patches(site, slope, prefix)]):
             raise UnsupportedModelError(
                 "the head reads the patches neither as their mean nor through one attention, so where class-agnostic "
@@ -80,11 +84,16 @@ def _slope(recording: Recording, normed: Sequence[Tensor]) -> Tensor:
         mixed = (scores.reshape(len(scores), -1) * weights.to(scores.dtype)).sum()
     # A head may leave the norm unread, or read the stream beside it.
     *after, before = torch.autograd.grad(mixed, [*normed, end], retain_graph=True, allow_unused=True)
-    seen = [slope for slope in after if slope is not None]
+    seen = [slope for slope in (_channels_last(slope, end) for slope in after) if slope is not None]
     slope = seen[0] if len(seen) == 1 and _only_through(seen[0], before) else before
     if slope is None:
         raise RecordingError("the scores do not depend on the tokens where the blocks end")
     return slope.flatten(1, -2).to(accumulation_dtype(slope))
+
+
+def _channels_last(slope: Tensor | None, end: Tensor) -> Tensor | None:
+    """A norm that takes channels first (``LayerNorm2d``) returns them first."""
+    return slope if slope is None or slope.shape == end.shape else slope.movedim(1, -1)
 
 
 def _only_through(after: Tensor, before: Tensor | None) -> bool:

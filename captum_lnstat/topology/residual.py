@@ -12,6 +12,7 @@ from captum_lnstat.layout import Groups, Layout
 from captum_lnstat.recording import NormCall, Recording
 from captum_lnstat.sites import AttentionSite
 from captum_lnstat.statistics import stream
+from captum_lnstat.topology.folded import unfolded
 from captum_lnstat.topology.parts import BlockParts, find_parts
 from captum_lnstat.trace import Block, Transition
 
@@ -50,7 +51,8 @@ def residual_block(
     """
     parts = _parts(name, block)
     call = recording.call(name)
-    site = recording.site(f"{name}.{parts.attention}") if site is None else site
+    if site is None:
+        site = unfolded(recording.site(f"{name}.{parts.attention}"), parts.out.in_features)
     first, second, *last = _norms(name, parts, recording)
     before, after = stream(call.input.read()), stream((last[0].input if last else call.output).read())
     if first.input.tensor.data_ptr() == call.input.tensor.data_ptr():
