@@ -45,8 +45,11 @@ class Fuser:
         if callable(self._fusion):
             self._chunks.append(attention)
         elif self._fusion == "mean":
-            part = attention.sum(1) / self._heads
-            self._running = part if self._running is None else self._running + part
+            part = attention[:, 0] if attention.shape[1] == 1 else attention.sum(1)
+            if self._running is None:
+                self._running = part / self._heads
+            else:
+                self._running.add_(part, alpha=1 / self._heads)
         else:
             part = attention.amax(1) if self._fusion == "max" else attention.amin(1)
             pick = torch.maximum if self._fusion == "max" else torch.minimum

@@ -44,6 +44,7 @@ class Block:
         skip: For an attention that pools its queries: the tokens of ``before`` under each token after it.
         carried: For such a block: what of ``before`` the update is added to, after the pooling.
         grid: For such a block: rows and columns of tokens after it.
+        norms: The statistics of ``base`` and ``between``, where LayerNorms read just these.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Block:
     skip: Groups | None = None
     carried: Float[Tensor, "batch query_token out_channel"] | None = None
     grid: tuple[int, int] | None = None
+    norms: tuple[TokenStatistics, TokenStatistics] | None = None
 
     @property
     def base(self) -> Float[Tensor, "batch query_token out_channel"]:
@@ -76,7 +78,7 @@ class Block:
     @cached_property
     def statistics(self) -> tuple[TokenStatistics, TokenStatistics]:
         """Of every token before and after the attention's update: what the block's two LayerNorms read."""
-        return token_statistics(self.base), token_statistics(self.between)
+        return self.norms or (token_statistics(self.base), token_statistics(self.between))
 
     def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
         """Share of each token after the attention that is the token before it; 1 where it takes no part."""

@@ -61,15 +61,15 @@ def residual_block(
                 f"both norms of {name!r} read what the block reads: attention and MLP run side by side, so no stream "
                 "lies between them; expected the second norm to read the stream with the attention's update"
             )
-        between = stream(second.input.read())
+        between, norms = stream(second.input.read()), (first.statistics.flat(), second.statistics.flat())
         path = _path_to_update(name, parts, site, recording)
     else:
-        between = before + _output(first)
+        between, norms = before + _output(first), None
         _check_sum(name, between + _output(second), after)
         norm = first.frozen
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
         path = (*_path_to_update(name, parts, site, recording), flat)
-    return Block(name, site, layout, before, between, after, path)
+    return Block(name, site, layout, before, between, after, path, norms=norms)
 
 
 def _parts(name: str, block: nn.Module) -> BlockParts:
