@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +56,12 @@ class AttentionSite(ABC):
     Attributes:
         module: Dotted name of the innermost module that was running.
         output: What the attention returned, if it is part of a graph; ``None`` otherwise.
+        signed: The maps may hold negative entries and rows that do not sum to one, for they were mixed afterwards.
     """
 
     module: str
     output: Tensor | None
+    signed: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -204,7 +206,8 @@ class SoftmaxSite(AttentionSite):
 
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
         attention = self.attention.read()[:, heads][:, :, queries]
-        return attention.to(accumulation_dtype(attention))
+        # A float64 model may take its softmax in float32.
+        return attention.to(accumulation_dtype((self.value or self.attention).tensor))
 
     def values(self, heads: slice) -> Tensor:
         if self.value is None:

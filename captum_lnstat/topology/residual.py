@@ -11,6 +11,7 @@ from captum_lnstat.layout import Layout
 from captum_lnstat.recording import NormCall, Recording
 from captum_lnstat.sites import AttentionSite
 from captum_lnstat.statistics import stream
+from captum_lnstat.topology.folded import unfolded
 from captum_lnstat.topology.parts import BlockParts, find_parts
 from captum_lnstat.trace import Block
 
@@ -49,9 +50,10 @@ def residual_block(
     """
     parts = _parts(name, block)
     call = recording.call(name)
-    site = recording.site(f"{name}.{parts.attention}") if site is None else site
+    if site is None:
+        site = unfolded(recording.site(f"{name}.{parts.attention}"), parts.out.in_features)
     before, after = stream(call.input.read()), stream(call.output.read())
-    first, second = _norms(name, parts, recording)
+    first, second = norms_in_order(name, parts, recording)
     if first.input.tensor.data_ptr() == call.input.tensor.data_ptr():
         if second.input.tensor.data_ptr() == call.input.tensor.data_ptr():
             raise RecordingError(
@@ -59,13 +61,13 @@ def residual_block(
                 "lies between them; expected the second norm to read the stream with the attention's update"
             )
         between = stream(second.input.read())
-        path = _path_to_update(name, parts, site, recording)
+        path = path_to_update(name, parts, site, recording)
     else:
         between = before + _output(first)
         _check_sum(name, between + _output(second), after)
         norm = first.frozen
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
-        path = (*_path_to_update(name, parts, site, recording), flat)
+        path = (*path_to_update(name, parts, site, recording), flat)
     return Block(name, site, layout, before, between, after, path)
 
 
@@ -76,14 +78,15 @@ def _parts(name: str, block: nn.Module) -> BlockParts:
     return parts
 
 
-def _norms(name: str, parts: BlockParts, recording: Recording) -> tuple[NormCall, NormCall]:
+def norms_in_order(name: str, parts: BlockParts, recording: Recording) -> tuple[NormCall, NormCall]:
     """The calls of the block's two norms in the order in which they ran."""
     one, other = (recording.norm(f"{name}.{norm}") for norm in parts.norms)
     order = [id(norm) for norm in recording.norms]
     return (one, other) if order.index(id(one)) < order.index(id(other)) else (other, one)
 
 
-def _path_to_update(name: str, parts: BlockParts, site: AttentionSite, recording: Recording) -> tuple[FrozenMap, ...]:
+def path_to_update(name: str, parts: BlockParts, site: AttentionSite, recording: Recording) -> tuple[FrozenMap, ...]:
+    """The affine maps from the joined heads to the attention's update, whose norm, if any, comes first."""
     path = list[FrozenMap]()
     inner = _norm_of_heads(f"{name}.{parts.attention}", parts, site, recording)
     if inner is not None:
