@@ -205,8 +205,8 @@ class SoftmaxSite(AttentionSite):
         return (self.value or self.attention).tensor.dtype  # under autocast the softmax itself is in float32
 
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
+        # A softmax in float32 may multiply float64 values.
         attention = self.attention.read()[:, heads][:, :, queries]
-        # A float64 model may take its softmax in float32.
         return attention.to(accumulation_dtype((self.value or self.attention).tensor))
 
     def values(self, heads: slice) -> Tensor:

@@ -4,6 +4,7 @@
 # isort: off
 from captum_lnstat.topology.base import Topology, find_topology, register_topology
 from captum_lnstat.topology.encoder import EncoderTopology
+from captum_lnstat.topology.convolved import ConvolvedTopology
 from captum_lnstat.topology.plain import PlainTopology
 from captum_lnstat.topology.windowed import WindowedTopology
 from captum_lnstat.topology.cait import ClassAttentionTopology
@@ -11,6 +12,7 @@ from captum_lnstat.topology.cait import ClassAttentionTopology
 
 __all__ = [
     "ClassAttentionTopology",
+    "ConvolvedTopology",
     "EncoderTopology",
     "PlainTopology",
     "Topology",

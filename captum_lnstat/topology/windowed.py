@@ -1,8 +1,8 @@
 """Swin and its relatives: attention in shifted windows, stages joined by 2 x 2 patch mergings.
 
 Found by structure: a convolution that cuts the image into patches, blocks that know a window and a shift, mergings
-with a norm and a reduction, a last LayerNorm, a mean over the tokens. Tokens may be a map ``(batch, rows, columns,
-channels)`` or a sequence ``(batch, tokens, channels)``.
+with a norm and a reduction, a last LayerNorm. Tokens may be a map ``(batch, rows, columns, channels)`` or a sequence
+``(batch, tokens, channels)``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenNorm
 from captum_lnstat.layout import Groups, quads, windows
 from captum_lnstat.recording import Recording
-from captum_lnstat.statistics import stream
+from captum_lnstat.statistics import accumulation_dtype, stream
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
-from captum_lnstat.trace import Block, FixedPooling, Merging, Trace
+from captum_lnstat.topology.parts import find_parts
+from captum_lnstat.topology.reading import pooling_as_read
+from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block, trailing_norm
+from captum_lnstat.trace import FixedPooling, Merging, Pooling, Step, Trace
 
 Grid = tuple[int, int]
 
@@ -32,7 +34,7 @@ class WindowedTopology(Topology):
     family = "windowed"
     expects = (
         f"a patch convolution, blocks with {BLOCK_PARTS}, window_size and shift_size, patch mergings with norm and "
-        "reduction, a last LayerNorm and a mean over the tokens"
+        "reduction, a last LayerNorm"
     )
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,7 +42,12 @@ class WindowedTopology(Topology):
         self._steps = list(_outermost(model, _is_step))
         self._names = {id(module): name.replace("._orig_mod", "") for name, module in model.named_modules()}
         self._patches: Any = _patch_convolution(model)
-        self._head_begins = _last_norm(model)
+        self._last_norm = _last_norm(model)
+        if self._last_norm is None and not _ends_in_a_norm(self._steps[-1][1]):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} ends without a LayerNorm: it gives features, not scores; expected a model "
+                "with its last LayerNorm and its classifier"
+            )
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -49,6 +56,8 @@ class WindowedTopology(Topology):
     @property
     def taps(self) -> Iterable[nn.Module]:
         yield from (self._patches, self._entrance)
+        if self._last_norm is not None:
+            yield self._last_norm
         for _, step in self._steps:
             yield from [step] if _is_merging(step) else block_taps(step)
 
@@ -67,18 +76,18 @@ class WindowedTopology(Topology):
         return found
 
     @property
-    def head_begins(self) -> nn.Module:
-        if self._head_begins is None:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} ends without a LayerNorm: it gives features, not scores; expected a "
-                "model with its last LayerNorm and its classifier"
-            )
-        return self._head_begins
+    def head_begins(self) -> nn.Module | None:
+        return self._last_norm
+
+    @property
+    def head_follows(self) -> nn.Module | None:
+        """The last block, if its own last norm is the last one of the model."""
+        return None if self._last_norm is not None else self._steps[-1][1]
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         rows, columns = recording.call(self._names[id(self._patches)]).output.tensor.shape[-2:]
         grid = first_grid = (int(rows), int(columns))
-        steps: list[Block | Merging] = []
+        steps: list[Step] = []
         for dotted, module in self._steps:
             name = dotted.replace("._orig_mod", "")
             tokens = recording.call(name).input.read()
@@ -88,20 +97,28 @@ class WindowedTopology(Topology):
                 grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
             else:
                 steps.append(residual_block(name, module, recording, _layout(module, tokens, grid)))
+                last = trailing_norm(name, module, recording, grid)
+                steps += [] if last is None else [last]
         height, width = self._patches.kernel_size
-        return Trace(
-            self.family, tuple(steps), steps[0].before, 0, first_grid, (height, width), self._pooling(steps[-1])
-        )
+        patch, tokens = (height, width), steps[0].before
+        return Trace(self.family, tuple(steps), tokens, 0, first_grid, patch, self._pooling(recording))
 
-    def _pooling(self, last: Block | Merging) -> FixedPooling:
-        if not isinstance(last, Block) or not _pools_by_mean(self.model):
-            pool = getattr(self.model, "global_pool", None)
+    def _pooling(self, recording: Recording) -> Pooling:
+        normed = recording.stream_end
+        if self._last_norm is not None:
+            normed = recording.call(self._names[id(self._last_norm)]).output.tensor
+        assert normed is not None
+        if recording.scores is not None and recording.scores.requires_grad:
+            return pooling_as_read(recording, 0, [normed], [])
+        # A class-agnostic rule has no need of the scores' graph.
+        if not _pools_by_mean(self.model):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} (global_pool={pool!r}) does not end in a block and a mean over tokens; "
-                "where class-agnostic relevance starts is defined for an average pooling after a last block only"
+                f"how {type(self.model).__name__} reads its tokens cannot be seen: it has no average pooling, and "
+                "forward_func leaves the graph after it; expected one or the other"
             )
-        count = last.before.shape[1]
-        return FixedPooling("mean of the tokens", last.before.new_full((count,), 1 / count))
+        count = normed.shape[1:-1].numel()
+        weights = normed.new_full((count,), 1 / count, dtype=accumulation_dtype(normed))
+        return FixedPooling("mean of the tokens", weights)
 
 
 def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -144,6 +161,11 @@ def _patch_convolution(model: nn.Module) -> nn.Conv2d | None:
 
 def _last_norm(model: nn.Module) -> nn.Module | None:
     return next((child for child in model.children() if isinstance(eager(child), nn.LayerNorm)), None)
+
+
+def _ends_in_a_norm(block: nn.Module) -> bool:
+    parts = find_parts(block)
+    return parts is not None and len(parts.norms) > 2
 
 
 def _is_swin(model: nn.Module) -> bool:
