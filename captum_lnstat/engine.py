@@ -88,6 +88,7 @@ def run(
             topology.model,
             topology.taps,
             topology.head_begins,
+            topology.head_follows,
             cut=not needs.graph,
             freeze="everything" if needs.input_gradient else "head",
         )
@@ -96,7 +97,8 @@ def run(
             scores = pick_output(returned, output)
     # The hook at the head has switched gradients on; leaving the context above has put the caller's mode back.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        return _read(topology, recorder.recording, scores, image, leaf, target, needs)
+        recording = replace(recorder.recording, scores=scores)
+        return _read(topology, recording, scores, image, leaf, target, needs)
 
 
 def _read(

@@ -78,12 +78,14 @@ class Recording:
         sites: Attention sites, first to last.
         norms: LayerNorm and RMSNorm calls, first to last.
         stream_end: The residual stream where the head begins, in the head's graph, or ``None`` if none was marked.
+        scores: What ``forward_func`` returned, in the same graph, once it has.
     """
 
     sites: tuple[AttentionSite, ...]
     norms: tuple[NormCall, ...]
     calls: dict[str, tuple[ModuleCall, ...]]
     stream_end: Tensor | None
+    scores: Tensor | None = None
 
     def call(self, module: str) -> ModuleCall:
         """The one call of a tapped module."""
@@ -144,7 +146,8 @@ class Recorder(TorchFunctionMode):
     Args:
         model: The module whose submodules stamp the events.
         taps: Modules whose input and output are kept by reference.
-        head_begins: The module whose input is the end of the residual stream. The head from there on runs with a
+        head_begins: The module whose input is the end of the residual stream, or, with ``head_follows`` in its place,
+            the module whose output it is. The head from there on runs with a
             graph and with frozen LayerNorm statistics; its values are bit for bit those of the model.
         cut: Cut the graph where the head begins (the trunk needs none). False keeps the trunk's graph, and the
             LayerNorms as they are.
@@ -166,6 +169,7 @@ class Recorder(TorchFunctionMode):
         model: nn.Module,
         taps: Iterable[nn.Module] = (),
         head_begins: nn.Module | None = None,
+        head_follows: nn.Module | None = None,
         *,
         cut: bool = True,
         freeze: Literal["head", "everything"] = "head",
@@ -174,6 +178,7 @@ class Recorder(TorchFunctionMode):
         self._model = model
         self._taps = set(taps)
         self._head_begins = head_begins
+        self._head_follows = head_follows
         self._cut = cut
         self._freezer = Freezer() if freeze == "everything" else None
         self._thread = threading.get_ident()
@@ -228,24 +233,30 @@ class Recorder(TorchFunctionMode):
                 return None
             self._running.append(name)
             if module is self._head_begins:
-                return self._begin_head(inputs)
+                begun = self._begin_head(inputs[0])
+                return None if begun is None else (begun, *inputs[1:])
             return None
 
         return hook
 
-    def _leaving(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _leaving(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             if self._elsewhere():
-                return
+                return None
             self._running.pop()
-            if isinstance(output, tuple) and output:
-                output = output[0]  # a block that returns its attention maps beside its tokens
-            if module in self._taps and isinstance(output, Tensor) and inputs and isinstance(inputs[0], Tensor):
-                self._calls.setdefault(name, []).append(ModuleCall(Kept.of(inputs[0]), Kept.of(output)))
+            first = output[0] if isinstance(output, tuple) and output else output
+            if module in self._taps and isinstance(first, Tensor) and inputs and isinstance(inputs[0], Tensor):
+                self._calls.setdefault(name, []).append(ModuleCall(Kept.of(inputs[0]), Kept.of(first)))
+            if module is not self._head_follows or not isinstance(first, Tensor):
+                return None
+            begun = self._begin_head(first)
+            if begun is None or first is output:
+                return begun
+            return (begun, *output[1:])
 
         return hook
 
-    def _begin_head(self, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _begin_head(self, stream: Tensor) -> Tensor | None:
         if torch.is_inference_mode_enabled():
             raise RecordingError(
                 "forward_func runs the model under torch.inference_mode, where nothing can be differentiated, not even "
@@ -253,14 +264,13 @@ class Recorder(TorchFunctionMode):
             )
         if self._stream_end is not None:
             raise RecordingError("the model ran more than once in one forward_func call; expected exactly one pass")
-        stream = inputs[0]
         if not self._cut:
             self._stream_end = stream
             return None
         # The caller's grad mode comes back when the forward_func call returns: see engine.py.
         torch.set_grad_enabled(True)
         self._stream_end = stream.detach().requires_grad_()
-        return (self._stream_end, *inputs[1:])
+        return self._stream_end
 
     @property
     def _in_cut_head(self) -> bool:

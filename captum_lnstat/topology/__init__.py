@@ -1,7 +1,18 @@
 """From a recording to the blocks on the way to the head: one file a family, found by structure, not by name."""
 
+# The family registered last is asked first: what is known of a model beyond its structure comes before the structure.
+# isort: off
 from captum_lnstat.topology.base import Topology, find_topology, register_topology
+from captum_lnstat.topology.encoder import EncoderTopology
 from captum_lnstat.topology.plain import PlainTopology
 from captum_lnstat.topology.windowed import WindowedTopology
+# isort: on
 
-__all__ = ["PlainTopology", "Topology", "WindowedTopology", "find_topology", "register_topology"]
+__all__ = [
+    "EncoderTopology",
+    "PlainTopology",
+    "Topology",
+    "WindowedTopology",
+    "find_topology",
+    "register_topology",
+]

@@ -49,9 +49,14 @@ class Topology(ABC):
         return "patch_embed"
 
     @property
-    @abstractmethod
-    def head_begins(self) -> nn.Module:
-        """The module whose input is the residual stream after the last block."""
+    def head_begins(self) -> nn.Module | None:
+        """The module whose input is the residual stream after the last block; ``None`` gives ``head_follows``."""
+        return None
+
+    @property
+    def head_follows(self) -> nn.Module | None:
+        """The module whose output is the residual stream after the last block, where no module reads all of it."""
+        return None
 
     @abstractmethod
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:

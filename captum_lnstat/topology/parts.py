@@ -37,8 +37,8 @@ def find_parts(block: nn.Module) -> BlockParts | None:
     """The parts of a residual block, or ``None`` for a module that is none.
 
     A residual block has two norms among its children, and one child that has heads. The last Linear of that child with
-    as many outputs as the second norm has channels leads back to the stream. Parameters of one value per channel, in the
-    block or alone in a child of it, are LayerScales, the attention's first.
+    as many outputs as the second norm has channels leads back to the stream. Parameters of one value per channel, in
+    the block or alone in a child of it, are LayerScales, the attention's first.
 
     Example:
         >>> parts = find_parts(nn.TransformerEncoderLayer(8, 2))
@@ -64,6 +64,11 @@ def find_parts(block: nn.Module) -> BlockParts | None:
     return BlockParts((norms[0], norms[1]), attending[0], linears[-1], next(_scales(block, width), None), named_gate)
 
 
+def has_heads(module: nn.Module) -> bool:
+    """Whether a module, or one inside it, says how many heads it has."""
+    return any(isinstance(getattr(part, name, None), int) for part in module.modules() for name in _HEAD_COUNTS)
+
+
 def _channels(module: nn.Module) -> int | None:
     """How many channels a LayerNorm or RMSNorm normalises together."""
     shape = getattr(module, "normalized_shape", None)
@@ -73,8 +78,7 @@ def _channels(module: nn.Module) -> int | None:
 def _attends(module: nn.Module) -> bool:
     if any(find_parts(part) is not None for part in module.modules() if part is not module):
         return False  # a whole encoder
-    counts = (isinstance(getattr(part, name, None), int) for part in module.modules() for name in _HEAD_COUNTS)
-    return any(counts) and any(isinstance(part, nn.Linear) for part in module.modules())
+    return has_heads(module) and any(isinstance(part, nn.Linear) for part in module.modules())
 
 
 def _scales(block: nn.Module, width: int | None) -> Iterator[Tensor]:

@@ -1,8 +1,9 @@
-"""ViT-like models: one sequence of prefix and patch tokens through all blocks (timm ``VisionTransformer``)."""
+"""ViT-like models of timm: one sequence of prefix and patch tokens through all blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import WholeImage
 from captum_lnstat.recording import Recording
 from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.embedding import convolutions, grid_of
 from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
 from captum_lnstat.trace import AttentionPooling, FixedPooling, Pooling, Trace
 
@@ -19,25 +21,37 @@ class PlainTopology(Topology):
     """Prefix tokens (class, distillation, registers), then patch tokens row by row; attention among all of them."""
 
     family = "plain"
-    expects = f"patch_embed, blocks with {BLOCK_PARTS}, num_prefix_tokens, norm and global_pool"
+    expects = f"patch_embed or embeds, blocks with {BLOCK_PARTS}, num_prefix_tokens, norm and global_pool"
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        names = ("patch_embed", "norm", "blocks")
         blocks = getattr(model, "blocks", None)
+        embedding = getattr(model, _embedding(model), None)
         return (
-            all(isinstance(getattr(model, name, None), nn.Module) for name in names)
+            isinstance(getattr(model, "norm", None), nn.Module)
+            and isinstance(embedding, nn.Module)
             and hasattr(model, "num_prefix_tokens")
             and hasattr(model, "global_pool")
-            and hasattr(model.patch_embed, "grid_size")
+            and (hasattr(embedding, "grid_size") or hasattr(embedding, "dynamic_feat_size"))
             and isinstance(blocks, nn.Sequential | nn.ModuleList)
             and len(blocks) > 0
             and all(is_residual_block(block) for block in blocks)
         )
 
     @property
+    def entrance(self) -> str:
+        return _embedding(self.model)
+
+    @property
+    def _embed(self) -> Any:
+        return getattr(self.model, self.entrance)
+
+    @property
     def taps(self) -> Iterable[nn.Module]:
-        return [self.model.patch_embed] + [tap for block in self.model.blocks for tap in block_taps(block)]
+        yield self._embed
+        yield from list(convolutions(self._embed).values())[-1:]
+        for block in self.model.blocks:
+            yield from block_taps(block)
 
     @property
     def head_begins(self) -> nn.Module:
@@ -51,21 +65,29 @@ class PlainTopology(Topology):
             residual_block(f"blocks.{name}", block, recording, layout) for name, block in model.blocks.named_children()
         )
         tokens = blocks[0].before
-        grid = self._grid(image_size)
+        grid = self._grid(recording, image_size)
         if tokens.shape[1] != prefix + grid[0] * grid[1]:
             raise RecordingError(
                 f"the first block saw {tokens.shape[1]} tokens; expected {prefix} prefix tokens and a grid of "
                 f"{grid[0]} x {grid[1]}. Tokens that were dropped or added (patch dropout, in train mode) cannot be "
                 "placed on the image"
             )
-        height, width = model.patch_embed.patch_size
         pooling = self._pooling(recording, prefix, tokens)
-        return Trace(self.family, blocks, tokens, prefix, grid, (height, width), pooling)
+        return Trace(self.family, blocks, tokens, prefix, grid, self._patch(), pooling)
 
-    def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        embed = self.model.patch_embed
-        size = getattr(embed, "dynamic_feat_size", None)
-        height, width = size(image_size) if callable(size) else embed.grid_size
+    def _grid(self, recording: Recording, image_size: tuple[int, int]) -> tuple[int, int]:
+        """What the last convolution returned; without one, what the embedding says of an image of this size."""
+        last = list(convolutions(self._embed))[-1:]
+        if last:
+            return grid_of(recording, f"{self.entrance}.{last[0]}")
+        size = getattr(self._embed, "dynamic_feat_size", None)
+        height, width = size(image_size) if callable(size) else self._embed.grid_size
+        return int(height), int(width)
+
+    def _patch(self) -> tuple[int, int]:
+        """A patch in pixels; behind a stem of convolutions, ``patch_size`` is one in the stem's cells."""
+        ratio = getattr(self._embed, "feat_ratio", None)
+        height, width = ratio(as_scalar=False) if callable(ratio) else self._embed.patch_size
         return int(height), int(width)
 
     def _pooling(self, recording: Recording, prefix: int, tokens: Tensor) -> Pooling:
@@ -87,3 +109,8 @@ class PlainTopology(Topology):
             f"global_pool={model.global_pool!r} of {type(model).__name__}: where class-agnostic relevance starts is "
             "defined for 'token', 'avg' and 'map' only"
         )
+
+
+def _embedding(model: nn.Module) -> str:
+    """Name of the module that turns images into tokens."""
+    return "patch_embed" if isinstance(getattr(model, "patch_embed", None), nn.Module) else "embeds"

@@ -11,6 +11,7 @@ from captum_lnstat.layout import Layout
 from captum_lnstat.recording import NormCall, Recording
 from captum_lnstat.sites import AttentionSite
 from captum_lnstat.statistics import stream
+from captum_lnstat.topology.folded import unfolded
 from captum_lnstat.topology.parts import BlockParts, find_parts
 from captum_lnstat.trace import Block
 
@@ -48,8 +49,9 @@ def residual_block(
         UnsupportedModelError: The block lacks a part.
     """
     parts = _parts(name, block)
-    site = recording.site(f"{name}.{parts.attention}") if site is None else site
     call = recording.call(name)
+    if site is None:
+        site = unfolded(recording.site(f"{name}.{parts.attention}"), parts.out.in_features)
     before, after = stream(call.input.read()), stream(call.output.read())
     first, second = _norms(name, parts, recording)
     if first.input.tensor.data_ptr() == call.input.tensor.data_ptr():

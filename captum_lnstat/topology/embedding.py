@@ -1,0 +1,69 @@
+"""Where the patches are: read off the convolutions that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from captum_lnstat.errors import UnsupportedModelError
+from captum_lnstat.recording import Recording
+
+# A convolution that reads images has few input channels; one between two stages reads features, which are more.
+IMAGE_CHANNELS = 16
+
+
+def named(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names that a recording has for them."""
+    return {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
+
+
+def convolutions(model: nn.Module, but_in: Iterable[nn.Module] = ()) -> dict[str, nn.Conv2d]:
+    """Convolutions of ``model`` by name, in the order in which they are defined; those in ``but_in`` are left out.
+
+    Example:
+        >>> list(convolutions(nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Conv2d(4, 8, 2))))
+        ['0', '2']
+    """
+    left_out = {id(part) for module in but_in for part in module.modules()}
+    return {
+        name: module
+        for name, module in named(model).items()
+        if isinstance(module, nn.Conv2d) and id(module) not in left_out
+    }
+
+
+def reads_images(found: Mapping[str, nn.Conv2d]) -> bool:
+    """Whether the first of some convolutions can be one that reads images."""
+    return bool(found) and next(iter(found.values())).in_channels < IMAGE_CHANNELS
+
+
+def grid_of(recording: Recording, convolution: str) -> tuple[int, int]:
+    """Rows and columns of what a convolution returned."""
+    rows, columns = recording.call(convolution).output.tensor.shape[-2:]
+    return int(rows), int(columns)
+
+
+def patch_of(
+    found: Mapping[str, nn.Conv2d], recording: Recording, grid: tuple[int, int], image_size: tuple[int, int]
+) -> tuple[int, int]:
+    """Height and width of a patch in pixels: the strides of convolutions that ran one after another.
+
+    Raises:
+        UnsupportedModelError: Such patches do not cover the image: the convolutions do not follow each other, or
+            something between them has a stride of its own.
+    """
+    height, width = 1, 1
+    for name, convolution in found.items():
+        if name in recording.calls:
+            height, width = height * convolution.stride[0], width * convolution.stride[1]
+    fits = [
+        abs(pixels - cells * cell) < cell for pixels, cells, cell in zip(image_size, grid, (height, width), strict=True)
+    ]
+    if not all(fits):
+        raise UnsupportedModelError(
+            f"the convolutions before the blocks, of strides that make {height} x {width} px, turn {image_size[0]} x "
+            f"{image_size[1]} px into {grid[0]} x {grid[1]} tokens; expected them to follow each other, and nothing "
+            "with a stride between them"
+        )
+    return height, width

@@ -1,0 +1,151 @@
+"""Plain encoders of any library: an embedding with convolutions, one list of residual blocks, a head of any kind.
+
+Nothing is looked up by name. The grid is the shape of what the last convolution of the embedding returned, prefix
+tokens are those that the first block sees beyond it, and how the head reads the tokens is seen from its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.layout import Layout, WholeImage, windows
+from captum_lnstat.recording import Recording
+from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.embedding import convolutions, grid_of, named, patch_of, reads_images
+from captum_lnstat.topology.parts import find_parts, has_heads
+from captum_lnstat.topology.reading import pooling_as_read
+from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, residual_block
+from captum_lnstat.trace import Trace
+
+_LISTS = (nn.ModuleList, nn.Sequential)
+
+
+@register_topology
+class EncoderTopology(Topology):
+    """Prefix tokens, then patch tokens row by row, through one list of blocks; attention among all of them."""
+
+    family = "plain"
+    expects = f"a convolution that makes the patches and one list of blocks with {BLOCK_PARTS}"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        # The smallest module that holds both, not a wrapper of it.
+        return _holds_encoder(model) and not any(_holds_encoder(child) for child in model.children())
+
+    @cached_property
+    def _blocks(self) -> dict[str, nn.Module]:
+        ((name, blocks),) = _block_lists(self.model).items()
+        return {f"{name}.{child}".lstrip("."): block for child, block in blocks.named_children()}
+
+    @cached_property
+    def _convolutions(self) -> dict[str, nn.Conv2d]:
+        return convolutions(self.model, self._blocks.values())
+
+    @cached_property
+    def _norms(self) -> dict[str, nn.Module]:
+        """Norms outside the blocks."""
+        inside = {id(part) for block in self._blocks.values() for part in block.modules()}
+        every = named(self.model).items()
+        return {name: part for name, part in every if isinstance(part, nn.LayerNorm) and id(part) not in inside}
+
+    @property
+    def taps(self) -> Iterable[nn.Module]:
+        yield from self._convolutions.values()
+        yield from self._norms.values()
+        for block in self._blocks.values():
+            yield from block_taps(block)
+
+    @property
+    def entrance(self) -> str:
+        return next(iter(self._convolutions))
+
+    @property
+    def head_follows(self) -> nn.Module:
+        return list(self._blocks.values())[-1]
+
+    def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
+        batch = len(recording.call(self.entrance).input.tensor)
+        embedding, neck = self._around_blocks(recording)
+        grid = grid_of(recording, list(embedding)[-1])
+        patch = patch_of(embedding, recording, grid, image_size)
+        layouts = {name: _layout(name, block, recording, batch, grid) for name, block in self._blocks.items()}
+        blocks = tuple(residual_block(name, block, recording, layouts[name]) for name, block in self._blocks.items())
+        tokens = blocks[0].before
+        prefix = tokens.shape[1] - grid[0] * grid[1]
+        if prefix < 0:
+            raise RecordingError(
+                f"the first block saw {tokens.shape[1]} tokens; expected a grid of {grid[0]} x {grid[1]} and prefix "
+                "tokens before it. Tokens that were dropped or merged cannot be placed on the image"
+            )
+        sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in self._blocks)]
+        pooling = pooling_as_read(recording, prefix, self._normed(recording), sites, neck=bool(neck))
+        return Trace(self.family, blocks, tokens, prefix, grid, patch, pooling)
+
+    def _around_blocks(self, recording: Recording) -> tuple[dict[str, nn.Conv2d], dict[str, nn.Conv2d]]:
+        """The convolutions that ran before the first block, and those that ran after the last."""
+        order = list(recording.calls)
+        names = list(self._blocks)
+        first, last = order.index(names[0]), order.index(names[-1])
+        ran = [(order.index(name), name) for name in self._convolutions if name in recording.calls]
+        before, after = ([name for place, name in ran if place < first], [name for place, name in ran if place > last])
+        if not before or len(before) + len(after) < len(ran):
+            raise UnsupportedModelError(
+                f"of the convolutions {', '.join(name for _, name in ran)} some ran between the blocks, or none before "
+                "them; expected an embedding of convolutions, the blocks, and a head"
+            )
+        return {name: self._convolutions[name] for name in before}, {name: self._convolutions[name] for name in after}
+
+    def _normed(self, recording: Recording) -> list[Tensor]:
+        """Outputs of the norms that read the whole stream where it ends."""
+        end = recording.stream_end
+        calls = [call for name in self._norms for call in recording.calls.get(name, ())]
+        if end is None:
+            return []
+        # All of the stream, its channels last as the blocks have them or first as a LayerNorm2d takes them.
+        shapes = (end.shape, end.movedim(-1, 1).shape)
+        at = end.data_ptr()
+        return [c.output.tensor for c in calls if c.input.tensor.data_ptr() == at and c.input.tensor.shape in shapes]
+
+
+def _layout(name: str, block: nn.Module, recording: Recording, batch: int, grid: tuple[int, int]) -> Layout:
+    """All tokens, or, where a block takes the map of tokens and has a window size, windows padded right and below."""
+    tokens = recording.call(name).input.tensor
+    window, shift = getattr(block, "window_size", 0), getattr(block, "shift_size", 0)
+    if tokens.dim() == 3 and len(tokens) == batch:
+        return WholeImage()
+    if tokens.shape[:-1] == (batch, *grid) and isinstance(window, int) and shift == 0:
+        return windows(grid, (window, window), (0, 0), tokens.device) if window else WholeImage()
+    raise UnsupportedModelError(
+        f"{name!r} was given {tuple(tokens.shape)} with window_size {window!r} and shift_size {shift!r}; expected "
+        f"({batch}, tokens, channels), or {(batch, *grid)} and channels with windows that are not shifted"
+    )
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def _block_lists(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in named(model).items()
+        if isinstance(module, _LISTS) and len(module) > 0 and all(find_parts(block) is not None for block in module)
+    }
+
+
+def _holds_encoder(model: nn.Module) -> bool:
+    lists = _block_lists(model)
+    if len(lists) != 1 or not reads_images(convolutions(model, lists.values())):
+        return False
+    # Attention in layers of another build, as XCiT's among the channels: more than this family knows of.
+    inside = {id(part) for blocks in lists.values() for part in blocks.modules()}
+    others = [part for part in model.modules() if id(part) not in inside and isinstance(part, _LISTS) and len(part) > 0]
+    return not any(all(has_heads(layer) for layer in layers) and not _has_blocks(layers, inside) for layers in others)
+
+
+def _has_blocks(module: nn.Module, blocks: set[int]) -> bool:
+    return any(id(part) in blocks for part in module.modules())
