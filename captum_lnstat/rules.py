@@ -95,7 +95,7 @@ class _Row:
         prefix, patches = self.tokens[:, : trace.prefix], self.tokens[:, trace.prefix :]
         if trace.place is not None:
             patches = patches[:, trace.place]
-        grid = patches.unflatten(1, trace.grid)
+        grid = patches.reshape(len(patches), *trace.grid, -1)
         constant = torch.zeros_like(self.padding) if constant is None else constant
         return tuple(
             Relevance(grid[..., i], prefix[..., i], self.padding[..., i], constant[..., i])
@@ -122,10 +122,9 @@ class _Walker(Protocol):
 class _Perception:
     """``r <- alpha * r + ((1 - alpha) * r) A``, from the head's class-agnostic start."""
 
-    u = None
-
     def __init__(self, trace: Trace, settings: Settings) -> None:
         self._settings = settings
+        self.u: Covector | None = None
         start = trace.start(settings.head_fusion)
         self.row = _Row(start[..., None], start.ne(0).any(0).nonzero()[:, 0])
 
@@ -220,7 +219,7 @@ class _Evidence:
 
 def _at(walkers: Sequence[_Walker]) -> Tensor | None:
     known = [walker.row.at for walker in walkers]
-    return None if any(at is None for at in known) else torch.cat([at for at in known if at is not None]).unique()
+    return None if any(at is None for at in known) else torch.unique(torch.cat([at for at in known if at is not None]))
 
 
 def _walk(trace: Trace, walkers: Sequence[_Walker], settings: Settings) -> None:

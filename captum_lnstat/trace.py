@@ -252,13 +252,13 @@ class Trace:
             (self.steps[:index], self.steps[index:]) if into else (self.steps[: index + 1], self.steps[index + 1 :])
         )
         grid = self.grid
-        for step in below:
+        for step in self.steps[:first]:
             if isinstance(step, Merging):
                 grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
             elif not isinstance(step, Update) and step.grid is not None:
                 grid = step.grid
         tokens = block.before if into else block.after
-        return replace(self, steps=above, tokens=tokens, grid=grid, place=None)
+        return replace(self, steps=self.steps[first:], tokens=tokens, grid=grid, place=None)
 
     def start(self, fusion: HeadFusion) -> Float[Tensor, "batch token"]:
         """The row vector with which class-agnostic relevance starts at the head."""

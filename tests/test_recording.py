@@ -129,10 +129,20 @@ def test_heads_can_be_asked_for_one_by_one(case, monkeypatch):
     _, recording = record(F.scaled_dot_product_attention, q, k, v, **SDPA[case]())
     site = only_site(recording)
     probabilities, _ = whole(site)
-    chunks = list(site.chunks())
+    ((queries, turns),) = site.chunks()
+    chunks = list(turns)
+    assert queries == slice(0, L)
     assert [part.shape for _, part in chunks] == [(B, 1, L, S)] * H
     assert torch.equal(torch.cat([part for _, part in chunks], 1), probabilities)
     assert torch.equal(torch.cat([site.values(heads) for heads, _ in chunks], 1), v)
+    monkeypatch.setattr(sites, "CHUNK", 2 * B * S)
+    few = [(queries, torch.cat([part for _, part in turns], 1)) for queries, turns in site.chunks()]
+    assert [part.shape[2] for _, part in few] == [2] * (L // 2) + [1] * (L % 2)
+    assert torch.allclose(torch.cat([part for _, part in few], 2), probabilities, atol=1e-6)
+    some = torch.tensor([3, 0])
+    ((queries, turns),) = site.chunks(some)
+    assert torch.equal(queries, some)
+    assert torch.allclose(torch.cat([part for _, part in turns], 1), probabilities[:, :, some], atol=1e-6)
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
