@@ -64,7 +64,7 @@ class NormCall:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """The first tensor a module was given and the tensor it returned, or the first of those it returned."""
+    """The first tensor a module was given and the tensor it returned."""
 
     input: Kept
     output: Kept

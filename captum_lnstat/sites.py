@@ -203,8 +203,9 @@ class SoftmaxSite(AttentionSite):
         return (self.value or self.attention).tensor.dtype  # under autocast the softmax itself is in float32
 
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
+        # A softmax in float32 may multiply float64 values.
         attention = self.attention.read()[:, heads][:, :, queries]
-        return attention.to(accumulation_dtype(attention))
+        return attention.to(accumulation_dtype((self.value or self.attention).tensor))
 
     def values(self, heads: slice) -> Tensor:
         if self.value is None:

@@ -12,6 +12,8 @@ from captum_lnstat.compiled import eager
 
 # An attention module says how many heads it has; libraries differ in the word.
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")
+# A Linear that reads so few numbers makes a position bias from coordinates; no heads are joined there.
+_COORDINATES = 3
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def find_parts(block: nn.Module) -> BlockParts | None:
     attention: Any = children[attending[0]]
     gate = getattr(attention, "gate", None)
     linears = [m for m in attention.modules() if isinstance(m, nn.Linear) and m.out_features == width and m is not gate]
+    linears = [m for m in linears if m.in_features > _COORDINATES]
     if not linears:
         return None
     named_gate = (f"{attending[0]}.gate", gate) if isinstance(gate, nn.Linear) else None

@@ -1,8 +1,8 @@
 """Swin and its relatives: attention in shifted windows, stages joined by 2 x 2 patch mergings.
 
 Found by structure: a convolution that cuts the image into patches, blocks that know a window and a shift, mergings
-with a norm and a reduction, a last LayerNorm, a mean over the tokens. Tokens may be a map ``(batch, rows, columns,
-channels)`` or a sequence ``(batch, tokens, channels)``.
+with a norm and a reduction, a last LayerNorm. Tokens may be a map ``(batch, rows, columns, channels)`` or a sequence
+``(batch, tokens, channels)``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenNorm
 from captum_lnstat.layout import Groups, quads, windows
 from captum_lnstat.recording import Recording
-from captum_lnstat.statistics import stream
+from captum_lnstat.statistics import accumulation_dtype, stream
 from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
-from captum_lnstat.trace import Block, FixedPooling, Merging, Trace
+from captum_lnstat.trace import Block, FixedPooling, Merging, Pooling, Trace
 
 Grid = tuple[int, int]
 
@@ -32,7 +33,7 @@ class WindowedTopology(Topology):
     family = "windowed"
     expects = (
         f"a patch convolution, blocks with {BLOCK_PARTS}, window_size and shift_size, patch mergings with norm and "
-        "reduction, a last LayerNorm and a mean over the tokens"
+        "reduction, a last LayerNorm"
     )
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,7 +49,7 @@ class WindowedTopology(Topology):
 
     @property
     def taps(self) -> Iterable[nn.Module]:
-        yield from (self._patches, self._entrance)
+        yield from (self._patches, self._entrance, self.head_begins)
         for _, step in self._steps:
             yield from [step] if _is_merging(step) else block_taps(step)
 
@@ -89,19 +90,22 @@ class WindowedTopology(Topology):
             else:
                 steps.append(residual_block(name, module, recording, _layout(module, tokens, grid)))
         height, width = self._patches.kernel_size
-        return Trace(
-            self.family, tuple(steps), steps[0].before, 0, first_grid, (height, width), self._pooling(steps[-1])
-        )
+        patch, tokens = (height, width), steps[0].before
+        return Trace(self.family, tuple(steps), tokens, 0, first_grid, patch, self._pooling(recording))
 
-    def _pooling(self, last: Block | Merging) -> FixedPooling:
-        if not isinstance(last, Block) or not _pools_by_mean(self.model):
-            pool = getattr(self.model, "global_pool", None)
+    def _pooling(self, recording: Recording) -> Pooling:
+        normed = recording.call(self._names[id(self.head_begins)]).output.tensor
+        if recording.scores is not None and recording.scores.requires_grad:
+            return pooling_as_read(recording, 0, [normed], [])
+        # A class-agnostic rule has no need of the scores' graph.
+        if not _pools_by_mean(self.model):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} (global_pool={pool!r}) does not end in a block and a mean over tokens; "
-                "where class-agnostic relevance starts is defined for an average pooling after a last block only"
+                f"how {type(self.model).__name__} reads its tokens cannot be seen: it has no average pooling, and "
+                "forward_func leaves the graph after it; expected one or the other"
             )
-        count = last.before.shape[1]
-        return FixedPooling("mean of the tokens", last.before.new_full((count,), 1 / count))
+        count = normed.shape[1:-1].numel()
+        weights = normed.new_full((count,), 1 / count, dtype=accumulation_dtype(normed))
+        return FixedPooling("mean of the tokens", weights)
 
 
 def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = "") -> Iterator[tuple[str, Any]]:
