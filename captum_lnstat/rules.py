@@ -188,7 +188,10 @@ class _Evidence:
             assert said.constant is not None
             handed = handed + said.said
             self.constant = self.constant + said.said_lost + said.constant
-            if block.skip is not None:
+            if block.pull is not None:
+                self.u, constant = block.pull(self.u)
+                self.constant = self.constant + constant
+            elif block.skip is not None:
                 # The pooling between is not affine: what the tokens after it say is put under them.
                 keep = keep + self.u.spread(self.u.read(block.base))
                 self.u = None

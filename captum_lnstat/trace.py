@@ -44,6 +44,7 @@ class Block:
         skip: For an attention that pools its queries: the tokens of ``before`` under each token after it.
         carried: For such a block: what of ``before`` the update is added to, after the pooling.
         grid: For such a block: rows and columns of tokens after it.
+        pull: For such a block: from the covector of ``carried`` to that of ``before``, as in a ``Transition``.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Block:
     skip: Groups | None = None
     carried: Float[Tensor, "batch query_token out_channel"] | None = None
     grid: tuple[int, int] | None = None
+    pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
 
     @property
     def base(self) -> Float[Tensor, "batch query_token out_channel"]:

@@ -3,6 +3,7 @@
 # The family registered last is asked first: what is known of a model beyond its structure comes before the structure.
 # isort: off
 from captum_lnstat.topology.base import Topology, find_topology, register_topology
+from captum_lnstat.topology.hierarchical import HierarchicalTopology
 from captum_lnstat.topology.encoder import EncoderTopology
 from captum_lnstat.topology.plain import PlainTopology
 from captum_lnstat.topology.windowed import WindowedTopology
@@ -10,6 +11,7 @@ from captum_lnstat.topology.windowed import WindowedTopology
 
 __all__ = [
     "EncoderTopology",
+    "HierarchicalTopology",
     "PlainTopology",
     "Topology",
     "WindowedTopology",

@@ -30,7 +30,7 @@ def block_taps(block: nn.Module) -> list[nn.Module]:
 
 
 def residual_block(
-    name: str, block: nn.Module, recording: Recording, layout: Layout, site: AttentionSite | None = None
+    name: str, block: nn.Module, recording: Recording, layout: Layout, site: AttentionSite | None = None, *, joined_norm: bool = True
 ) -> Block:
     """Read one block from the recording.
 
@@ -43,6 +43,7 @@ def residual_block(
         recording: The pass.
         layout: How the stream's tokens become the attention's queries and keys.
         site: The block's attention, where a topology had to unfold what was recorded.
+        joined_norm: The attention's last norm may be one of its joined heads. False if it is one of its keys.
 
     Raises:
         RecordingError: The block's norms, attention and updates do not fit together.
@@ -61,13 +62,13 @@ def residual_block(
                 "lies between them; expected the second norm to read the stream with the attention's update"
             )
         between = stream(second.input.read())
-        path = _path_to_update(name, parts, site, recording)
+        path = _path_to_update(name, parts, site, recording, joined_norm)
     else:
         between = before + _output(first)
         _check_sum(name, between + _output(second), after)
         norm = first.frozen
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
-        path = (*_path_to_update(name, parts, site, recording), flat)
+        path = (*_path_to_update(name, parts, site, recording, joined_norm), flat)
     return Block(name, site, layout, before, between, after, path)
 
 
@@ -85,9 +86,11 @@ def _norms(name: str, parts: BlockParts, recording: Recording) -> tuple[NormCall
     return (one, other) if order.index(id(one)) < order.index(id(other)) else (other, one)
 
 
-def _path_to_update(name: str, parts: BlockParts, site: AttentionSite, recording: Recording) -> tuple[FrozenMap, ...]:
+def _path_to_update(
+    name: str, parts: BlockParts, site: AttentionSite, recording: Recording, joined_norm: bool
+) -> tuple[FrozenMap, ...]:
     path = list[FrozenMap]()
-    inner = _norm_of_heads(f"{name}.{parts.attention}", parts, site, recording)
+    inner = _norm_of_heads(f"{name}.{parts.attention}", parts, site, recording) if joined_norm else None
     if inner is not None:
         path.append(inner.frozen)
     if parts.gate is not None:
