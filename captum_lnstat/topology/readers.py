@@ -28,6 +28,7 @@ from captum_lnstat.topology.geometry import (
 )
 from captum_lnstat.topology.parts import find_parts, has_heads
 from captum_lnstat.topology.residual import block_taps, residual_block
+from captum_lnstat.topology.units import Stream, layout_of
 from captum_lnstat.trace import Block, Update
 
 _SPATIAL = (nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d)
@@ -121,7 +122,7 @@ class ResidualReader(Reader):
         side = math.isqrt(queries)
         attended = recording.calls.get(f"{name}.{self.parts.attention}", ())
         parts = attended[0].input.read() if len(attended) == 1 else None
-        if parts is None or len(parts) != groups:
+        if parts is None or len(parts) != groups or stream(parts).shape[1] != queries:
             # The attention cuts its windows itself. That they are these is checked with the update it makes.
             return windows(before.grid, (side, side), (0, 0), device), None
         sizes = [(parts.shape[1], parts.shape[2])] if parts.dim() == 4 else _sides(queries)

@@ -55,7 +55,7 @@ def shortcuts(unit: nn.Module) -> list[tuple[str, nn.Module]]:
     layers = [part for part in unit.modules() if isinstance(part, nn.Conv2d)]
     if is_affine(unit) or not layers:
         return []
-    reads, gives = min(layer.in_channels for layer in layers), layers[-1].out_channels
+    reads, gives = layers[0].in_channels, layers[-1].out_channels
     return [(name, child) for name, child in unit.named_children() if _leads(child, reads, gives)]
 
 
