@@ -6,6 +6,7 @@ from captum_lnstat.topology.base import Topology, find_topology, register_topolo
 from captum_lnstat.topology.hierarchical import HierarchicalTopology
 from captum_lnstat.topology.encoder import EncoderTopology
 from captum_lnstat.topology.plain import PlainTopology
+from captum_lnstat.topology.pooled import PooledTopology
 from captum_lnstat.topology.windowed import WindowedTopology
 # isort: on
 
@@ -13,6 +14,7 @@ __all__ = [
     "EncoderTopology",
     "HierarchicalTopology",
     "PlainTopology",
+    "PooledTopology",
     "Topology",
     "WindowedTopology",
     "find_topology",
