@@ -129,7 +129,8 @@ def to_children(joined: Covector, groups: Groups) -> Covector:
     """
     members = groups.index.shape[1]
     batch, kinds, scores, _ = joined.directions.shape
-    split = joined.directions.reshape(batch, kinds, scores, members, -1).transpose(2, 3)
+    channels = joined.directions.shape[-1] // members
+    split = joined.directions.reshape(batch, kinds, scores, members, channels).transpose(2, 3)
     parents = groups.index[joined.at]  # (place, member)
     real = parents != PADDING
     at, order = parents[real].sort()

@@ -236,11 +236,11 @@ def _walk(trace: Trace, walkers: Sequence[_Walker], settings: Settings) -> None:
         given = [walker.give(step) for walker in walkers]
         u = next((walker.u for walker in walkers if walker.u is not None), None)
         came = hand_down(step, torch.cat(given, -1), _at(walkers), u, settings.head_fusion, wiring)
-        widths = [part.shape[-1] for part in given]
-        for walker, handed, lost in zip(
-            walkers, came.rows.split(widths, -1), came.rows_lost.split(widths, -1), strict=True
-        ):
-            walker.take(step, handed, lost, came)
+        first = 0
+        for walker, part in zip(walkers, given, strict=True):
+            its = slice(first, first + part.shape[-1])
+            walker.take(step, came.rows[..., its], came.rows_lost[..., its], came)
+            first = its.stop
     if wiring is not None:
         wiring.verify()
 

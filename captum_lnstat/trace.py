@@ -250,9 +250,7 @@ class Trace:
             into: Begin with the block, at its input. False begins after it, at its output.
         """
         index = next(i for i, step in enumerate(self.steps) if step is block)
-        below, above = (
-            (self.steps[:index], self.steps[index:]) if into else (self.steps[: index + 1], self.steps[index + 1 :])
-        )
+        first = index if into else index + 1
         grid = self.grid
         for step in self.steps[:first]:
             if isinstance(step, Merging):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_lnstat.covector import Covector
 from captum_lnstat.frozen import (
     FrozenLayerNorm,
     FrozenLinear,
@@ -108,48 +109,63 @@ def _maps() -> list[tuple[str, FrozenMap, object, int, int]]:
     ]
 
 
+def _covectors(channels: int) -> list[Tensor]:
+    """One of its own for every token; one direction for all; one token alone."""
+    u = torch.randn(2, 5, channels, dtype=torch.float64)
+    alone = torch.zeros_like(u)
+    alone[:, 3] = u[:, 3]
+    return [u, u[:, :1] * torch.randn(2, 5, 1, dtype=torch.float64), alone]
+
+
+def _factored(u: Tensor) -> Covector:
+    return Covector.of(u[:, :, None])
+
+
 @pytest.mark.parametrize(
     ("frozen", "function", "inner", "outer"), [m[1:] for m in _maps()], ids=[m[0] for m in _maps()]
 )
 def test_pull_is_the_transpose(frozen, function, inner, outer):
-    x, u = torch.randn(2, 5, inner, dtype=torch.float64), torch.randn(2, 5, outer, dtype=torch.float64)
-    pulled, constant = frozen.pull(u)
-    _, vjp = torch.func.vjp(function, x)
-    assert torch.allclose(pulled, vjp(u)[0], rtol=1e-12, atol=1e-12)
-    zero = function(torch.zeros_like(x))
-    assert constant.shape == (2,)
-    assert torch.allclose(constant, (u * zero).sum((1, 2)), rtol=1e-12, atol=1e-12)
-    assert torch.allclose((u * function(x)).sum((1, 2)), (pulled * x).sum((1, 2)) + constant, rtol=1e-12, atol=1e-12)
+    x = torch.randn(2, 5, inner, dtype=torch.float64)
+    for u in _covectors(outer):
+        covector, constant = frozen.pull(_factored(u))
+        pulled = covector.spread(covector.dense())[:, :, 0]
+        _, vjp = torch.func.vjp(function, x)
+        assert torch.allclose(pulled, vjp(u)[0], rtol=1e-12, atol=1e-12)
+        zero = function(torch.zeros_like(x))
+        constant = covector.spread(constant)[..., 0]
+        assert torch.allclose(constant, (u * zero).sum(-1), rtol=1e-12, atol=1e-12)
+        assert torch.allclose((u * function(x)).sum(-1), (pulled * x).sum(-1) + constant, rtol=1e-12, atol=1e-12)
 
 
 def test_pull_through_a_path_is_the_transpose_of_all_of_it():
     maps = _maps()
     path = [maps[4][1], maps[3][1], maps[0][1]]
-    x, u = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
 
     def function(x: Tensor) -> Tensor:
         for number in (4, 3, 0):
             x = maps[number][2](x)
         return x
 
-    pulled, constant = pull_through(path, u)
-    assert torch.allclose(pulled, torch.func.vjp(function, x)[1](u)[0], rtol=1e-12, atol=1e-12)
-    assert torch.allclose((u * function(x)).sum((1, 2)), (pulled * x).sum((1, 2)) + constant, rtol=1e-12, atol=1e-12)
+    for u in _covectors(7):
+        covector, constant = pull_through(path, _factored(u))
+        pulled, constant = covector.spread(covector.dense())[:, :, 0], covector.spread(constant)[..., 0]
+        assert torch.allclose(pulled, torch.func.vjp(function, x)[1](u)[0], rtol=1e-12, atol=1e-12)
+        assert torch.allclose((u * function(x)).sum(-1), (pulled * x).sum(-1) + constant, rtol=1e-12, atol=1e-12)
 
 
 def test_pull_through_nothing_is_the_identity():
-    u = torch.randn(2, 5, 6)
+    u = _factored(torch.randn(2, 5, 6))
     pulled, constant = pull_through([], u)
-    assert torch.equal(pulled, u)
-    assert torch.equal(constant, torch.zeros(2))
+    assert pulled is u
+    assert torch.equal(constant, torch.zeros(2, 5, 1))
 
 
 def test_frozen_maps_read_half_precision_parameters_in_the_dtype_of_u():
     linear = nn.Linear(6, 7).half()
-    u = torch.randn(2, 5, 7)
-    pulled, constant = FrozenLinear(linear.weight, linear.bias).pull(u)
-    assert pulled.dtype == constant.dtype == torch.float32
-    assert not pulled.requires_grad
+    pulled, constant = FrozenLinear(linear.weight, linear.bias).pull(_factored(torch.randn(2, 5, 7)))
+    assert pulled.directions.dtype == constant.dtype == torch.float32
+    assert not pulled.directions.requires_grad
     assert not constant.requires_grad
 
 
