@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import textwrap
 from pathlib import Path
@@ -17,8 +18,9 @@ from captum_lnstat import zoo
 from captum_lnstat._console import OneLineGroup, fail, one_line, progress
 from captum_lnstat._version import __version__
 from captum_lnstat.attribution import RULES, LNStatAttribution, Rule
+from captum_lnstat.doctor import examine
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.sources import Subject, class_index, read_image, read_subject
+from captum_lnstat.sources import Subject, class_index, read_image, read_model, read_subject
 from captum_lnstat.visualize import comparison, to_picture, write_sheet
 from captum_lnstat.zoo.models import CLASS_NAMES
 
@@ -148,6 +150,29 @@ def explain(
     except OSError as error:
         fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
     _say("picture", str(output))
+
+
+@main.command()
+@click.argument("name", metavar="MODEL")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option("--image-size", nargs=2, type=click.IntRange(1), metavar="H W", help="[default: the model's own]")
+@click.option("--pretrained", is_flag=True, help="Take the library's weights; they are downloaded.")
+def doctor(name: str, as_json: bool, image_size: tuple[int, int] | None, pretrained: bool) -> None:
+    """Say what is recognised in MODEL, or why it is refused.
+
+    MODEL is swin-mini, vit-mini, a name that timm knows, torchvision:NAME, hf:NAME (a configuration class of
+    transformers, such as hf:ViTConfig, or a model on the hub) or package.module:callable. The exit code is 0 for a
+    model that can be explained, 1 for one that is refused, 2 for a command that makes no sense.
+    """
+    model, size = read_model(name, pretrained)
+    with progress(f"recording {name}"):
+        record = examine(model, image_size or size)
+    if as_json:
+        click.echo(json.dumps({"name": name, **record.to_dict()}, indent=2))
+    else:
+        click.echo(f"{name}: {record}")
+    if record.refusal is not None:
+        click.get_current_context().exit(1)
 
 
 def _say(heading: str, text: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +25,7 @@ class StepDescription:
             (parents, children each).
         residual: Mean and range of the residual share over tokens, for an attention.
         padded: Places of its windows, or children, that are padding, per image.
+        norms: Names of the norms that ran inside it, in the order they ran, without its own name.
     """
 
     name: str
@@ -31,11 +33,26 @@ class StepDescription:
     shape: tuple[int, ...]
     residual: tuple[float, float, float] | None
     padded: int
+    norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Description:
-    """What was recognised; ``str`` gives it as a table."""
+    """What was recognised; ``str`` gives it as a table, ``to_dict`` as plain values for JSON.
+
+    Attributes:
+        model: Class of the transformer's model.
+        family: The topology that it was recognised as.
+        grid: Rows and columns of patches, and so of every map.
+        patch: Height and width of a patch in pixels.
+        prefix_tokens: Tokens before the patches.
+        pooling: How the head reads the tokens.
+        outputs: Shape of the model's output.
+        norms: Norm calls seen in the pass.
+        residual: The form of the residual share that the steps give.
+        steps: Blocks, mergings and what else lies between image and head.
+        covers: What the map leaves out, in words; empty if it leaves out nothing.
+    """
 
     model: str
     family: str
@@ -47,6 +64,15 @@ class Description:
     norms: int
     residual: str
     steps: tuple[StepDescription, ...]
+    covers: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same record in numbers, strings, lists and dictionaries."""
+        record = asdict(self)
+        for step in record["steps"]:
+            if step["residual"] is not None:
+                step["residual"] = dict(zip(("mean", "min", "max"), step["residual"], strict=True))
+        return _plain(record)  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
         head = (
@@ -54,27 +80,35 @@ class Description:
             f"{self.patch[0]} x {self.patch[1]} px, {self.prefix_tokens} prefix tokens\n"
             f"head: {self.pooling}, output {self.outputs}; {self.norms} norm calls; residual share {self.residual!r}"
         )
-        return "\n".join([head, *map(_line, self.steps)])
+        covers = [f"covers: {self.covers}"] if self.covers else []
+        return "\n".join([head, *covers, *map(_line, self.steps)])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 def _line(step: StepDescription) -> str:
     padded = f", {step.padded} padded" if step.padded else ""
+    norms = f"; {', '.join(step.norms)}" if step.norms else ""
     if step.kind == "update":
         return f"  {step.name}: added to each of {step.shape[0]} tokens"
     if step.kind != "attention":
-        return f"  {step.name}: {step.kind}, {step.shape[0]} tokens of {step.shape[1]} children{padded}"
+        return f"  {step.name}: {step.kind}, {step.shape[0]} tokens of {step.shape[1]} children{padded}{norms}"
     assert step.residual is not None
     groups, heads, queries, keys = step.shape
     mean, low, high = step.residual
     return (
         f"  {step.name}: {groups} x {heads} heads x {queries} x {keys}, residual share {mean:.2f} "
-        f"({low:.2f} to {high:.2f}){padded}"
+        f"({low:.2f} to {high:.2f}){padded}{norms}"
     )
 
 
 def describe_pass(model: nn.Module, outcome: Pass, settings: Settings) -> Description:
     """Describe a recorded and traced forward pass."""
-    trace = outcome.trace
+    trace, norms = outcome.trace, [norm.module for norm in outcome.recording.norms]
     return Description(
         model=type(eager(model)).__name__,
         family=trace.family,
@@ -85,8 +119,13 @@ def describe_pass(model: nn.Module, outcome: Pass, settings: Settings) -> Descri
         outputs=tuple(outcome.output.shape),
         norms=len(outcome.recording.norms),
         residual=settings.residual,
-        steps=tuple(_describe_step(step, settings) for step in trace.steps),
+        steps=tuple(replace(_describe_step(step, settings), norms=_inside(step.name, norms)) for step in trace.steps),
+        covers=trace.covers,
     )
+
+
+def _inside(name: str, modules: list[str]) -> tuple[str, ...]:
+    return tuple(module[len(name) + 1 :] for module in modules if module.startswith(f"{name}."))
 
 
 def _describe_step(step: Step, settings: Settings) -> StepDescription:

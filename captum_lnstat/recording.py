@@ -257,15 +257,14 @@ class Recorder(TorchFunctionMode):
             if self._elsewhere():
                 return None
             self._running.pop()
+            # A block may return its attention maps beside its tokens.
             first = output[0] if isinstance(output, tuple) and output else output
             if module in self._taps and isinstance(first, Tensor) and inputs and isinstance(inputs[0], Tensor):
                 self._calls.setdefault(name, []).append(ModuleCall(Kept.of(inputs[0]), Kept.of(first)))
             if module is not self._head_follows or not isinstance(first, Tensor):
                 return None
             begun = self._begin_head(first)
-            if begun is None or first is output:
-                return begun
-            return (begun, *output[1:])
+            return begun if begun is None or first is output else (begun, *output[1:])
 
         return hook
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import textwrap
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import timm
 from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from timm.models import load_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_lnstat import zoo
 from captum_lnstat._console import fail, near, one_line, progress
@@ -98,6 +100,59 @@ def _create(name: str, pretrained: bool) -> Any:
             return timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # which ones depends on where timm finds the weights and on the HTTP library
         fail(f"timm cannot make {name!r}{' with pretrained weights' * pretrained}: {one_line(error)}")
+
+
+def read_model(name: str, pretrained: bool = False) -> tuple[Any, tuple[int, int]]:
+    """Any model that can be named, and the size of its images.
+
+    Args:
+        name: A model of the zoo or of timm, ``torchvision:NAME``, ``hf:NAME`` (a configuration class of transformers,
+            whose defaults are taken, or a model on the hub or in a folder), or ``package.module:callable``, which is
+            called without arguments. torchvision and transformers are imported only for models of theirs.
+        pretrained: Take the library's weights rather than random ones.
+    """
+    library, _, rest = name.partition(":")
+    try:
+        if name in zoo.names():
+            return zoo.load(name).model, (64, 64)
+        if not rest:
+            model = _create(name, pretrained)
+            size = resolve_model_data_config(model)["input_size"]
+            return model.eval(), (size[1], size[2])
+        with progress(f"building {name}"):
+            if library == "torchvision":
+                model = importlib.import_module("torchvision.models").get_model(
+                    rest, weights="DEFAULT" if pretrained else None
+                )
+            elif library == "hf":
+                model = _from_transformers(rest, pretrained)
+            else:
+                model = _resolve(library, rest)()
+    except click.ClickException:
+        raise
+    except Exception as error:  # whatever a library, or the user's own callable, may raise
+        fail(f"{name!r} cannot be made, {type(error).__name__}: {one_line(error)}")
+    if not isinstance(model, nn.Module):
+        fail(f"{name} returned a {type(model).__name__}; expected a torch.nn.Module")
+    size = getattr(getattr(model, "config", None), "image_size", None) or getattr(model, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.eval(), (int(height), int(width))
+
+
+def _from_transformers(name: str, pretrained: bool) -> Any:
+    transformers = importlib.import_module("transformers")
+    auto = transformers.AutoModelForImageClassification
+    if pretrained:
+        return auto.from_pretrained(name)
+    own = name.endswith("Config")
+    return auto.from_config(getattr(transformers, name)() if own else transformers.AutoConfig.from_pretrained(name))
+
+
+def _resolve(module: str, path: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -5,12 +5,14 @@
 from captum_lnstat.topology.base import Topology, find_topology, register_topology
 from captum_lnstat.topology.hierarchical import HierarchicalTopology
 from captum_lnstat.topology.encoder import EncoderTopology
+from captum_lnstat.topology.convolved import ConvolvedTopology
 from captum_lnstat.topology.plain import PlainTopology
 from captum_lnstat.topology.pooled import PooledTopology
 from captum_lnstat.topology.windowed import WindowedTopology
 # isort: on
 
 __all__ = [
+    "ConvolvedTopology",
     "EncoderTopology",
     "HierarchicalTopology",
     "PlainTopology",

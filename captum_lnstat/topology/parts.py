@@ -21,14 +21,15 @@ class BlockParts:
     """Where the parts of a residual block are.
 
     Attributes:
-        norms: Names of its two LayerNorms in the block, as defined; the recording says which of them runs first.
+        norms: Names of its LayerNorms in the block, as defined; the recording says in which order they run. A third
+            one normalises the stream that the block returns.
         attention: Name of the child that attends.
         out: The Linear from the joined heads back to the stream.
         scale: What the attention's output is multiplied by, channel by channel (LayerScale), or ``None``.
         gate: The Linear whose sigmoid multiplies the joined heads, and its name in the block, or ``None``.
     """
 
-    norms: tuple[str, str]
+    norms: tuple[str, ...]
     attention: str
     out: nn.Linear
     scale: Tensor | None
@@ -38,9 +39,9 @@ class BlockParts:
 def find_parts(block: nn.Module) -> BlockParts | None:
     """The parts of a residual block, or ``None`` for a module that is none.
 
-    A residual block has two norms among its children, and one child that has heads. The last Linear of that child with
-    as many outputs as the second norm has channels leads back to the stream. Parameters of one value per channel, in
-    the block or alone in a child of it, are LayerScales, the attention's first.
+    A residual block has two norms among its children, or three, and one child that has heads. The last Linear of that
+    child with as many outputs as the second norm has channels leads back to the stream. Parameters of one value per
+    channel, in the block or alone in a child of it, are LayerScales, the attention's first.
 
     Example:
         >>> parts = find_parts(nn.TransformerEncoderLayer(8, 2))
@@ -50,7 +51,7 @@ def find_parts(block: nn.Module) -> BlockParts | None:
     block = eager(block)
     children = dict(block.named_children())
     norms = [name for name, child in children.items() if _channels(child) is not None]
-    if len(norms) != 2:
+    if len(norms) not in (2, 3):
         return None
     # Of a block that widens the stream, the second norm reads what the attention has widened.
     width = _channels(children[norms[1]])
@@ -64,7 +65,7 @@ def find_parts(block: nn.Module) -> BlockParts | None:
     if not linears:
         return None
     named_gate = (f"{attending[0]}.gate", gate) if isinstance(gate, nn.Linear) else None
-    return BlockParts((norms[0], norms[1]), attending[0], linears[-1], next(_scales(block, width), None), named_gate)
+    return BlockParts(tuple(norms), attending[0], linears[-1], next(_scales(block, width), None), named_gate)
 
 
 def has_heads(module: nn.Module) -> bool:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from captum_lnstat.covector import Covector
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale
-from captum_lnstat.layout import Layout
+from captum_lnstat.layout import Groups, Layout
 from captum_lnstat.recording import NormCall, Recording
 from captum_lnstat.sites import AttentionSite
 from captum_lnstat.statistics import stream
 from captum_lnstat.topology.folded import unfolded
 from captum_lnstat.topology.parts import BlockParts, find_parts
-from captum_lnstat.trace import Block
+from captum_lnstat.trace import Block, Transition
 
 BLOCK_PARTS = "two LayerNorms, one attention with heads and a Linear after it, and an MLP"
 
@@ -53,8 +54,8 @@ def residual_block(
     call = recording.call(name)
     if site is None:
         site = unfolded(recording.site(f"{name}.{parts.attention}"), parts.out.in_features)
-    before, after = stream(call.input.read()), stream(call.output.read())
-    first, second = _norms(name, parts, recording)
+    first, second, *last = _norms(name, parts, recording)
+    before, after = stream(call.input.read()), stream((last[0].input if last else call.output).read())
     if first.input.tensor.data_ptr() == call.input.tensor.data_ptr():
         if second.input.tensor.data_ptr() == call.input.tensor.data_ptr():
             raise RecordingError(
@@ -79,11 +80,34 @@ def _parts(name: str, block: nn.Module) -> BlockParts:
     return parts
 
 
-def _norms(name: str, parts: BlockParts, recording: Recording) -> tuple[NormCall, NormCall]:
-    """The calls of the block's two norms in the order in which they ran."""
-    one, other = (recording.norm(f"{name}.{norm}") for norm in parts.norms)
-    order = [id(norm) for norm in recording.norms]
-    return (one, other) if order.index(id(one)) < order.index(id(other)) else (other, one)
+def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: tuple[int, int]) -> Transition | None:
+    """The norm through which a block's stream leaves it, if there is one: a map of each token, its deviation frozen.
+
+    Args:
+        name: Dotted name of the block in the recording.
+        block: The block.
+        recording: The pass.
+        grid: Rows and columns of patch tokens.
+    """
+    *_, last = norms = _norms(name, _parts(name, block), recording)
+    if len(norms) < 3:
+        return None
+    before, after, norm = stream(last.input.read()), stream(recording.call(name).output.read()), last.frozen
+    flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
+    itself = Groups(torch.arange(before.shape[1], device=before.device)[:, None])
+
+    def pull(u: Covector) -> tuple[Covector, Tensor]:
+        below, constant = flat.pull(u)
+        return below, constant.sum(1)
+
+    _check_sum(name, _output(last), after)
+    return Transition(last.module, itself, before, after, grid, pull)
+
+
+def _norms(name: str, parts: BlockParts, recording: Recording) -> list[NormCall]:
+    """The calls of the block's norms in the order in which they ran."""
+    order = {id(norm): place for place, norm in enumerate(recording.norms)}
+    return sorted((recording.norm(f"{name}.{norm}") for norm in parts.norms), key=lambda norm: order[id(norm)])
 
 
 def _path_to_update(
@@ -134,6 +158,7 @@ def _check_sum(name: str, expected: Tensor, seen: Tensor) -> None:
     error, size = (seen - expected).abs().amax(), seen.abs().amax()
     if torch.isfinite(size) and error > 0.05 * size:
         raise RecordingError(
-            f"block {name!r} does not return x + norm(attention(x)) + norm(mlp(x')): off by {error:.3g} at values "
-            f"up to {size:.3g}. Its wiring is neither pre-norm nor post-norm, so its relevance cannot be placed"
+            f"block {name!r} does not return x + norm(attention(x)) + norm(mlp(x')), or the norm of it: off by "
+            f"{error:.3g} at values up to {size:.3g}. Its wiring is neither pre-norm nor post-norm, so its relevance "
+            "cannot be placed"
         )

@@ -19,9 +19,10 @@ from captum_lnstat.layout import Groups, quads, windows
 from captum_lnstat.recording import Recording
 from captum_lnstat.statistics import accumulation_dtype, stream
 from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.parts import find_parts
 from captum_lnstat.topology.reading import pooling_as_read
-from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
-from captum_lnstat.trace import Block, FixedPooling, Merging, Pooling, Trace
+from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block, trailing_norm
+from captum_lnstat.trace import FixedPooling, Merging, Pooling, Step, Trace
 
 Grid = tuple[int, int]
 
@@ -41,7 +42,12 @@ class WindowedTopology(Topology):
         self._steps = list(_outermost(model, _is_step))
         self._names = {id(module): name.replace("._orig_mod", "") for name, module in model.named_modules()}
         self._patches: Any = _patch_convolution(model)
-        self._head_begins = _last_norm(model)
+        self._last_norm = _last_norm(model)
+        if self._last_norm is None and not _ends_in_a_norm(self._steps[-1][1]):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} ends without a LayerNorm: it gives features, not scores; expected a model "
+                "with its last LayerNorm and its classifier"
+            )
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -49,7 +55,9 @@ class WindowedTopology(Topology):
 
     @property
     def taps(self) -> Iterable[nn.Module]:
-        yield from (self._patches, self._entrance, self.head_begins)
+        yield from (self._patches, self._entrance)
+        if self._last_norm is not None:
+            yield self._last_norm
         for _, step in self._steps:
             yield from [step] if _is_merging(step) else block_taps(step)
 
@@ -68,18 +76,18 @@ class WindowedTopology(Topology):
         return found
 
     @property
-    def head_begins(self) -> nn.Module:
-        if self._head_begins is None:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} ends without a LayerNorm: it gives features, not scores; expected a "
-                "model with its last LayerNorm and its classifier"
-            )
-        return self._head_begins
+    def head_begins(self) -> nn.Module | None:
+        return self._last_norm
+
+    @property
+    def head_follows(self) -> nn.Module | None:
+        """The last block, if its own last norm is the last one of the model."""
+        return None if self._last_norm is not None else self._steps[-1][1]
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         rows, columns = recording.call(self._names[id(self._patches)]).output.tensor.shape[-2:]
         grid = first_grid = (int(rows), int(columns))
-        steps: list[Block | Merging] = []
+        steps: list[Step] = []
         for dotted, module in self._steps:
             name = dotted.replace("._orig_mod", "")
             tokens = recording.call(name).input.read()
@@ -89,12 +97,17 @@ class WindowedTopology(Topology):
                 grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
             else:
                 steps.append(residual_block(name, module, recording, _layout(module, tokens, grid)))
+                last = trailing_norm(name, module, recording, grid)
+                steps += [] if last is None else [last]
         height, width = self._patches.kernel_size
         patch, tokens = (height, width), steps[0].before
         return Trace(self.family, tuple(steps), tokens, 0, first_grid, patch, self._pooling(recording))
 
     def _pooling(self, recording: Recording) -> Pooling:
-        normed = recording.call(self._names[id(self.head_begins)]).output.tensor
+        normed = recording.stream_end
+        if self._last_norm is not None:
+            normed = recording.call(self._names[id(self._last_norm)]).output.tensor
+        assert normed is not None
         if recording.scores is not None and recording.scores.requires_grad:
             return pooling_as_read(recording, 0, [normed], [])
         # A class-agnostic rule has no need of the scores' graph.
@@ -148,6 +161,11 @@ def _patch_convolution(model: nn.Module) -> nn.Conv2d | None:
 
 def _last_norm(model: nn.Module) -> nn.Module | None:
     return next((child for child in model.children() if isinstance(eager(child), nn.LayerNorm)), None)
+
+
+def _ends_in_a_norm(block: nn.Module) -> bool:
+    parts = find_parts(block)
+    return parts is not None and len(parts.norms) > 2
 
 
 def _is_swin(model: nn.Module) -> bool:

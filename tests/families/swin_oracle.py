@@ -38,6 +38,10 @@ class Library(ABC):
     def out(self, block: Any) -> nn.Linear:
         """From the joined heads to the update."""
 
+    def scale(self, block: Any) -> Tensor | None:
+        """What the update is multiplied by, channel by channel."""
+        return None
+
     @abstractmethod
     def values(self, block: Any, x: Tensor) -> Tensor:
         """Values, heads joined, from what the attention reads."""
@@ -51,12 +55,16 @@ class Library(ABC):
         """(parents, 4): the joined tokens, and -1 for padding."""
 
     @abstractmethod
-    def last_norm(self, model: Any) -> nn.Module:
-        """What reads the stream after the last block."""
+    def end(self, model: Any, capture: Capture) -> Tensor:
+        """The stream after the last step."""
+
+    def trailing(self, block: Any) -> nn.Module | None:
+        """A norm through which the stream leaves the block."""
+        return None
 
     @abstractmethod
     def head(self, model: Any, tokens: Tensor) -> Tensor:
-        """Logits from the stream after the last block."""
+        """Logits from the stream after the last step."""
 
 
 class Softmaxes(TorchFunctionMode):
@@ -95,8 +103,18 @@ class SwinDense(Dense):
         self.logits = logits if isinstance(logits, Tensor) else logits.logits
         self._live, self._grid = iter(softmaxes.seen), grid
         with torch.no_grad():
-            self.steps = [self._step(module) for module in library.steps(self.model)]
+            self.steps = [step for module in library.steps(self.model) for step in self._steps(module)]
         assert next(self._live, None) is None
+
+    def _steps(self, module: Any) -> list[DenseBlock | DenseMerging]:
+        norm = self.library.trailing(module)
+        return [self._step(module)] if norm is None else [self._step(module), self._trailing(norm)]
+
+    def _trailing(self, norm: Any) -> DenseMerging:
+        """Every token is its own only child."""
+        x = self.capture.inputs[norm].flatten(1, -2)
+        itself = torch.arange(x.shape[1])[:, None]
+        return DenseMerging(itself, x, norm_matrix(x, norm)[:, :, None], norm.bias, torch.ones(len(x), x.shape[1], 1))
 
     def _merging(self, module: Any) -> DenseMerging:
         ids = self.library.merging_ids(module, self._grid)
@@ -123,6 +141,8 @@ class SwinDense(Dense):
         before, after = capture.inputs[block], capture.outputs[block]
         before, after = (x.flatten(1, -2) for x in (before, after[0] if isinstance(after, tuple) else after))
         first, second = library.norms(block)
+        if (last := library.trailing(block)) is not None:
+            after = capture.inputs[last].flatten(1, -2)
         if library.post:
             update, mlp, read = capture.outputs[first], capture.outputs[second], before
         else:
@@ -146,6 +166,8 @@ class SwinDense(Dense):
         linear = self.library.out(block)
         matrix = linear.weight.expand(*heard.shape[:2], -1, -1)
         offset = linear.bias.expand(*heard.shape[:2], -1)
+        if (scale := self.library.scale(block)) is not None:
+            matrix, offset = scale[:, None] * matrix, scale * offset
         if self.library.post:
             norm: Any = self.library.norms(block)[0]
             whole = norm_matrix(heard @ linear.weight.T + linear.bias, norm)
@@ -158,7 +180,7 @@ class SwinDense(Dense):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.LayerNorm):
                     setattr(parent, name, DetachedNorm(child))
-        x = self.capture.inputs[self.library.last_norm(self.model)].detach().requires_grad_()
+        x = self.library.end(self.model, self.capture).detach().requires_grad_()
         with torch.enable_grad():
             logits = self.library.head(head, x)
             score = self.score(target, contrastive, logits)
@@ -215,8 +237,8 @@ class Torchvision(Library):
         ids = torch.arange(1, grid[0] * grid[1] + 1).reshape(1, *grid, 1)
         return double(ids).flatten(0, 2) - 1
 
-    def last_norm(self, model: Any) -> nn.Module:
-        return model.norm
+    def end(self, model: Any, capture: Capture) -> Tensor:
+        return capture.inputs[model.norm]
 
     def head(self, model: Any, tokens: Tensor) -> Tensor:
         return model.head(model.norm(tokens).mean((1, 2)))
@@ -267,8 +289,51 @@ class HuggingFace(Library):
         ids = torch.arange(1, grid[0] * grid[1] + 1).reshape(1, -1, 1)
         return double(ids, grid).flatten(0, 1) - 1
 
-    def last_norm(self, model: Any) -> nn.Module:
-        return self._base(model).layernorm
+    def end(self, model: Any, capture: Capture) -> Tensor:
+        return capture.inputs[self._base(model).layernorm]
 
     def head(self, model: Any, tokens: Tensor) -> Tensor:
         return model.classifier(self._base(model).layernorm(tokens).mean(1))
+
+
+class TimmCr(Library):
+    """timm's other Swin v2: post-norm, and some blocks end in a norm of the stream."""
+
+    post = True
+
+    def steps(self, model: Any) -> list[Any]:
+        steps = [step for stage in model.stages for step in (stage.downsample, *stage.blocks)]
+        return [step for step in steps if not isinstance(step, nn.Identity)]
+
+    def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
+        return block.norm1, block.norm2
+
+    def trailing(self, block: Any) -> nn.Module | None:
+        norm = getattr(block, "norm3", None)
+        return norm if isinstance(norm, nn.LayerNorm) else None
+
+    def out(self, block: Any) -> nn.Linear:
+        return block.attn.proj
+
+    def values(self, block: Any, x: Tensor) -> Tensor:
+        size = x.shape[-1]
+        return F.linear(x, block.attn.qkv.weight[2 * size :], block.attn.qkv.bias[2 * size :])
+
+    def window_ids(self, block: Any, grid: tuple[int, int], batch: int) -> Tensor:
+        ids = torch.arange(1, batch * grid[0] * grid[1] + 1, dtype=torch.float64).reshape(batch, *grid, 1)
+        double = copy.deepcopy(block)
+        double.attn = _Echo()
+        assert torch.equal(double._shifted_window_attn(ids), ids)
+        return double.attn.seen[..., 0].long()
+
+    def merging_ids(self, merging: Any, grid: tuple[int, int]) -> Tensor:
+        double = copy.deepcopy(merging)
+        double.norm = double.reduction = nn.Identity()
+        ids = torch.arange(1, grid[0] * grid[1] + 1).reshape(1, *grid, 1)
+        return double(ids).flatten(0, 2) - 1
+
+    def end(self, model: Any, capture: Capture) -> Tensor:
+        return capture.outputs[model.stages[-1].blocks[-1].norm3]
+
+    def head(self, model: Any, tokens: Tensor) -> Tensor:
+        return model.head.fc(tokens.mean(1))

@@ -71,7 +71,9 @@ def test_evidence_is_that_of_the_oracle_and_complete(name):
     with torch.no_grad():
         logits = model_of(name)(case.images())
     score = getattr(logits, "logits", logits).gather(1, target[:, None])[:, 0]
-    torch.testing.assert_close(found.total, score, atol=1e-9, rtol=1e-9)
+    # The rows of a softmax in float32 sum to one no better than that.
+    tolerance = 1e-6 if name.endswith("-eager") else 1e-9
+    torch.testing.assert_close(found.total, score, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("kind", RULES)

@@ -1,4 +1,4 @@
-"""Swin v1 and v2 of torchvision and of Hugging Face: other partition code than timm's, other names, tuples."""
+"""Swin v1 and v2 of torchvision and of Hugging Face, timm's SwinV2-CR: partition codes, names, norms of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import pytest
 import timm
 import torch
 from models import CLASSES, OPTIONS, Case, enliven, images, targets
-from swin_oracle import HuggingFace, Library, SwinDense, Torchvision
+from oracles import Dense
+from swin_oracle import HuggingFace, Library, SwinDense, TimmCr, Torchvision
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from torch import Tensor, nn
 from torchvision.models import swin_transformer as torchvision_swin
 
@@ -97,11 +100,35 @@ def _models() -> list[Model]:
             Model(f"{name}-odd", library, partial(make, image_size=(54, 66), **three), (54, 66), exact),
             Model(f"{name}-larger", library, partial(make, window_size=3), (52, 39), exact),
         ]
+    cr = partial(SwinTransformerV2Cr, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=CLASSES, mlp_ratio=2.0)
+    found += [
+        Model("timm-cr", TimmCr(), partial(cr, img_size=64, window_size=4), (64, 64)),
+        # A norm after every stage, and one after every block; grids 18 x 13, 9 x 7, 5 x 4.
+        Model(
+            "timm-cr-norms-odd",
+            TimmCr(),
+            partial(cr, img_size=64, window_size=4, extra_norm_stage=True, strict_img_size=False, **three),
+            (72, 52),
+        ),
+        Model(
+            "timm-cr-norms-flat",
+            TimmCr(),
+            partial(cr, img_size=(72, 48), window_size=(3, 4), extra_norm_period=1),
+            (72, 48),
+        ),
+    ]
     return found
 
 
 MODELS = {model.name: model for model in _models()}
-ONE_EACH = ["torchvision-1-odd", "torchvision-2-odd", "hf-1-sdpa-odd", "hf-1-eager-odd", "hf-2-eager-odd"]
+ONE_EACH = [
+    "torchvision-1-odd",
+    "torchvision-2-odd",
+    "hf-1-sdpa-odd",
+    "hf-1-eager-odd",
+    "hf-2-eager-odd",
+    "timm-cr-norms-odd",
+]
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -176,7 +203,15 @@ def test_windows_are_those_of_the_blocks_as_they_ran(name):
         assert torch.equal(layout.index, expected)
         padded += int((expected < 0).sum())
     assert not blocks
-    assert padded > 0 or name in ("torchvision-1", "torchvision-2", "hf-1-sdpa", "hf-1-eager", "hf-2-eager")
+    assert padded > 0 or name in (
+        "torchvision-1",
+        "torchvision-2",
+        "hf-1-sdpa",
+        "hf-1-eager",
+        "hf-2-eager",
+        "timm-cr",
+        "timm-cr-norms-flat",
+    )
 
 
 # What holds for every family.
@@ -192,6 +227,8 @@ def test_recognised(name):
     assert description.prefix_tokens == 0
     kinds = [step.kind for step in description.steps]
     assert kinds.count("merging") == len(case.library.steps(model)) - kinds.count("attention")
+    trailing = [case.library.trailing(step) for step in case.library.steps(model)]
+    assert kinds.count("transition") == sum(norm is not None for norm in trailing)
     assert description.pooling == "mean of the tokens"
 
 
@@ -306,6 +343,31 @@ def test_a_partition_of_ones_own_is_refused(rule):
     model.features[1][1].attn.__class__ = _OtherWay
     with pytest.raises(RecordingError, match="wiring"):
         explain(model, rule, x, target)
+
+
+def _swin_s3(**options: Any) -> SwinTransformer:
+    """As ``swin_s3_tiny_224``: windows of another size in every stage."""
+    settings = {"img_size": 64, "embed_dim": 16, "depths": (2, 2, 2), "num_heads": (2, 4, 4), "window_size": (4, 8, 3)}
+    return SwinTransformer(**{**settings, "num_classes": CLASSES, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, (64, 64)),
+        ({"strict_img_size": False}, (68, 52)),
+        ({"strict_img_size": False, "always_partition": True, "window_size": 7}, (72, 52)),
+    ],
+)
+def test_windows_of_another_size_in_every_stage(options, size):
+    with torch.random.fork_rng():
+        model = enliven(_swin_s3(**options), 0).double()
+    case = Case("s3", nn.Identity, size, (size[0] // 4, size[1] // 4), (4, 4), "patches")
+    x, target = images(case), targets(2)
+    dense = Dense(case, model, x)
+    for rule, expected in (("rollout", dense.rollout()), ("evidence", dense.evidence(target))):
+        grid, _ = expected.split(case)
+        assert torch.allclose(explain(model, rule, x, target).grid, grid, rtol=1e-9, atol=1e-12)
 
 
 def test_models_of_features_are_refused():

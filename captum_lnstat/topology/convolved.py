@@ -1,0 +1,159 @@
+"""Stages of windowed blocks with convolutions before and between them, as in GCViT.
+
+Every block cuts its map into windows that do not shift. Its queries may be the window's own tokens or tokens of a
+pyramid that is the same for all windows: either way the output of a place is the recorded attention's average of the
+window's values, and that is what relevance and evidence follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.layout import quads, windows
+from captum_lnstat.recording import Recording
+from captum_lnstat.statistics import stream
+from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.reading import pooling_as_read
+from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
+from captum_lnstat.trace import Step, Trace, Transition
+
+Grid = tuple[int, int]
+# A convolution that reads images has few input channels; one between two stages reads features, which are more.
+IMAGE_CHANNELS = 16
+
+
+@register_topology
+class ConvolvedTopology(Topology):
+    """Stages of blocks with windows that do not shift; convolutions make the patches and halve the grid."""
+
+    family = "windows and convolutions"
+    expects = (
+        f"convolutions that make the patches, two stages or more of blocks with {BLOCK_PARTS} and a window_size, "
+        "convolutions between the stages"
+    )
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return _is_convolved(model) and not any(_is_convolved(inner) for inner in model.modules() if inner is not model)
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(module): name.replace("._orig_mod", "") for name, module in self.model.named_modules()}
+
+    @cached_property
+    def _stages(self) -> list[list[Any]]:
+        return [list(blocks) for blocks in _block_lists(self.model)]
+
+    @cached_property
+    def _stem(self) -> list[nn.Conv2d]:
+        """The convolutions defined before the first block."""
+        first, found = self._stages[0][0], list[nn.Conv2d]()
+        for module in self.model.modules():
+            if module is first:
+                break
+            found += [module] if isinstance(module, nn.Conv2d) else []
+        return found
+
+    @cached_property
+    def _last_norm(self) -> nn.Module | None:
+        """The LayerNorm defined after the last block."""
+        inside = {id(part) for part in self._stages[-1][-1].modules()}
+        modules = list(self.model.modules())
+        last = max(place for place, module in enumerate(modules) if id(module) in inside)
+        return next((module for module in modules[last + 1 :] if isinstance(module, nn.LayerNorm)), None)
+
+    @property
+    def taps(self) -> Iterable[nn.Module]:
+        yield self._stem[0]
+        if self._last_norm is not None:
+            yield self._last_norm
+        for stage in self._stages:
+            for block in stage:
+                yield from block_taps(block)
+
+    @property
+    def entrance(self) -> str:
+        return self._names[id(self._stem[0])]
+
+    @property
+    def head_follows(self) -> nn.Module:
+        block: nn.Module = self._stages[-1][-1]
+        return block
+
+    def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
+        steps: list[Step] = []
+        grids: list[Grid] = []
+        for stage in self._stages:
+            for place, block in enumerate(stage):
+                name = self._names[id(block)]
+                tokens = recording.call(name).input.read()
+                if tokens.dim() != 4:
+                    raise RecordingError(
+                        f"{name!r} was given {tuple(tokens.shape)}; expected (batch, rows, columns, channels)"
+                    )
+                grid = tokens.shape[1], tokens.shape[2]
+                if place == 0:
+                    if steps:
+                        steps.append(_between(name, steps[-1], grids[-1], grid, recording))
+                    grids.append(grid)
+                layout = windows(grid, _pair(block.window_size), (0, 0), tokens.device)
+                steps.append(residual_block(name, block, recording, layout))
+        normed = [] if self._last_norm is None else [recording.call(self._names[id(self._last_norm)]).output.tensor]
+        pooling = pooling_as_read(recording, 0, normed, [])
+        patch = self._patch(grids[0], image_size)
+        covers = (
+            "attention cannot see through the convolutions before and between the stages: a token's relevance is "
+            f"shared evenly by the 2 x 2 tokens under it, and evidence is found in the last of {len(grids)} stages, on "
+            f"{grids[-1][0]} x {grids[-1][1]} tokens"
+        )
+        return Trace(self.family, tuple(steps), steps[0].before, 0, grids[0], patch, pooling, covers=covers)
+
+    def _patch(self, grid: Grid, image_size: tuple[int, int]) -> tuple[int, int]:
+        height = width = 1
+        for convolution in self._stem:
+            height, width = height * convolution.stride[0], width * convolution.stride[1]
+        if grid != (-(-image_size[0] // height), -(-image_size[1] // width)):
+            raise UnsupportedModelError(
+                f"{image_size[0]} x {image_size[1]} px became {grid[0]} x {grid[1]} tokens; expected convolutions with "
+                f"strides of {height} x {width} in all to make the one of the other"
+            )
+        return height, width
+
+
+def _is_convolved(model: nn.Module) -> bool:
+    convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if convolution is None or convolution.in_channels >= IMAGE_CHANNELS:
+        return False
+    return len(list(_block_lists(model))) > 1
+
+
+def _block_lists(model: nn.Module) -> Iterable[Any]:
+    return (
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len(module) > 0
+        and all(is_residual_block(block) for block in module)
+        and all(hasattr(block, "window_size") and not hasattr(block, "shift_size") for block in module)
+    )
+
+
+def _pair(size: Any) -> Grid:
+    rows, columns = size if isinstance(size, tuple | list) else (size, size)
+    return int(rows), int(columns)
+
+
+def _between(name: str, below: Step, grid: Grid, after: Grid, recording: Recording) -> Transition:
+    """From the end of one stage to the first block, ``name``, of the next."""
+    if after != ((grid[0] + 1) // 2, (grid[1] + 1) // 2):
+        raise UnsupportedModelError(
+            f"{grid[0]} x {grid[1]} tokens became {after[0]} x {after[1]} before {name!r}; expected half as many rows "
+            "and columns"
+        )
+    tokens = stream(recording.call(name).input.read())
+    return Transition(f"before {name}", quads(grid, tokens.device), below.after, tokens, after)
