@@ -32,10 +32,13 @@ class Fuser:
 
     ``max`` and ``min`` over heads do not sum to one over the keys any more, nor need a callable's map: each row is
     divided by its sum, so that relevance mass stays conserved. A row of zeros (a query that may see nothing) stays.
+    Of ``signed`` maps the positive part is shared out: what is subtracted is not looked at. A row without any takes
+    its size.
     """
 
-    def __init__(self, fusion: HeadFusion, heads: int) -> None:
+    def __init__(self, fusion: HeadFusion, heads: int, *, signed: bool = False) -> None:
         self._fusion = fusion
+        self._signed = signed
         self._heads = heads
         self._chunks: list[Tensor] = []
         self._running: Tensor | None = None
@@ -43,7 +46,7 @@ class Fuser:
     def add(self, attention: Float[Tensor, "batch head query key"]) -> None:
         """Take in the maps of some heads."""
         if callable(self._fusion):
-            self._chunks.append(attention)
+            self._chunks.append(attention.clamp(min=0) if self._signed else attention)
         elif self._fusion == "mean":
             part = attention.sum(1) / self._heads
             self._running = part if self._running is None else self._running + part
@@ -66,6 +69,9 @@ class Fuser:
                 )
         elif self._running is None:
             raise RecordingError("an attention without heads was recorded; expected at least one")
+        elif self._signed:
+            positive = self._running.clamp(min=0)
+            fused = torch.where(positive.any(-1, keepdim=True), positive, self._running.abs())
         elif self._fusion == "mean":
             return self._running
         else:
@@ -78,7 +84,7 @@ def fuse(site: AttentionSite, fusion: HeadFusion) -> Float[Tensor, "batch query 
     """The head-fused attention of one site."""
     parts = []
     for _, turns in site.chunks(whole_maps=callable(fusion)):
-        fuser = Fuser(fusion, site.shape[1])
+        fuser = Fuser(fusion, site.shape[1], signed=site.signed)
         for _, attention in turns:
             fuser.add(attention)
         parts.append(fuser.fused())

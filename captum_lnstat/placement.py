@@ -15,7 +15,7 @@ from captum_lnstat.engine import Needs, run
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Groups, Layout
 from captum_lnstat.outputs import Output
-from captum_lnstat.planting import Readout, Region, Scenes, lattice, plant
+from captum_lnstat.planting import Readout, Region, Scenes, lattice, plant, wake
 from captum_lnstat.trace import Block, Trace
 
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ def ground(
         channels: Of the images.
         seed: Of textures and noise.
     """
-    images = noise(model, image_size, 1, channels)
+    woken = wake(model)
     with accepted("recognised"):
-        trace = run(model, model, images, None, None, Needs(), output).trace
+        trace = run(woken, woken, noise(woken, image_size, 1, channels), None, None, Needs(), output).trace
     coarsest = max(1, min(step.after.shape[1] for step in trace.steps) - trace.prefix)
     times = max(1, round((trace.grid[0] * trace.grid[1] / coarsest) ** 0.5))
     size = stimulus or (trace.patch[0] * times, trace.patch[1] * times)

@@ -74,7 +74,7 @@ def hand_down(
     probe = None if wiring is None else wiring.begin(block)
     mixed = grouped.new_zeros(len(grouped), site.shape[3], grouped.shape[-1])
     for queries, turns in site.chunks(wanted, whole_maps=callable(fusion)):
-        fuser = Fuser(fusion, site.shape[1])
+        fuser = Fuser(fusion, site.shape[1], signed=site.signed)
         for heads, attention in turns:
             fuser.add(attention)
             if reader is not None:
@@ -105,6 +105,8 @@ class _Reader:
 
     def __init__(self, block: Block, u: Covector) -> None:
         self._site = block.site
+        if block.layout.covered is not None:
+            u = u.scaled(block.layout.covered.to(u.scale.dtype)[None])  # a token that takes no part hears no bias
         pulled, constant = pull_through(block.path, u)
         self.constant = constant.sum(1)
         batch, heads = len(u.scale), block.site.shape[1]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +56,12 @@ class AttentionSite(ABC):
     Attributes:
         module: Dotted name of the innermost module that was running.
         output: What the attention returned, if it is part of a graph; ``None`` otherwise.
+        signed: The maps may hold negative entries and rows that do not sum to one, for they were mixed afterwards.
     """
 
     module: str
     output: Tensor | None
+    signed: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -9,9 +9,11 @@ from captum_lnstat.topology.convolved import ConvolvedTopology
 from captum_lnstat.topology.plain import PlainTopology
 from captum_lnstat.topology.pooled import PooledTopology
 from captum_lnstat.topology.windowed import WindowedTopology
+from captum_lnstat.topology.cait import ClassAttentionTopology
 # isort: on
 
 __all__ = [
+    "ClassAttentionTopology",
     "ConvolvedTopology",
     "EncoderTopology",
     "HierarchicalTopology",

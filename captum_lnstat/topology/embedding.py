@@ -1,4 +1,4 @@
-"""Where the patches are: read off the convolutions that made them."""
+"""What a model is made of by structure: lists of blocks, and the convolutions that make the patches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import nn
 
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording import Recording
+from captum_lnstat.topology.parts import find_parts
 
+LISTS = (nn.ModuleList, nn.Sequential)
 # A convolution that reads images has few input channels; one between two stages reads features, which are more.
 IMAGE_CHANNELS = 16
 
@@ -16,6 +18,15 @@ IMAGE_CHANNELS = 16
 def named(model: nn.Module) -> dict[str, nn.Module]:
     """All modules by the names that a recording has for them."""
     return {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.Module]:
+    """Lists of nothing but residual blocks, by name, in the order in which they are defined."""
+    return {
+        name: module
+        for name, module in named(model).items()
+        if isinstance(module, LISTS) and len(module) > 0 and all(find_parts(block) is not None for block in module)
+    }
 
 
 def convolutions(model: nn.Module, but_in: Iterable[nn.Module] = ()) -> dict[str, nn.Conv2d]:

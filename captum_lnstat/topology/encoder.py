@@ -15,13 +15,11 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Layout, WholeImage, windows
 from captum_lnstat.recording import Recording
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.embedding import convolutions, grid_of, named, patch_of, reads_images
-from captum_lnstat.topology.parts import find_parts, has_heads
+from captum_lnstat.topology.embedding import LISTS, block_lists, convolutions, grid_of, named, patch_of, reads_images
+from captum_lnstat.topology.parts import has_heads
 from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, residual_block
 from captum_lnstat.trace import Trace
-
-_LISTS = (nn.ModuleList, nn.Sequential)
 
 
 @register_topology
@@ -38,7 +36,7 @@ class EncoderTopology(Topology):
 
     @cached_property
     def _blocks(self) -> dict[str, nn.Module]:
-        ((name, blocks),) = _block_lists(self.model).items()
+        ((name, blocks),) = block_lists(self.model).items()
         return {f"{name}.{child}".lstrip("."): block for child, block in blocks.named_children()}
 
     @cached_property
@@ -129,21 +127,13 @@ def _inside(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
 
-def _block_lists(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: module
-        for name, module in named(model).items()
-        if isinstance(module, _LISTS) and len(module) > 0 and all(find_parts(block) is not None for block in module)
-    }
-
-
 def _holds_encoder(model: nn.Module) -> bool:
-    lists = _block_lists(model)
+    lists = block_lists(model)
     if len(lists) != 1 or not reads_images(convolutions(model, lists.values())):
         return False
     # Attention in layers of another build, as XCiT's among the channels: more than this family knows of.
     inside = {id(part) for blocks in lists.values() for part in blocks.modules()}
-    others = [part for part in model.modules() if id(part) not in inside and isinstance(part, _LISTS) and len(part) > 0]
+    others = [part for part in model.modules() if id(part) not in inside and isinstance(part, LISTS) and len(part) > 0]
     return not any(all(has_heads(layer) for layer in layers) and not _has_blocks(layers, inside) for layers in others)
 
 

@@ -54,7 +54,7 @@ def residual_block(
     call = recording.call(name)
     if site is None:
         site = unfolded(recording.site(f"{name}.{parts.attention}"), parts.out.in_features)
-    first, second, *last = _norms(name, parts, recording)
+    first, second, *last = norms_in_order(name, parts, recording)
     before, after = stream(call.input.read()), stream((last[0].input if last else call.output).read())
     if first.input.tensor.data_ptr() == call.input.tensor.data_ptr():
         if second.input.tensor.data_ptr() == call.input.tensor.data_ptr():
@@ -63,13 +63,13 @@ def residual_block(
                 "lies between them; expected the second norm to read the stream with the attention's update"
             )
         between = stream(second.input.read())
-        path = _path_to_update(name, parts, site, recording, joined_norm)
+        path = path_to_update(name, parts, site, recording, joined_norm)
     else:
         between = before + _output(first)
         _check_sum(name, between + _output(second), after)
         norm = first.frozen
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
-        path = (*_path_to_update(name, parts, site, recording, joined_norm), flat)
+        path = (*path_to_update(name, parts, site, recording, joined_norm), flat)
     return Block(name, site, layout, before, between, after, path)
 
 
@@ -89,7 +89,7 @@ def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: tuple
         recording: The pass.
         grid: Rows and columns of patch tokens.
     """
-    *_, last = norms = _norms(name, _parts(name, block), recording)
+    *_, last = norms = norms_in_order(name, _parts(name, block), recording)
     if len(norms) < 3:
         return None
     before, after, norm = stream(last.input.read()), stream(recording.call(name).output.read()), last.frozen
@@ -104,15 +104,16 @@ def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: tuple
     return Transition(last.module, itself, before, after, grid, pull)
 
 
-def _norms(name: str, parts: BlockParts, recording: Recording) -> list[NormCall]:
+def norms_in_order(name: str, parts: BlockParts, recording: Recording) -> list[NormCall]:
     """The calls of the block's norms in the order in which they ran."""
     order = {id(norm): place for place, norm in enumerate(recording.norms)}
     return sorted((recording.norm(f"{name}.{norm}") for norm in parts.norms), key=lambda norm: order[id(norm)])
 
 
-def _path_to_update(
-    name: str, parts: BlockParts, site: AttentionSite, recording: Recording, joined_norm: bool
+def path_to_update(
+    name: str, parts: BlockParts, site: AttentionSite, recording: Recording, joined_norm: bool = True
 ) -> tuple[FrozenMap, ...]:
+    """The affine maps from the joined heads to the attention's update, whose norm, if any, comes first."""
     path = list[FrozenMap]()
     inner = _norm_of_heads(f"{name}.{parts.attention}", parts, site, recording) if joined_norm else None
     if inner is not None:

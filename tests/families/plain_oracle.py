@@ -77,7 +77,10 @@ class Oracle:
         self.logits: Tensor = getattr(logits, "logits", logits)
         self.x = x.double()
         with torch.no_grad():
-            self.steps = [self._step(block) for block in blocks_of(self.model)]
+            self.steps = [self._step(block) for block in self._blocks()]
+
+    def _blocks(self) -> list[Any]:
+        return blocks_of(self.model)
 
     def _hook(self, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         given = inputs[0] if inputs else next((v for v in keywords.values() if isinstance(v, Tensor)), None)

@@ -33,7 +33,7 @@ def targets(batch: int) -> Tensor:
 
 
 def close(case: Plain, found: Tensor, expected: Tensor) -> None:
-    # Explicit attention of Hugging Face takes its softmax in float32 whatever the model's dtype, and the oracle with it.
+    # Explicit attention of Hugging Face, and the oracle with it, takes its softmax in float32 in a float64 model too.
     exact = not case.name.startswith("hf-")
     size = float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(found, expected, atol=(1e-9 if exact else 2e-6) * max(1.0, size), rtol=1e-6)

@@ -1,0 +1,364 @@
+"""What holds on which model: the matrix of ``docs/models.md`` and the table of fifteen models in the README.
+
+``python examples/family_matrix.py`` examines every model of ``matrix_models.py``, each in a process of its own, keeps
+what it found in ``docs/models.json`` and writes ``docs/models.md``. ``--only NAME`` (part of a name, may be repeated)
+does so for some of them and leaves the other rows as they are; ``--missing`` takes up where a run was stopped;
+``--write`` only writes the page again. ``--defaults`` runs each model at its full size, as its name gives it, instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matrix_models import FIFTEEN, REFUSED, ROWS, Row
+
+from captum_lnstat import LNStatAttribution
+from captum_lnstat.attribution import RULES
+from captum_lnstat.testing import (
+    PEAKS,
+    check_batch,
+    check_completeness,
+    check_layout,
+    check_mass,
+    check_placement,
+    check_recognised,
+    check_rule,
+    check_untouched,
+    ground,
+    noise,
+    planted_images,
+    wake,
+)
+
+DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = DOCS / "models.json"
+TIMEOUT = 150
+
+# Rival entry points on the fifteen, each called as its README says: run in November 2026 with grad-cam 1.5.5,
+# vit-explain of 2020-12, fast-vit-rollout 0.1.1, timm 1.0.31, torchxai-explain 0.3.0, daam-timm-vit 0.2.1 and
+# torchcam 0.5.0.
+# ok: right shape, finite. -: an exception or an empty result. wrong: a map of a wrong shape, without a word. raw: the
+# windows' own maps, not put on the image. other: another method in its place, without being asked.
+FIELD_COLUMNS = (
+    "grad-cam recipe",
+    "vit-explain",
+    "fast-vit-rollout",
+    "timm AttentionExtract",
+    "torchxai",
+    "daam",
+    "torchcam LeGrad",
+)
+FIELD = [
+    ("timm vit_tiny", "ok", "-", "-", "-", "ok", "ok", "-"),
+    ("timm vit_tiny, 224 x 320", "-", "-", "-", "-", "wrong", "ok", "-"),
+    ("timm deit_tiny_distilled", "-", "-", "-", "-", "ok", "ok", "-"),
+    ("timm DINOv2 with registers", "-", "-", "-", "-", "ok", "ok", "-"),
+    ("timm swin_tiny", "-", "-", "-", "raw", "wrong", "-", "-"),
+    ("timm swinv2_tiny", "-", "-", "-", "raw", "wrong", "-", "-"),
+    ("timm maxvit_tiny", "-", "-", "-", "-", "wrong", "-", "-"),
+    ("timm pvt_v2_b0", "-", "-", "-", "-", "wrong", "-", "-"),
+    ("timm eva02_tiny", "-", "-", "-", "-", "ok", "ok", "-"),
+    ("timm hiera_tiny", "-", "-", "-", "-", "other", "-", "-"),
+    ("timm SigLIP, map pooling", "-", "-", "-", "-", "wrong", "-", "-"),
+    ("torchvision vit_b_16", "-", "-", "-", "-", "other", "-", "ok"),
+    ("torchvision swin_t", "-", "-", "-", "-", "other", "-", "-"),
+    ("Hugging Face ViT", "-", "-", "-", "-", "other", "-", "-"),
+    ("Hugging Face Swin", "-", "-", "-", "-", "other", "-", "-"),
+]
+
+
+def key(row: Row) -> str:
+    return f"{row.library} {row.name}"
+
+
+def said(error: BaseException) -> str:
+    """The first line of an error, short enough for a table."""
+    text = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
+    return text if len(text) <= 220 else text[:217] + "..."
+
+
+def examine(row: Row) -> dict[str, Any]:
+    """Everything about one row; what fails is recorded in its place and the rest goes on."""
+    found: dict[str, Any] = {"size": list(row.size), "rules": {}, "failed": {}}
+    try:
+        model = wake(row.build()) if row.name != REFUSED[-1].name else row.build()
+    except Exception as error:  # the library may be absent or of another version
+        return {**found, "unavailable": f"{type(error).__name__}: {said(error)}"}
+    images = noise(model, row.size)
+    try:
+        description = check_recognised(model, images)
+    except AssertionError as error:
+        cause = error.__cause__
+        return {**found, "refused": said(cause or error), "error": type(cause or error).__name__}
+    found |= {"family": description.family, "grid": list(description.grid), "prefix": description.prefix_tokens}
+    found |= {
+        "covers": getattr(description, "covers", ""),
+        "attentions": sum(s.kind == "attention" for s in description.steps),
+    }
+
+    def measured(name: str, check: Callable[[], Any]) -> None:
+        try:
+            found[name] = check()
+        except Exception as error:  # a row says what went wrong, whatever it was
+            found["failed"][name] = said(error)
+
+    for rule in RULES:
+        begin = time.process_time()
+        try:
+            check_rule(model, images, rule)
+            found["rules"][rule] = round(time.process_time() - begin, 2)
+        except AssertionError as error:
+            found["failed"][f"rule {rule}"] = said(error)
+    defined = [rule for rule in RULES if rule in found["rules"]]
+    measured("mass", lambda: check_mass(model, images))
+    measured("completeness", lambda: check_completeness(model, images))
+    measured("batch", lambda: check_batch(model, images, defined))
+    measured("untouched", lambda: check_untouched(model, images, defined) is None)
+    measured("sizes", lambda: {f"{h} x {w}": _at(model, (h, w)) for h, w in row.others})
+    try:
+        place = ground(model, row.size)
+    except Exception as error:
+        found["failed"]["placement"] = said(error)
+        return found
+    measured("layout", lambda: check_layout(model, *planted_images(place), place.regions))
+
+    def placed() -> dict[str, list[float]]:
+        placement, (steps, loss) = check_placement(model, place, rules=defined, required=(), steps=250)
+        found["training"] = [steps, round(loss, 4)]
+        return {rule: [p.hits, p.regions, round(min(p.margin, 1e6), 2)] for rule, p in placement.items()}
+
+    measured("placed", placed)
+    return found
+
+
+def _at(model: torch.nn.Module, size: tuple[int, int]) -> str:
+    images = noise(model, size)
+    try:
+        with torch.no_grad():
+            model(images)
+    except Exception:  # the model's own limit
+        return "not taken by the model"
+    try:
+        for rule in ("lnstat", "rollout"):
+            check_rule(model, images, rule)
+        check_completeness(model, images)
+    except AssertionError as error:
+        return said(error.__cause__ or error)
+    return "ok"
+
+
+def examine_default(row: Row) -> dict[str, Any]:
+    """The model as its name gives it, one image, every rule."""
+    assert row.default is not None
+    build, size = row.default
+    try:
+        model = build().eval()
+    except Exception as error:
+        return {"unavailable": f"{type(error).__name__}: {said(error)}"}
+    images, times = noise(model, size, 1), {}
+    for rule in RULES:
+        begin = time.process_time()
+        try:
+            LNStatAttribution(model, rule=rule).relevance(images, 0)
+            times[rule] = round(time.process_time() - begin, 2)
+        except Exception as error:
+            return {"size": list(size), "refused": f"rule {rule!r}: {said(error)}"}
+    return {"size": list(size), "rules": times}
+
+
+def in_a_process(name: str, default: bool) -> dict[str, Any]:
+    """One row in a process of its own, so that a crash or an endless loop costs that row alone."""
+    command = [sys.executable, "-W", "ignore", __file__, "--row", name, *(["--default-row"] if default else [])]
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return {"unavailable": f"not finished in {TIMEOUT} s"}
+    if done.returncode != 0:
+        return {"unavailable": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    return {**json.loads(done.stdout.splitlines()[-1]), "seconds": round(time.monotonic() - begin, 1)}
+
+
+def verdict(row: Row, found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not run"
+    if "unavailable" in found:
+        return "not run"
+    if "refused" in found:
+        return "refused, as it must be" if row.refused else "refused"
+    if row.refused:
+        return "NOT REFUSED"
+    peaks = found.get("placed", {})
+    missed = [rule for rule in PEAKS if rule not in peaks or peaks[rule][0] < peaks[rule][1]]
+    return "ok" if not found["failed"] and not missed else "part"
+
+
+def number(value: object) -> str:
+    return "" if value is None else f"{value:.0e}" if isinstance(value, float) and value > 0 else "0"
+
+
+def line(row: Row, found: dict[str, Any] | None) -> str:
+    found = found or {}
+    peaks = {rule: f"{p[0]}/{p[1]}" for rule, p in found.get("placed", {}).items()}
+    sizes = found.get("sizes", {})
+    cells = [
+        row.name,
+        verdict(row, found or None),
+        found.get("family", ""),
+        " x ".join(map(str, found.get("size", ()))) if "grid" in found else "",
+        " x ".join(map(str, found.get("grid", ()))),
+        str(len(found["rules"])) + " of 4" if found.get("rules") else "",
+        number(found.get("mass")) if "mass" in found else "",
+        number(found.get("completeness")) if "completeness" in found else "",
+        number(found.get("batch")) if "batch" in found else "",
+        f"{found['layout']} of {found['attentions']}" if "layout" in found else "",
+        *(peaks.get(rule, "") for rule in RULES),
+        ", ".join(size for size, what in sizes.items() if what == "ok"),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    "| model | verdict | family | px | grid | rules | mass | complete | batch | layout | "
+    + " | ".join(f"peak {rule}" for rule in RULES)
+    + " | other sizes |"
+)
+
+
+def exceptions(results: dict[str, Any]) -> list[str]:
+    """What is not as it should be, or not all of it, in words."""
+    lines = []
+    for row in ROWS:
+        found = results.get(key(row))
+        if found is None:
+            lines.append(f"- **{key(row)}**: not run.")
+            continue
+        for name in ("unavailable", "refused"):
+            if name in found:
+                lines.append(f"- **{key(row)}**: {'not run' if name == 'unavailable' else name}: {found[name]}")
+        lines += (
+            [f"- **{key(row)}**: {what}: {why}" for what, why in found["failed"].items()] if "failed" in found else []
+        )
+        if found.get("covers"):
+            lines.append(f"- **{key(row)}** covers: {found['covers']}")
+        for rule, (hits, regions, _) in found.get("placed", {}).items():
+            if rule in PEAKS and hits < regions:
+                lines.append(
+                    f"- **{key(row)}**: the peak of `{rule}` lies on the stimulus in {hits} of {regions} regions."
+                )
+        lines += [
+            f"- **{key(row)}** at {size}: {what}" for size, what in found.get("sizes", {}).items() if what != "ok"
+        ]  # fmt: skip
+    return lines
+
+
+def fifteen(results: dict[str, Any]) -> list[str]:
+    columns = [*FIELD_COLUMNS, "**this package**"]
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row, (name, *field) in zip(FIFTEEN, FIELD, strict=True):
+        lines.append(f"| {name} | " + " | ".join([*field, verdict(row, results.get(key(row)))]) + " |")
+    totals = [str(sum(row[i] == "ok" for row in FIELD)) for i in range(1, len(FIELD_COLUMNS) + 1)]
+    own = sum(verdict(row, results.get(key(row))) == "ok" for row in FIFTEEN)
+    return [*lines, "| right on | " + " | ".join([*totals, f"**{own}**"]) + " |"]
+
+
+def page(results: dict[str, Any]) -> str:
+    counts: dict[str, int] = {}
+    for row in ROWS:
+        name = verdict(row, results.get(key(row)))
+        counts[name] = counts.get(name, 0) + 1
+    parts = [
+        "# Models",
+        "",
+        f"{len(ROWS)} models of timm, torchvision and transformers: "
+        + ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+        + ". Written by `python examples/family_matrix.py`; made again for one model with `--only NAME`.",
+        "",
+        "Each is the library's own class with few, narrow blocks and random weights, on a small image, so that all of",
+        "them can be examined in minutes; what differs between sizes of one family is width and depth, not wiring.",
+        "",
+        "- **rules**: those that ran, with relevance of the right shape, finite and not constant.",
+        "- **mass**: error of the sum of `rollout`, which is 1. **complete**: error of `evidence` against the score,",
+        "  relative to max(1, |score|). **batch**: largest difference between a batch and its images one by one.",
+        "- **layout**: attentions whose values change most where a stimulus was planted, at every one of the regions.",
+        "- **peak**: regions in which the map's peak lies on the stimulus, after the model has been trained for some",
+        "  seconds to score images by whether the stimulus is in them. `lnstat` and `evidence` have to find it;",
+        "  `rollout` and `gradient` show what the model looks at and what its attention carries, which need not peak there.",
+        "- **other sizes**: image sizes, besides the first one, on which `lnstat`, `rollout` and completeness held.",
+        "",
+        "`ok`: everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",
+        "`RecordingError`, listed below, and no map.",
+    ]
+    for title, rows in (
+        ("timm", "timm"),
+        ("torchvision", "torchvision"),
+        ("Hugging Face transformers", "transformers"),
+    ):
+        chosen = [row for row in ROWS if row.library == rows and not row.refused]
+        parts += ["", f"## {title}", "", HEADER, "|---" * HEADER.count(" | ") + "|---|"]
+        parts += [line(row, results.get(key(row))) for row in chosen]
+    parts += ["", "## Models that must be refused", "", "| model | verdict | message |", "|---|---|---|"]
+    for row in REFUSED:
+        found = results.get(key(row)) or {}
+        parts.append(f"| {row.name} | {verdict(row, found or None)} | {found.get('refused', '').replace('|', '/')} |")
+    wanted = [entry for entry in exceptions(results) if not any(f"**{key(row)}**" in entry for row in REFUSED)]
+    parts += ["", "## Exceptions", "", *wanted]
+    full = [(row, results[key(row)]["default"]) for row in ROWS if "default" in (results.get(key(row)) or {})]
+    if full:
+        parts += ["", "## At full size", "", "One image, random weights, process time of one core in seconds.", ""]
+        parts += ["| model | px | " + " | ".join(RULES) + " |", "|---" * (len(RULES) + 2) + "|"]
+        for row, found in full:
+            times = found.get("rules", {})
+            cells = [f"{times[rule]:.1f}" if rule in times else "" for rule in RULES]
+            if not times:
+                cells[0] = found.get("refused") or "not run: " + found.get("unavailable", "")
+            parts.append(f"| {key(row)} | {' x '.join(map(str, found.get('size', ())))} | " + " | ".join(cells) + " |")
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="rows whose name holds this")
+    parser.add_argument("--missing", action="store_true", help="only rows that have no result yet")
+    parser.add_argument("--defaults", action="store_true", help="the models at full size, instead")
+    parser.add_argument("--write", action="store_true", help="run nothing, write the page")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--default-row", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row is not None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        warnings.simplefilter("ignore")
+        row = next(row for row in ROWS if key(row) == arguments.row)
+        print(json.dumps(examine_default(row) if arguments.default_row else examine(row)))
+        return
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for row in ROWS:
+        chosen = not arguments.only or any(part in key(row) for part in arguments.only)
+        done = key(row) in results and (not arguments.defaults or "default" in results[key(row)])
+        if arguments.write or not chosen or (arguments.missing and done):
+            continue
+        if arguments.defaults:
+            if row.default is None:
+                continue
+            results.setdefault(key(row), {})["default"] = found = in_a_process(key(row), True)
+        else:
+            kept = {name: value for name, value in results.get(key(row), {}).items() if name == "default"}
+            results[key(row)] = found = {**in_a_process(key(row), False), **kept}
+        print(f"{key(row)}: {verdict(row, found) if not arguments.defaults else found}", flush=True)
+        RESULTS.write_text(json.dumps({key(r): results[key(r)] for r in ROWS if key(r) in results}, indent=1) + "\n")
+    (DOCS / "models.md").write_text(page(results), encoding="utf-8")
+    print("\n" + "\n".join(fifteen(results)))
+
+
+if __name__ == "__main__":
+    main()

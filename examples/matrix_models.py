@@ -1,0 +1,273 @@
+"""The models of the matrix: real classes of timm, torchvision and transformers, small, with random weights.
+
+A row's builder is called in the process that examines it, so that a library that is absent costs only its own rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        name: As it is known in its library.
+        library: Where it comes from.
+        build: Makes the small model.
+        size: Height and width of the images it is examined on.
+        others: Further sizes to try: larger, non-square, not a multiple of the patch or window.
+        default: Makes the model as its name gives it, and the size of its images.
+        refused: The model is one that has to be refused.
+        output: Which of several outputs is explained.
+    """
+
+    name: str
+    library: str
+    build: Callable[[], nn.Module]
+    size: Size
+    others: tuple[Size, ...] = ()
+    default: tuple[Callable[[], nn.Module], Size] | None = None
+    refused: bool = False
+    output: Any = None
+
+
+def _timm(name: str, **options: Any) -> nn.Module:
+    return importlib.import_module("timm").create_model(name, num_classes=10, **options)
+
+
+def _timm_default(name: str) -> nn.Module:
+    return importlib.import_module("timm").create_model(name)
+
+
+def _class(module: str, name: str, **options: Any) -> nn.Module:
+    return getattr(importlib.import_module(f"timm.models.{module}"), name)(**options)
+
+
+def _mvit() -> nn.Module:
+    mvit = importlib.import_module("timm.models.mvitv2")
+    config = mvit.MultiScaleVitCfg(depths=(1, 1, 2, 1), embed_dim=16, num_heads=1)
+    return mvit.MultiScaleVit(config, img_size=128, num_classes=10)
+
+
+VIT = {"embed_dim": 48, "depth": 2, "num_heads": 2}
+SWIN = {"embed_dim": 24, "depths": (2, 2, 2), "num_heads": (2, 2, 4), "window_size": 4}
+
+
+def timm_row(
+    name: str, size: Size, native: int | Size = 224, others: tuple[Size, ...] = (), *, refused: bool = False, **o: Any
+) -> Row:
+    native = (native, native) if isinstance(native, int) else native
+    default = None if refused else (partial(_timm_default, name), native)
+    return Row(name, "timm", partial(_timm, name, **o), size, others, default, refused)
+
+
+def vit_row(name: str, patch: int = 16, native: int | Size = 224, **options: Any) -> Row:
+    """A plain model of two narrow blocks on 4 x 6 patches."""
+    size = (4 * patch, 6 * patch)
+    return timm_row(name, size, native, img_size=size, **{**VIT, **options})
+
+
+def _torchvision(name: str, **options: Any) -> nn.Module:
+    if name.startswith("vit"):
+        vit = importlib.import_module("torchvision.models.vision_transformer")
+        small = {"patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 48, "mlp_dim": 96}
+        return vit.VisionTransformer(**{**small, **options})
+    if name.startswith("maxvit"):
+        return importlib.import_module("torchvision.models.maxvit").MaxVit(**options)
+    swin = importlib.import_module("torchvision.models.swin_transformer")
+    extra = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2} if "v2" in name else {}
+    return swin.SwinTransformer(
+        patch_size=[4, 4], embed_dim=24, depths=[2, 2, 2], num_heads=[2, 2, 4], window_size=[4, 4], num_classes=10,
+        **extra, **options,
+    )  # fmt: skip
+
+
+def torchvision_row(name: str, size: Size, others: tuple[Size, ...] = (), native: int = 224, **options: Any) -> Row:
+    def whole() -> nn.Module:
+        return importlib.import_module("torchvision.models").get_model(name, weights=None)
+
+    return Row(name, "torchvision", partial(_torchvision, name, **options), size, others, (whole, (native, native)))
+
+
+class Head(nn.Module):
+    """A user's classifier on what a bare vision tower pools."""
+
+    def __init__(self, tower: nn.Module, width: int) -> None:
+        super().__init__()
+        self.tower, self.head = tower, nn.Linear(width, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.tower(pixel_values=images).pooler_output)
+
+
+def _hf(config: str, attention: str, tower: str | None = None, model: str | None = None, **options: Any) -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    made = getattr(transformers, config)(**options)
+    made._attn_implementation = attention
+    if tower is not None:
+        return Head(getattr(transformers, tower)(made), made.hidden_size)
+    if model is not None:
+        return getattr(transformers, model)(made)
+    made.num_labels = 10
+    return transformers.AutoModelForImageClassification.from_config(made)
+
+
+HF_VIT = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "image_size": 64,
+    "patch_size": 16,
+}  # fmt: skip
+HF_SWIN = {"image_size": 64, "embed_dim": 24, "depths": [2, 2, 2], "num_heads": [2, 2, 4], "window_size": 4}
+
+
+def hf_rows(
+    name: str, config: str, small: dict[str, Any], size: Size, others: tuple[Size, ...] = (), **kind: Any
+) -> list[Row]:
+    """One row for each implementation of attention."""
+    rows = []
+    for attention in ("sdpa", "eager"):
+        default = partial(_hf, config, attention, **kind)
+        made = partial(_hf, config, attention, **kind, **small)
+        rows.append(Row(f"{name} ({attention})", "transformers", made, size, others, (default, (224, 224))))
+    return rows
+
+
+def _scripted() -> nn.Module:
+    return torch.jit.trace(_timm("vit_tiny_patch16_224", img_size=64, **VIT).eval(), torch.rand(1, 3, 64, 64))
+
+
+HF_PVT = {
+    "image_size": 128,
+    "hidden_sizes": [16, 32, 32, 48],
+    "depths": [1, 1, 1, 1],
+    "num_attention_heads": [1, 2, 2, 2],
+}
+HF_HIERA = {"image_size": [128, 128], "embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
+TV_MAXVIT = {
+    "input_size": (128, 128),
+    "stem_channels": 16,
+    "partition_size": 4,
+    "block_channels": [16, 32, 32],
+    "block_layers": [1, 1, 1],
+    "head_dim": 8,
+    "stochastic_depth_prob": 0.0,
+    "num_classes": 10,
+}
+WIDE, SQUARE, ODD = (64, 96), (64, 64), (72, 100)
+HF_OTHERS = ((64, 96), (96, 96))
+STAGES4 = {"embed_dims": (16, 32, 32, 48), "num_heads": (1, 2, 2, 2), "depths": (1, 1, 2, 1)}
+
+FIFTEEN: list[Row] = [
+    vit_row("vit_tiny_patch16_224"),
+    Row(
+        "vit_tiny_patch16_224, 224 x 320",
+        "timm",
+        partial(_timm, "vit_tiny_patch16_224", img_size=(64, 112), **VIT),
+        (64, 112),
+        default=(
+            lambda: importlib.import_module("timm").create_model("vit_tiny_patch16_224", img_size=(224, 320)),
+            (224, 320),
+        ),
+    ),
+    vit_row("deit_tiny_distilled_patch16_224"),
+    vit_row("vit_small_patch14_reg4_dinov2", 14, 518),
+    timm_row("swin_tiny_patch4_window7_224", WIDE, img_size=WIDE, **SWIN),
+    timm_row("swinv2_tiny_window8_256", WIDE, 256, img_size=WIDE, **SWIN),
+    timm_row("maxvit_tiny_tf_224", (224, 224), embed_dim=(32, 64), depths=(1, 1), img_size=224),
+    timm_row("pvt_v2_b0", (128, 160), others=((160, 160), (140, 172)), **STAGES4),
+    vit_row("eva02_tiny_patch14_224", 14),
+    timm_row("hiera_tiny_224", (128, 160), img_size=(128, 160), embed_dim=24, num_heads=1, stages=(1, 1, 2, 1)),
+    vit_row("vit_base_patch16_siglip_224"),
+    torchvision_row("vit_b_16", SQUARE, image_size=64),
+    torchvision_row("swin_t", WIDE, (ODD, (96, 96))),
+    *hf_rows("ViT", "ViTConfig", HF_VIT, SQUARE)[:1],
+    *hf_rows("Swin", "SwinConfig", HF_SWIN, SQUARE, (*HF_OTHERS, ODD))[:1],
+]
+
+ONWARD: list[Row] = [
+    vit_row("deit_tiny_patch16_224"),
+    vit_row("deit3_small_patch16_224"),
+    vit_row("beit_base_patch16_224"),
+    vit_row("beitv2_base_patch16_224"),
+    vit_row("eva02_base_patch14_448", 14, 448),
+    vit_row("flexivit_small", 16, 240),
+    vit_row("vit_small_patch14_dinov2", 14, 518),
+    vit_row("vit_small_patch16_dinov3", 16, 256),
+    vit_row("vit_base_patch16_siglip_gap_224"),
+    vit_row("vit_base_patch16_reg4_gap_256", 16, 256),
+    vit_row("vit_base_patch16_rope_224"),
+    vit_row("vit_base_patch16_rope_mixed_224"),
+    vit_row("vit_base_patch16_clip_224"),
+    vit_row("vit_base_patch16_rpn_224"),
+    vit_row("vit_relpos_small_patch16_224"),
+    vit_row("vit_srelpos_small_patch16_224"),
+    Row("vit_tiny_patch16_224, qk_norm", "timm",
+        partial(_timm, "vit_tiny_patch16_224", img_size=(64, 96), qk_norm=True, **VIT), (64, 96)),
+    Row("vit_tiny_patch16_224, fc_norm", "timm",
+        partial(_timm, "vit_tiny_patch16_224", img_size=(64, 96), global_pool="avg", fc_norm=True, **VIT), (64, 96)),
+    Row("vit_tiny_patch16_224, dynamic size", "timm",
+        partial(_timm, "vit_tiny_patch16_224", img_size=(64, 96), dynamic_img_size=True, dynamic_img_pad=True, **VIT),
+        (64, 96), ((128, 96), (70, 101), (48, 48))),
+    vit_row("vit_small_r26_s32_224", 32),
+    vit_row("vit_small_resnet26d_224", 16),
+    timm_row("naflexvit_base_patch16_gap", (64, 96), 384, ((96, 96), (128, 64)), **VIT),
+    vit_row("samvit_base_patch16_224", window_size=4, global_attn_indexes=(1,)),
+    vit_row("cait_xxs24_224"),
+    timm_row("swin_s3_tiny_224", WIDE, img_size=WIDE, **{**SWIN, "window_size": (4, 4, 2)}),
+    timm_row("swinv2_cr_tiny_ns_224", WIDE, img_size=WIDE, **SWIN),
+    Row("swin_tiny_patch4_window7_224, any size", "timm",
+        partial(_timm, "swin_tiny_patch4_window7_224", img_size=WIDE, strict_img_size=False, **SWIN), WIDE,
+        ((96, 96), ODD, (32, 64))),
+    timm_row("twins_pcpvt_small", (128, 160), others=((160, 160),), img_size=(128, 160), **STAGES4),
+    timm_row("twins_svt_small", (128, 160), others=((160, 160),), img_size=(128, 160), wss=(4, 4, 4, 4), **STAGES4),
+    timm_row("nest_tiny", SQUARE, img_size=64),
+    Row("gcvit_xxtiny", "timm", partial(_class, "gcvit", "GlobalContextVit", img_size=(96, 128),
+        embed_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 2, 2, 2), num_classes=10), (96, 128),
+        default=(partial(_timm_default, "gcvit_xxtiny"), (224, 224))),
+    Row("mvitv2_tiny", "timm", _mvit, (128, 128), default=(partial(_timm_default, "mvitv2_tiny"), (224, 224))),
+    timm_row("maxxvit_rmlp_nano_rw_256", (128, 192), 256, img_size=(128, 192), embed_dim=(64, 64), depths=(1, 1)),
+    timm_row("coatnet_0_rw_224", (96, 96), img_size=96, embed_dim=(64, 64, 64, 64), depths=(1, 1, 1, 1)),
+    timm_row("tiny_vit_5m_224", (96, 128), window_sizes=(4, 4, 4, 4), **STAGES4),
+    timm_row("efficientvit_m0", (224, 224)),
+    timm_row("pvt_v2_b2_li", (128, 160), **STAGES4),
+    torchvision_row("swin_v2_t", WIDE, (ODD, (96, 96)), 256),
+    torchvision_row("vit_b_32", (128, 128), image_size=128, patch_size=32),
+    torchvision_row("vit_l_16", (96, 96), image_size=96),
+    torchvision_row("maxvit_t", (128, 128), **TV_MAXVIT),
+    *hf_rows("ViT", "ViTConfig", HF_VIT, SQUARE)[1:],
+    *hf_rows("Swin", "SwinConfig", HF_SWIN, SQUARE, (*HF_OTHERS, ODD))[1:],
+    *hf_rows("SwinV2", "Swinv2Config", HF_SWIN, SQUARE, (*HF_OTHERS, ODD))[1:],
+    *hf_rows("DeiT", "DeiTConfig", HF_VIT, SQUARE, model="DeiTForImageClassification"),
+    *hf_rows("DeiT with teacher", "DeiTConfig", HF_VIT, SQUARE, model="DeiTForImageClassificationWithTeacher"),
+    *hf_rows("DINOv2", "Dinov2Config", HF_VIT, SQUARE, HF_OTHERS),
+    *hf_rows("DINOv2 with registers", "Dinov2WithRegistersConfig", HF_VIT, SQUARE, HF_OTHERS),
+    *hf_rows("DINOv3 ViT, own head", "DINOv3ViTConfig", HF_VIT, SQUARE, HF_OTHERS, tower="DINOv3ViTModel"),
+    *hf_rows("BEiT", "BeitConfig", HF_VIT, SQUARE),
+    *hf_rows("CLIP vision tower, own head", "CLIPVisionConfig", HF_VIT, SQUARE, tower="CLIPVisionModel"),
+    *hf_rows("SigLIP vision tower, own head", "SiglipVisionConfig", HF_VIT, SQUARE, tower="SiglipVisionModel"),
+    *hf_rows("PVT", "PvtConfig", HF_PVT, (128, 128))[1:],
+    *hf_rows("PVTv2", "PvtV2Config", HF_PVT, (128, 128))[1:],
+    *hf_rows("Hiera", "HieraConfig", HF_HIERA, (128, 128))[1:],
+]  # fmt: skip
+
+REFUSED: list[Row] = [
+    timm_row("resnet50", SQUARE, refused=True),
+    timm_row("convnext_atto", SQUARE, refused=True),
+    timm_row("poolformer_s12", SQUARE, refused=True),
+    timm_row("mixer_s16_224", (224, 224), refused=True),
+    timm_row("xcit_nano_12_p16_224", (224, 224), refused=True),
+    timm_row("levit_128s", (224, 224), refused=True),
+    Row("vit_tiny_patch16_224, scripted", "timm", _scripted, SQUARE, refused=True),
+]
+
+ROWS: list[Row] = [*FIFTEEN, *ONWARD, *REFUSED]
