@@ -206,6 +206,8 @@ def _holds_block(module: nn.Module) -> bool:
 
 
 def _is_hierarchy(model: nn.Module) -> bool:
+    if isinstance(model, nn.ModuleList):
+        return False
     convolved = convolutions(model)
     if not reads_images(convolved) or len(convolved) < 2:
         return False
