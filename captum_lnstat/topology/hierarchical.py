@@ -81,20 +81,22 @@ class HierarchicalTopology(Topology):
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         below, between = self._ran(recording)
         streams = self._streams(recording, below, between)
+        inside = {id(p) for item in self._items for p in item.module.parameters()}
+        positions = [p for p in self.model.parameters() if id(p) not in inside]
         steps = list[Step]()
         for item, before, after in zip(between, streams, [*streams[1:], None], strict=True):
             if item.reader is not None:
                 steps += item.reader.steps(item.name, recording, before)
             elif after is not None:
-                steps += unit_steps(item.name, item.module, recording, before, after)
+                steps += unit_steps(item.name, item.module, recording, before, after, positions)
         first = streams[0]
         if first.prefix:
             raise UnsupportedModelError(
                 f"the first block saw {first.tokens.shape[1]} tokens on a grid of {first.grid[0]} x {first.grid[1]}; "
                 "expected prefix tokens, if any, to join later"
             )
-        inside = [item.name for item in between if item.reader is not None]
-        sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in inside)]
+        names = [item.name for item in between if item.reader is not None]
+        sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in names)]
         pooling = pooling_as_read(recording, streams[-1].prefix, _normed(recording, self._norms), sites)
         return Trace(
             self.family,
@@ -104,6 +106,7 @@ class HierarchicalTopology(Topology):
             first.grid,
             _patch(image_size, first.grid),
             pooling,
+            place=None if first.order is None else first.order.argsort(),
             covers=COVERS.format(below=", ".join(item.name for item in below)),
         )
 
@@ -126,12 +129,16 @@ class HierarchicalTopology(Topology):
         grid = None
         for item in below:
             grid = _grid_from_unit(item, recording) or grid
-        streams = []
+        streams, order = list[Stream](), None
         for item in items:
             given = recording.call(item.name).input.read()
             first = item.reader.channels_first if item.reader else reads_channels_first(item.module, recording, item.name)
             tokens = channels_first(given) if first else channels_last(given)
-            if given.dim() == 4:
+            if item.reader is not None:
+                order = item.reader.order(item.name, recording, grid)
+            elif order is not None:
+                tokens = tokens[:, order]
+            if given.dim() == 4 and (item.reader is None or order is None):
                 rows, columns = given.shape[-2:] if first else given.shape[1:3]
                 grid = int(rows), int(columns)
             if grid is None or tokens.shape[1] < grid[0] * grid[1]:
@@ -140,7 +147,7 @@ class HierarchicalTopology(Topology):
                     f"{item.name!r} was given {tuple(given.shape)}, and the convolutions before it left {seen}; "
                     "expected its tokens to be on the grid of the last convolution"
                 )
-            streams.append(Stream(tokens, grid))
+            streams.append(Stream(tokens, grid, order))
             if item.reader is None:
                 grid = _grid_from_unit(item, recording) or grid
         return streams
@@ -154,13 +161,18 @@ def _passes(recording: Recording, name: str) -> bool:
 
 
 def _grid_from_unit(item: _Item, recording: Recording) -> Grid | None:
-    """Rows and columns of what the last convolution in a module returned, if it was recorded."""
-    grids = [
-        recording.call(f"{item.name}.{inner}".rstrip(".")).output.tensor.shape[-2:]
-        for inner, part in item.module.named_modules()
-        if isinstance(part, nn.Conv2d) and f"{item.name}.{inner}".rstrip(".") in recording.calls
-    ]
-    return (int(grids[-1][0]), int(grids[-1][1])) if grids else None
+    """Rows and columns of what a module returned: a map with as many channels as its last convolution, or that one's."""
+    layers = {name: part for name, part in item.module.named_modules() if isinstance(part, nn.Conv2d)}
+    if not layers or item.name not in recording.calls:
+        return None
+    seen, width = recording.call(item.name).output.tensor, list(layers.values())[-1].out_channels
+    if seen.dim() == 4 and seen.shape[1] == width:
+        return int(seen.shape[-2]), int(seen.shape[-1])
+    if seen.dim() == 4 and seen.shape[-1] == width:
+        return int(seen.shape[1]), int(seen.shape[2])
+    dotted = [f"{item.name}.{name}".rstrip(".") for name in layers]
+    last = [recording.call(name).output.tensor.shape[-2:] for name in dotted if name in recording.calls][-1:]
+    return (int(last[0][0]), int(last[0][1])) if last else None
 
 
 def _normed(recording: Recording, norms: dict[str, nn.Module]) -> list[Tensor]:
@@ -169,8 +181,8 @@ def _normed(recording: Recording, norms: dict[str, nn.Module]) -> list[Tensor]:
     if end is None:
         return []
     calls = [call for name in norms for call in recording.calls.get(name, ())]
-    shapes, at = (end.shape, end.movedim(-1, 1).shape), end.data_ptr()
-    return [c.output.tensor for c in calls if c.input.tensor.data_ptr() == at and c.input.tensor.shape in shapes]
+    same = [c for c in calls if c.input.tensor.data_ptr() == end.data_ptr() and c.input.tensor.numel() == end.numel()]
+    return [call.output.tensor for call in same]
 
 
 def _patch(image_size: tuple[int, int], grid: Grid) -> tuple[int, int]:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenScale
-from captum_lnstat.layout import Cells, Layout, WholeImage, windows
+from captum_lnstat.layout import Cells, Groups, Layout, WholeImage, windows
 from captum_lnstat.recording import Recording
-from captum_lnstat.sites import AttentionSite
+from captum_lnstat.sites import AttentionSite, FusedSite, SoftmaxSite
 from captum_lnstat.statistics import stream
 from captum_lnstat.topology.affine import is_affine, pull_by_autograd
 from captum_lnstat.topology.cut import cut
@@ -61,6 +62,10 @@ class Reader(ABC):
     def taps(self) -> Iterator[nn.Module]:
         """The modules whose calls ``steps`` reads."""
 
+    def order(self, name: str, recording: Recording, grid: Grid | None) -> Tensor | None:
+        """The order of the tokens, if they are not row by row."""
+        return None
+
     @abstractmethod
     def steps(self, name: str, recording: Recording, before: Stream) -> list[Block | Update]:
         """The block, and what is added after it, from the stream that it was given."""
@@ -99,10 +104,25 @@ class ResidualReader(Reader):
         yield getattr(self.block, self.parts.norms[0])
         yield from self._spatial.values()
 
+    def order(self, name: str, recording: Recording, grid: Grid | None) -> Tensor | None:
+        """Of a block that is given windows, ``(batch, window, member, channel)``: window by window."""
+        given = recording.call(name).input.tensor
+        site = recording.site(f"{name}.{self.parts.attention}")
+        value = site.value.tensor if isinstance(site, FusedSite | SoftmaxSite) and site.value is not None else None
+        if value is None or value.dim() != 5 or given.dim() != 4 or grid is None:
+            return None
+        count, members = given.shape[1:3]
+        side = math.isqrt(members)
+        if value.shape[3] != members or count * members != grid[0] * grid[1]:
+            return None
+        return windows(grid, (side, side), (0, 0), given.device).index.flatten()
+
     def steps(self, name: str, recording: Recording, before: Stream) -> list[Block | Update]:
         site = cut(recording.site(f"{name}.{self.parts.attention}"))
         layout, keys = self._layouts(name, recording, before, site)
         block = residual_block(name, self.block, recording, layout, site, joined_norm=keys is None)
+        if before.order is not None:
+            block = replace(block, path=_joined_as_seen(block))
         return [replace(block, keys=keys)]
 
     def _layouts(
@@ -119,6 +139,8 @@ class ResidualReader(Reader):
                     "many; expected keys that lie on a grid"
                 )
             return whole, reduced
+        if before.order is not None:
+            return Groups(torch.arange(tokens, device=device).reshape(-1, queries)), None
         side = math.isqrt(queries)
         attended = recording.calls.get(f"{name}.{self.parts.attention}", ())
         parts = attended[0].input.read() if len(attended) == 1 else None
@@ -139,6 +161,21 @@ class ResidualReader(Reader):
         if isinstance(first, nn.AdaptiveAvgPool2d):
             return Cells(adaptive_cells(before.grid, grid, device))
         return Cells(cells(before.grid, grid, strides_in(first), device))
+
+
+def _joined_as_seen(block: Block) -> tuple[FrozenMap, ...]:
+    """The block's path for heads that are joined one after another, or channel by channel: as the first token says."""
+    (linear,) = block.path
+    assert isinstance(linear, FrozenLinear)
+    heads = slice(0, block.site.shape[1])
+    first = torch.tensor([0], device=block.before.device)
+    joined = (block.site.probabilities(heads, first)[:1] @ block.site.values(heads)[:1])[0, :, 0]
+    update = block.attention_update[0, 0]
+    weight = linear.weight.detach().to(joined.dtype)
+    alternating = weight.unflatten(1, (joined.shape[1], -1)).transpose(1, 2).flatten(1)
+    bias = 0 if linear.bias is None else linear.bias.detach().to(joined.dtype)
+    errors = [(w @ joined.flatten() + bias - update).abs().amax() for w in (weight, alternating)]
+    return (linear,) if errors[0] <= errors[1] else (FrozenLinear(alternating, linear.bias),)
 
 
 def _sides(members: int) -> list[Grid]:
@@ -341,7 +378,7 @@ class LocalReader(Reader):
             return [Block(name, site, layout, before.tokens, mixed, after, path)]
         (local,) = self._local
         call = recording.call(f"{name}.{local}")
-        way = layout_of(f"{name}.{local}", call.output.read(), mixed)
+        way = layout_of(f"{name}.{local}", call.output.read(), Stream(mixed, before.grid))
         between = way(call.input.read())
         block = Block(name, site, layout, before.tokens, between, between, path)
         return [block, Update(f"{name}.{local}", between, mixed), Update(f"{name}.{self._mlp}", mixed, after)]

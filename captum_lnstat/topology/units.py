@@ -7,7 +7,7 @@ transition at which evidence is put down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import FrozenNorm
 from captum_lnstat.layout import PADDING, Groups
 from captum_lnstat.recording import ModuleCall, Recording
-from captum_lnstat.topology.affine import is_affine, pull_by_autograd
+from captum_lnstat.topology.affine import Layout, is_affine, pull_by_autograd
 from captum_lnstat.topology.geometry import Grid, cells, channels_first, channels_last, strides_in
 from captum_lnstat.trace import Transition, Update
 
@@ -31,10 +31,18 @@ class Stream:
     Attributes:
         tokens: ``(batch, token, channel)``; prefix tokens first.
         grid: Rows and columns of patch tokens.
+        order: Which token of the grid, counted row by row, is at each place of the stream, if they are not in that
+            order.
     """
 
     tokens: Tensor
     grid: Grid
+    order: Tensor | None = None
+
+    def lay(self, layout: Layout) -> Layout:
+        """The same layout with its tokens put in the order of this stream."""
+        order = self.order
+        return layout if order is None else lambda tensor: layout(tensor)[:, order]
 
     @property
     def prefix(self) -> int:
@@ -85,7 +93,12 @@ def norm_reads_channels_first(recording: Recording, name: str) -> bool:
 
 
 def unit_steps(
-    name: str, unit: nn.Module, recording: Recording, before: Stream, after: Stream
+    name: str,
+    unit: nn.Module,
+    recording: Recording,
+    before: Stream,
+    after: Stream,
+    positions: Sequence[Tensor] = (),
 ) -> list[Transition | Update]:
     """The steps of one module.
 
@@ -95,13 +108,19 @@ def unit_steps(
         recording: The pass.
         before: The stream that it was given.
         after: The stream that the step after it was given.
+        positions: Parameters that may have been added to what it returned.
 
     Raises:
         RecordingError: It did not return ``after``.
         UnsupportedModelError: Its tokens cannot be placed.
     """
     call = recording.call(name)
-    layout = layout_of(name, call.output.read(), after.tokens)
+    position = _position(call.output.read(), after, positions)
+    if position is not None:
+        reached = Stream(position[0], after.grid, after.order)
+        added = Update(f"position embedding after {name}", reached.tokens, after.tokens)
+        return [*unit_steps(name, unit, recording, before, reached), added]
+    layout = layout_of(name, call.output.read(), after)
     if isinstance(unit, nn.LayerNorm):
         pull = partial(_through_norm, recording.norm(name).frozen)
         same = Groups(torch.arange(before.tokens.shape[1], device=after.tokens.device)[:, None])
@@ -115,37 +134,55 @@ def unit_steps(
         around = recording.call(dotted)
         same_input = around.input.tensor.data_ptr() == call.input.tensor.data_ptr()
         if same_input and around.output.tensor.shape == call.output.tensor.shape:
-            past = Stream(layout(around.output.read()), after.grid)
+            past = Stream(layout(around.output.read()), after.grid, after.order)
             return [_transition(dotted, child, around, before, past, layout), Update(name, past.tokens, after.tokens)]
     return [_transition(name, unit, call, before, after, layout)]
 
 
-def layout_of(name: str, returned: Tensor, tokens: Tensor) -> Callable[[Tensor], Tensor]:
-    """How what a module returned is the stream that was read after it, with its channels last or first.
+def layout_of(name: str, seen: Tensor, stream: Stream) -> Layout:
+    """How a tensor that a module was given or returned is the stream there, with its channels last or first.
 
     Raises:
         RecordingError: It is not.
     """
-    for layout in (channels_last, channels_first):
-        if returned.dim() >= 3:
-            read = layout(returned)
-            if read.shape == tokens.shape and torch.equal(read, tokens):
+    for layout in map(stream.lay, (channels_last, channels_first)):
+        if seen.dim() >= 3 and seen.numel() == stream.tokens.numel():
+            read = layout(seen)
+            if read.shape == stream.tokens.shape and torch.equal(read, stream.tokens):
                 return layout
     raise RecordingError(
-        f"what {name!r} returned, {tuple(returned.shape)}, is not what was read after it: the model does something "
+        f"{tuple(seen.shape)} at {name!r} is not what was read after or returned before it: the model does something "
         "between its blocks that its topology does not know, so relevance cannot be placed"
     )
 
 
+def _position(returned: Tensor, after: Stream, positions: Sequence[Tensor]) -> tuple[Tensor] | None:
+    """What a unit returned, if it and one of the parameters added to it make the stream after it."""
+    tokens = after.tokens
+    for layout in map(after.lay, (channels_last, channels_first)):
+        if returned.dim() < 3 or returned.numel() != tokens.numel():
+            continue
+        read = layout(returned)
+        if read.shape != tokens.shape or torch.equal(read, tokens):
+            continue
+        for position in positions:
+            if position.numel() == tokens[0].numel():
+                added = position.detach().reshape(tokens.shape[1:])
+                if torch.equal(read + added, tokens):
+                    return (read,)
+    return None
+
+
 def _transition(
-    name: str, module: nn.Module, call: ModuleCall, before: Stream, after: Stream, layout: Callable[[Tensor], Tensor]
+    name: str, module: nn.Module, call: ModuleCall, before: Stream, after: Stream, layout: Layout
 ) -> Transition:
     strides = (1, 1) if before.grid == after.grid else strides_in(module)
     groups = cells(before.grid, after.grid, strides, after.tokens.device)
+    groups = _in_order(groups, before.order, after.order)
     pull = None
     if is_affine(module):
         given = call.input.read()
-        into = layout_of(name, given, before.tokens)
+        into = layout_of(name, given, before)
         pull = pull_by_autograd(name, module, given, (into, layout), before.tokens, after.tokens, module.training)
     if before.prefix or after.prefix:
         if before.prefix:
@@ -155,6 +192,14 @@ def _transition(
         nothing = groups.index.new_full((after.prefix, groups.index.shape[1]), PADDING)
         groups = Groups(torch.cat([nothing, groups.index]), groups.count)
     return Transition(name, groups, before.tokens, after.tokens, after.grid, pull)
+
+
+def _in_order(groups: Groups, before: Tensor | None, after: Tensor | None) -> Groups:
+    """Groups of tokens counted row by row, as groups of tokens in the order of a stream."""
+    index = groups.index if after is None else groups.index[after]
+    if before is not None:
+        index = torch.where(index == PADDING, PADDING, before.argsort()[index])
+    return Groups(index, groups.count)
 
 
 def _through_norm(norm: FrozenNorm, u: Covector) -> tuple[Covector, Tensor]:
