@@ -90,6 +90,7 @@ def run(
             topology.taps,
             topology.head_begins,
             topology.head_follows,
+            channels_first=topology.channels_first,
             cut=not needs.graph,
             freeze="everything" if needs.input_gradient else "head",
         )

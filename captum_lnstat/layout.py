@@ -128,15 +128,15 @@ class Cells:
         raise NotImplementedError("keys that stand for several tokens are read by scatter only")
 
     def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        shares = even_shares(self.groups).to(groups.dtype)
+        shares = even_shares(self.groups, groups.dtype)
         return self.groups.scatter((groups[:, :, None] * shares[..., None]).flatten(0, 1), batch)
 
 
-def even_shares(groups: Groups) -> Float[Tensor, "group member"]:
+def even_shares(groups: Groups, dtype: torch.dtype = torch.float32) -> Float[Tensor, "group member"]:
     """The same share for every member of a group; padding gets none, but in a group of nothing else."""
     real = groups.index != PADDING
     real = torch.where(real.any(-1, keepdim=True), real, True)
-    return real / real.sum(-1, keepdim=True)
+    return real.to(dtype) / real.sum(-1, keepdim=True)
 
 
 def windows(

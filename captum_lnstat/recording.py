@@ -8,6 +8,7 @@ inputs and outputs of the modules a topology asked for, and mark where the head 
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -153,6 +154,15 @@ class _Softmax:
         return SoftmaxSite(self.module, self.attention, self.value, self.output)
 
 
+_PRODUCT = re.compile(r"(\w*)(\w)(\w),\1\3(\w)->\1\2\4")
+
+
+def _is_product(equation: Any) -> bool:
+    """Whether an einsum is the product of maps with values: ``...ij,...jd->...id``."""
+    found = _PRODUCT.fullmatch(equation.replace(" ", "")) if isinstance(equation, str) else None
+    return found is not None and len({*found[1], *found.group(2, 3, 4)}) == len(found[1]) + 3
+
+
 def _in_graph(output: Tensor) -> Tensor | None:
     # Only the gradient rule reads an output, and only in a graph; without one it would be kept for nothing.
     return output if output.requires_grad else None
@@ -167,6 +177,7 @@ class Recorder(TorchFunctionMode):
         head_begins: The module whose input is the end of the residual stream, or, with ``head_follows`` in its place,
             the module whose output it is. The head from there on runs with a
             graph and with frozen LayerNorm statistics; its values are bit for bit those of the model.
+        channels_first: There the stream has its channels before its rows; it is kept with them last.
         cut: Cut the graph where the head begins (the trunk needs none). False keeps the trunk's graph, and the
             LayerNorms as they are.
         freeze: ``"head"`` freezes the LayerNorms of a head that was cut off. ``"everything"`` freezes norms, attention
@@ -189,6 +200,7 @@ class Recorder(TorchFunctionMode):
         head_begins: nn.Module | None = None,
         head_follows: nn.Module | None = None,
         *,
+        channels_first: bool = False,
         cut: bool = True,
         freeze: Literal["head", "everything"] = "head",
     ) -> None:
@@ -197,6 +209,7 @@ class Recorder(TorchFunctionMode):
         self._taps = set(taps)
         self._head_begins = head_begins
         self._head_follows = head_follows
+        self._channels_first = channels_first
         self._cut = cut
         self._freezer = Freezer() if freeze == "everything" else None
         self._thread = threading.get_ident()
@@ -281,13 +294,16 @@ class Recorder(TorchFunctionMode):
             )
         if self._stream_end is not None:
             raise RecordingError("the model ran more than once in one forward_func call; expected exactly one pass")
+        first = self._channels_first and stream.dim() == 4
+        if first:
+            stream = stream.movedim(1, -1)
         if not self._cut:
             self._stream_end = stream
-            return None
+            return stream.movedim(-1, 1) if first else None
         # The caller's grad mode comes back when the forward_func call returns: see engine.py.
         torch.set_grad_enabled(True)
         self._stream_end = stream.detach().requires_grad_()
-        return self._stream_end
+        return self._stream_end.movedim(-1, 1) if first else self._stream_end
 
     @property
     def _in_cut_head(self) -> bool:
@@ -315,6 +331,8 @@ class Recorder(TorchFunctionMode):
         elif function in SOFTMAXES:
             self._softmax(output, *args, **kwargs)
         elif self._softmaxes and args:
+            if function is torch.einsum and len(args) == 3 and _is_product(args[0]):
+                function, args = torch.matmul, args[1:]
             self._follow(function, output, args, kwargs)
         return output
 

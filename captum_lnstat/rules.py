@@ -7,7 +7,7 @@ window by window. No matrix of all tokens against all tokens is ever built.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -87,7 +87,7 @@ class _Row:
         """What each token keeps, and what the attention hands down."""
         self.tokens, self.padding = keep, self.padding + lost
         if block.skip is not None:
-            self.split(block.skip, even_shares(block.skip)[None].to(keep.dtype))
+            self.split(block.skip, even_shares(block.skip, keep.dtype)[None])
         self.tokens, self.at = self.tokens + handed, None
 
     def relevance(self, trace: Trace, constant: Tensor | None = None) -> tuple[Relevance, ...]:
@@ -188,7 +188,9 @@ class _Evidence:
             assert said.constant is not None
             handed = handed + said.said
             self.constant = self.constant + said.said_lost + said.constant
-            if block.skip is not None:
+            if block.pull is not None:
+                self._pull(block.pull)
+            elif block.skip is not None:
                 # The pooling between is not affine: what the tokens after it say is put under them.
                 keep = keep + self.u.spread(self.u.read(block.base))
                 self.u = None
@@ -204,11 +206,16 @@ class _Evidence:
             # A padded child is a token of zeros: whatever u is there, nothing was said.
             self.u, self.constant = to_children(joined, step.groups), self.constant + constant.sum(1)
         elif step.pull is not None:
-            self.u, constant = step.pull(self.u)
-            self.constant = self.constant + constant
+            self._pull(step.pull)
         else:
             self._add(self.u.read(step.after))
             self.u = None
+
+    def _pull(self, pull: Callable[[Covector], tuple[Covector, Tensor]]) -> None:
+        assert self.u is not None
+        u, constant = pull(self.u)
+        # Where the head reads a token that joined on the way, nothing is said from here down.
+        self.u, self.constant = u if len(u.at) else None, self.constant + constant
 
     def at_the_image(self, trace: Trace) -> tuple[Relevance, ...]:
         if self.u is not None:
@@ -246,7 +253,7 @@ def _hand_to_children(row: _Row, step: Merging | Update | Transition, settings: 
     if isinstance(step, Merging):
         row.split(step.groups, merging_share(step, settings.merging))
     elif isinstance(step, Transition):
-        row.split(step.groups, even_shares(step.groups)[None].to(row.tokens.dtype))
+        row.split(step.groups, even_shares(step.groups, row.tokens.dtype)[None])
 
 
 def perception(trace: Trace, settings: Settings) -> Relevance:

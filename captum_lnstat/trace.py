@@ -45,6 +45,7 @@ class Block:
         carried: For such a block: what of ``before`` the update is added to, after the pooling.
         grid: For such a block: rows and columns of tokens after it.
         norms: The statistics of ``base`` and ``between``, where LayerNorms read just these.
+        pull: For such a block: from the covector of ``carried`` to that of ``before``, as in a ``Transition``.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Block:
     carried: Float[Tensor, "batch query_token out_channel"] | None = None
     grid: tuple[int, int] | None = None
     norms: tuple[TokenStatistics, TokenStatistics] | None = None
+    pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
 
     @property
     def base(self) -> Float[Tensor, "batch query_token out_channel"]:

@@ -3,9 +3,11 @@
 # The family registered last is asked first: what is known of a model beyond its structure comes before the structure.
 # isort: off
 from captum_lnstat.topology.base import Topology, find_topology, register_topology
+from captum_lnstat.topology.hierarchical import HierarchicalTopology
 from captum_lnstat.topology.encoder import EncoderTopology
 from captum_lnstat.topology.convolved import ConvolvedTopology
 from captum_lnstat.topology.plain import PlainTopology
+from captum_lnstat.topology.pooled import PooledTopology
 from captum_lnstat.topology.windowed import WindowedTopology
 from captum_lnstat.topology.cait import ClassAttentionTopology
 # isort: on
@@ -14,7 +16,9 @@ __all__ = [
     "ClassAttentionTopology",
     "ConvolvedTopology",
     "EncoderTopology",
+    "HierarchicalTopology",
     "PlainTopology",
+    "PooledTopology",
     "Topology",
     "WindowedTopology",
     "find_topology",

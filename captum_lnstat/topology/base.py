@@ -58,6 +58,11 @@ class Topology(ABC):
         """The module whose output is the residual stream after the last block, where no module reads all of it."""
         return None
 
+    @property
+    def channels_first(self) -> bool:
+        """Whether a map there has its channels before its rows and columns."""
+        return False
+
     @abstractmethod
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         """Place the recorded sites on the image.

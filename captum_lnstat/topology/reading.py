@@ -92,13 +92,16 @@ def _slope(recording: Recording, normed: Sequence[Tensor]) -> Tensor:
 
 
 def _channels_last(slope: Tensor | None, end: Tensor) -> Tensor | None:
-    """A norm that takes channels first (``LayerNorm2d``) returns them first."""
-    return slope if slope is None or slope.shape == end.shape else slope.movedim(1, -1)
+    """A norm that takes channels first (``LayerNorm2d``) returns them first; one may read rows and columns apart."""
+    if slope is None or slope.shape == end.shape:
+        return slope
+    moved = slope.movedim(1, -1)
+    return moved if moved.shape == end.shape else slope
 
 
 def _only_through(after: Tensor, before: Tensor | None) -> bool:
     """Whether the norm's readers read the tokens that are read at all."""
-    return before is None or bool((after.ne(0).any(-1) == before.ne(0).any(-1)).all())
+    return before is None or torch.equal(after.ne(0).any(-1).flatten(1), before.ne(0).any(-1).flatten(1))
 
 
 def _same(slopes: Tensor, mean: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def block_taps(block: nn.Module) -> list[nn.Module]:
 
 
 def residual_block(
-    name: str, block: nn.Module, recording: Recording, layout: Layout, site: AttentionSite | None = None
+    name: str, block: nn.Module, recording: Recording, layout: Layout, site: AttentionSite | None = None, *, joined_norm: bool = True
 ) -> Block:
     """Read one block from the recording.
 
@@ -44,6 +44,7 @@ def residual_block(
         recording: The pass.
         layout: How the stream's tokens become the attention's queries and keys.
         site: The block's attention, where a topology had to unfold what was recorded.
+        joined_norm: The attention's last norm may be one of its joined heads. False if it is one of its keys.
 
     Raises:
         RecordingError: The block's norms, attention and updates do not fit together.
@@ -62,13 +63,13 @@ def residual_block(
                 "lies between them; expected the second norm to read the stream with the attention's update"
             )
         between, norms = stream(second.input.read()), (first.statistics.flat(), second.statistics.flat())
-        path = path_to_update(name, parts, site, recording)
+        path = path_to_update(name, parts, site, recording, joined_norm)
     else:
         between, norms = before + _output(first), None
         _check_sum(name, between + _output(second), after)
         norm = first.frozen
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
-        path = (*path_to_update(name, parts, site, recording), flat)
+        path = (*path_to_update(name, parts, site, recording, joined_norm), flat)
     return Block(name, site, layout, before, between, after, path, norms=norms)
 
 
@@ -109,10 +110,12 @@ def norms_in_order(name: str, parts: BlockParts, recording: Recording) -> list[N
     return sorted((recording.norm(f"{name}.{norm}") for norm in parts.norms), key=lambda norm: order[id(norm)])
 
 
-def path_to_update(name: str, parts: BlockParts, site: AttentionSite, recording: Recording) -> tuple[FrozenMap, ...]:
+def path_to_update(
+    name: str, parts: BlockParts, site: AttentionSite, recording: Recording, joined_norm: bool = True
+) -> tuple[FrozenMap, ...]:
     """The affine maps from the joined heads to the attention's update, whose norm, if any, comes first."""
     path = list[FrozenMap]()
-    inner = _norm_of_heads(f"{name}.{parts.attention}", parts, site, recording)
+    inner = _norm_of_heads(f"{name}.{parts.attention}", parts, site, recording) if joined_norm else None
     if inner is not None:
         path.append(inner.frozen)
     if parts.gate is not None:

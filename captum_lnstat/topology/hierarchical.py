@@ -1,0 +1,237 @@
+"""Hierarchical models: attention blocks of growing width, and between them what coarsens the grid.
+
+MaxViT, CoAtNet, PVT, Twins, TinyViT and their relatives. Nothing is looked up by name: the attention blocks are found
+by what they are built of, and everything else that ran between the first and the last of them is a step of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.recording import Recording
+from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.embedding import convolutions, named, reads_images
+from captum_lnstat.topology.geometry import Grid, channels_first, channels_last
+from captum_lnstat.topology.reading import pooling_as_read
+from captum_lnstat.topology.readers import Reader, reader_of
+from captum_lnstat.topology.units import Stream, reads_channels_first, unit_steps, unit_taps
+from captum_lnstat.trace import Step, Trace
+
+COVERS = (
+    "The grid is that of the first attention block: what the convolutions below it ({below}) did is not told apart. "
+    "What convolutions between the blocks added is counted at the token that they added it to."
+)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A module on the way: an attention block, or something between."""
+
+    name: str
+    module: nn.Module
+    reader: Reader | None
+
+
+@register_topology
+class HierarchicalTopology(Topology):
+    """Blocks of at least two widths, with convolutions before the first and something that coarsens the grid between."""
+
+    family = "hierarchical"
+    expects = "attention blocks of growing width, with convolutions or patch embeddings between them"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return _is_hierarchy(model) and not any(_is_hierarchy(child) for child in model.children())
+
+    @cached_property
+    def _items(self) -> list[_Item]:
+        return list(_items_of(self.model))
+
+    @cached_property
+    def _norms(self) -> dict[str, nn.Module]:
+        """Norms outside the blocks."""
+        inside = {id(part) for item in self._items if item.reader is not None for part in item.module.modules()}
+        every = named(self.model).items()
+        return {name: part for name, part in every if isinstance(part, nn.LayerNorm) and id(part) not in inside}
+
+    @property
+    def taps(self) -> Iterable[nn.Module]:
+        yield next(iter(convolutions(self.model).values()))
+        yield from self._norms.values()
+        for item in self._items:
+            yield from unit_taps(item.module) if item.reader is None else item.reader.taps()
+
+    @property
+    def entrance(self) -> str:
+        return next(iter(convolutions(self.model)))
+
+    @property
+    def head_follows(self) -> nn.Module:
+        return [item for item in self._items if item.reader is not None][-1].module
+
+    @property
+    def channels_first(self) -> bool:
+        return [item.reader for item in self._items if item.reader is not None][-1].channels_first
+
+    def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
+        below, between = self._ran(recording)
+        streams = self._streams(recording, below, between)
+        inside = {id(p) for item in self._items for p in item.module.parameters()}
+        positions = [p for p in self.model.parameters() if id(p) not in inside]
+        steps = list[Step]()
+        for item, before, after in zip(between, streams, [*streams[1:], None], strict=True):
+            if item.reader is not None:
+                steps += item.reader.steps(item.name, recording, before)
+            elif after is not None:
+                steps += unit_steps(item.name, item.module, recording, before, after, positions)
+        first = streams[0]
+        if first.prefix:
+            raise UnsupportedModelError(
+                f"the first block saw {first.tokens.shape[1]} tokens on a grid of {first.grid[0]} x {first.grid[1]}; "
+                "expected prefix tokens, if any, to join later"
+            )
+        names = [item.name for item in between if item.reader is not None]
+        sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in names)]
+        pooling = pooling_as_read(recording, streams[-1].prefix, _normed(recording, self._norms), sites)
+        return Trace(
+            self.family,
+            tuple(steps),
+            first.tokens,
+            0,
+            first.grid,
+            _patch(image_size, first.grid),
+            pooling,
+            place=None if first.order is None else first.order.argsort(),
+            covers=COVERS.format(below=", ".join(item.name for item in below)),
+        )
+
+    def _ran(self, recording: Recording) -> tuple[list[_Item], list[_Item]]:
+        """What ran before the first block, and what ran from there to the last block, without what did nothing."""
+        order = list(recording.calls)
+        ran = sorted((i for i in self._items if i.name in recording.calls), key=lambda item: order.index(item.name))
+        blocks = [place for place, item in enumerate(ran) if item.reader is not None]
+        if not blocks or ran[blocks[-1]].module is not self.head_follows:
+            raise RecordingError(
+                f"the last block of {type(self.model).__name__} to be defined was not the last to run; expected its "
+                "blocks to run in their order"
+            )
+        ran = [item for item in ran if item.reader is not None or not _passes(recording, item.name)]
+        blocks = [place for place, item in enumerate(ran) if item.reader is not None]
+        return ran[: blocks[0]], ran[blocks[0] : blocks[-1] + 1]
+
+    def _streams(self, recording: Recording, below: list[_Item], items: list[_Item]) -> list[Stream]:
+        """The stream that each of the items was given."""
+        grid = None
+        for item in below:
+            grid = _grid_from_unit(item, recording) or grid
+        streams, order = list[Stream](), None
+        for item in items:
+            given = recording.call(item.name).input.read()
+            first = item.reader.channels_first if item.reader else reads_channels_first(item.module, recording, item.name)
+            tokens = channels_first(given) if first else channels_last(given)
+            if item.reader is not None:
+                order = item.reader.order(item.name, recording, grid)
+            elif order is not None:
+                tokens = tokens[:, order]
+            if given.dim() == 4 and (item.reader is None or order is None):
+                rows, columns = given.shape[-2:] if first else given.shape[1:3]
+                grid = int(rows), int(columns)
+            if grid is None or tokens.shape[1] < grid[0] * grid[1]:
+                seen = "no grid" if grid is None else f"a grid of {grid[0]} x {grid[1]}"
+                raise UnsupportedModelError(
+                    f"{item.name!r} was given {tuple(given.shape)}, and the convolutions before it left {seen}; "
+                    "expected its tokens to be on the grid of the last convolution"
+                )
+            streams.append(Stream(tokens, grid, order))
+            if item.reader is None:
+                grid = _grid_from_unit(item, recording) or grid
+        return streams
+
+
+def _passes(recording: Recording, name: str) -> bool:
+    """Whether a module returned what it was given."""
+    call = recording.call(name)
+    given, returned = call.input.tensor, call.output.tensor
+    return returned.data_ptr() == given.data_ptr() and returned.shape == given.shape
+
+
+def _grid_from_unit(item: _Item, recording: Recording) -> Grid | None:
+    """Rows and columns of what a module returned: a map with as many channels as its last convolution, or that one's."""
+    layers = {name: part for name, part in item.module.named_modules() if isinstance(part, nn.Conv2d)}
+    if not layers or item.name not in recording.calls:
+        return None
+    seen, width = recording.call(item.name).output.tensor, list(layers.values())[-1].out_channels
+    if seen.dim() == 4 and seen.shape[1] == width:
+        return int(seen.shape[-2]), int(seen.shape[-1])
+    if seen.dim() == 4 and seen.shape[-1] == width:
+        return int(seen.shape[1]), int(seen.shape[2])
+    dotted = [f"{item.name}.{name}".rstrip(".") for name in layers]
+    last = [recording.call(name).output.tensor.shape[-2:] for name in dotted if name in recording.calls][-1:]
+    return (int(last[0][0]), int(last[0][1])) if last else None
+
+
+def _normed(recording: Recording, norms: dict[str, nn.Module]) -> list[Tensor]:
+    """Outputs of the norms that read the whole stream where it ends."""
+    end = recording.stream_end
+    if end is None:
+        return []
+    calls = [call for name in norms for call in recording.calls.get(name, ())]
+    same = [c for c in calls if c.input.tensor.data_ptr() == end.data_ptr() and c.input.tensor.numel() == end.numel()]
+    return [call.output.tensor for call in same]
+
+
+def _patch(image_size: tuple[int, int], grid: Grid) -> tuple[int, int]:
+    """Pixels of a patch: a stride that makes so many rows and columns, a power of two if one does."""
+    height, width = (_pixels(pixels, cells) for pixels, cells in zip(image_size, grid, strict=True))
+    return height, width
+
+
+def _pixels(pixels: int, cells: int) -> int:
+    fitting = [size for size in range(1, pixels + 1) if cells in (pixels // size, -(-pixels // size))]
+    powers = [size for size in fitting if not size & (size - 1)]
+    return (powers or fitting or [max(1, round(pixels / cells))])[0]
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def _items_of(module: nn.Module, prefix: str = "") -> Iterator[_Item]:
+    for name, child in module.named_children():
+        dotted = f"{prefix}{name}".replace("._orig_mod", "")
+        kind = reader_of(child)
+        if kind is not None:
+            yield _Item(dotted, child, kind(child))
+        elif isinstance(child, nn.ModuleList) or _holds_block(child):
+            yield from _items_of(child, f"{dotted}.")
+        else:
+            yield _Item(dotted, child, None)
+
+
+def _holds_block(module: nn.Module) -> bool:
+    return any(reader_of(child) is not None or _holds_block(child) for child in module.children())
+
+
+def _is_hierarchy(model: nn.Module) -> bool:
+    if isinstance(model, nn.ModuleList):
+        return False
+    convolved = convolutions(model)
+    if not reads_images(convolved) or len(convolved) < 2:
+        return False
+    items = list(_items_of(model))
+    readers = [item.reader for item in items if item.reader is not None]
+    if len({reader.width for reader in readers}) < 2 or any(_shifts(reader.block) for reader in readers):
+        return False
+    place = next(place for place, item in enumerate(items) if item.reader is not None)
+    return place > 0 and any(convolutions(item.module) or isinstance(item.module, nn.Conv2d) for item in items[:place])
+
+
+def _shifts(block: nn.Module) -> bool:
+    """Whether a block, or its attention, cuts shifted windows: another family."""
+    return any(hasattr(part, "shift_size") for part in (block, *block.children()))
+

@@ -1,0 +1,210 @@
+"""Models whose attention pools its queries: Hiera and its relatives.
+
+The tokens lie in the order in which pooling takes a token from each quarter of them: where they are on the image
+follows from how often that is done, and is checked against the tokens before they were put in this order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.layout import Groups, Layout, WholeImage
+from captum_lnstat.recording import Recording
+from captum_lnstat.statistics import stream
+from captum_lnstat.topology.affine import pull_by_autograd
+from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.cut import cut
+from captum_lnstat.topology.embedding import convolutions, grid_of, named, patch_of, reads_images
+from captum_lnstat.topology.geometry import Grid, channels_last
+from captum_lnstat.topology.parts import BlockParts, find_parts
+from captum_lnstat.topology.reading import pooling_as_read
+from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, residual_block
+from captum_lnstat.trace import Block, Trace
+
+COVERS = "The grid is that of the first block: the convolution below it reads beyond its patch."
+
+
+@register_topology
+class PooledTopology(Topology):
+    """Blocks without anything between them, some of which widen the stream and take the largest of several tokens."""
+
+    family = "pooled"
+    expects = f"one convolution that makes the patches, and blocks with {BLOCK_PARTS}, some of which widen the stream"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return _is_pooled(model) and not any(_is_pooled(child) for child in model.children())
+
+    @cached_property
+    def _blocks(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in named(self.model).items() if find_parts(part) is not None}
+
+    @cached_property
+    def _convolutions(self) -> dict[str, nn.Conv2d]:
+        return convolutions(self.model, self._blocks.values())
+
+    @cached_property
+    def _others(self) -> dict[str, nn.Module]:
+        """Modules outside the blocks: what they were given and returned tells the order of the tokens."""
+        inside = {id(part) for block in self._blocks.values() for part in block.modules()}
+        around = {id(part) for part in self.model.modules() if any(id(child) in inside for child in part.modules())}
+        return {name: part for name, part in named(self.model).items() if id(part) not in around and name}
+
+    @property
+    def taps(self) -> Iterable[nn.Module]:
+        yield from self._others.values()
+        for block in self._blocks.values():
+            yield from block_taps(block)
+            parts = _parts(block)
+            yield getattr(block, parts.norms[0])
+            yield from _linears(block).values()
+
+    @property
+    def entrance(self) -> str:
+        return next(iter(self._convolutions))
+
+    @property
+    def head_follows(self) -> nn.Module:
+        return list(self._blocks.values())[-1]
+
+    def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
+        first_grid = grid = grid_of(recording, self.entrance)
+        steps = list[Block]()
+        for name, block in self._blocks.items():
+            steps.append(_block(name, block, recording, grid))
+            grid = steps[-1].grid or grid
+        tokens = steps[0].before
+        pools = len({_parts(block).out.out_features for block in self._blocks.values()}) - 1
+        order = _pooling_order(first_grid, pools, tokens.device)
+        self._check_order(recording, order, tokens)
+        sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in self._blocks)]
+        patch = patch_of({self.entrance: self._convolutions[self.entrance]}, recording, first_grid, image_size)
+        normed = self._normed(recording)
+        pooling = pooling_as_read(recording, 0, normed, sites)
+        place = order.argsort()
+        return Trace(self.family, tuple(steps), tokens, 0, first_grid, patch, pooling, place=place, covers=COVERS)
+
+    def _check_order(self, recording: Recording, order: Tensor, tokens: Tensor) -> None:
+        """Some module was given or returned the tokens row by row, before they were put in order."""
+        seen = [kept.tensor for name in self._others for c in recording.calls.get(name, ()) for kept in (c.input, c.output)]
+        rows = [t for t in seen if t.dim() == 3 and t.shape == tokens.shape and t.data_ptr() != tokens.data_ptr()]
+        if not any(torch.equal(stream(t.detach())[:, order], tokens) for t in rows):
+            raise UnsupportedModelError(
+                f"the first block saw {tokens.shape[1]} tokens, and no module was seen to have them in the order of "
+                "the image's rows that pooling would have put so; expected them in the order in which they are pooled"
+            )
+
+    def _normed(self, recording: Recording) -> list[Tensor]:
+        end = recording.stream_end
+        if end is None:
+            return []
+        norms = [name for name, part in self._others.items() if isinstance(part, nn.LayerNorm)]
+        calls = [call for name in norms for call in recording.calls.get(name, ())]
+        return [c.output.tensor for c in calls if c.input.tensor.data_ptr() == end.data_ptr()]
+
+
+def _block(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Block:
+    parts = _parts(block)
+    site = cut(recording.site(f"{name}.{parts.attention}"))
+    call = recording.call(name)
+    batch, before, after = len(call.input.tensor), call.input.tensor.shape[1], call.output.tensor.shape[1]
+    windows, _, queries, keys = site.shape
+    windows //= batch
+    if (before, after) != (windows * keys, windows * queries):
+        raise RecordingError(
+            f"{name!r} makes {after} tokens of {before} by attention from {queries} to {keys} in {windows} windows; "
+            "expected every token in one window"
+        )
+    device = call.input.tensor.device
+    layout, others = _every(windows, queries, device), _every(windows, keys, device)
+    read = residual_block(name, block, recording, layout, site)
+    if read.before.shape == read.after.shape:
+        return read
+    stride = math.isqrt(before // after)
+    if stride * stride * after != before or grid[0] % stride or grid[1] % stride:
+        raise UnsupportedModelError(
+            f"{name!r} makes {after} tokens of {before} on a grid of {grid[0]} x {grid[1]}; expected it to pool squares"
+        )
+    under = Groups(torch.arange(before, device=device).reshape(-1, after).T.contiguous(), before)
+    shortcut = _shortcut(block, parts, before // after)
+    with torch.no_grad():
+        carried = stream(shortcut(call.input.read()))
+    layouts = channels_last, channels_last
+    pull = pull_by_autograd(name, shortcut, call.input.read(), layouts, read.before, carried, block.training)
+    below = grid[0] // stride, grid[1] // stride
+    return replace(read, keys=others, skip=under, carried=carried, grid=below, pull=pull)
+
+
+def _every(windows: int, members: int, device: torch.device) -> Layout:
+    """Windows whose tokens lie as far apart in the sequence as there are windows."""
+    if windows == 1:
+        return WholeImage()
+    return Groups(torch.arange(windows * members, device=device).reshape(members, windows).T.contiguous())
+
+
+def _shortcut(block: nn.Module, parts: BlockParts, stride: int) -> Callable[[Tensor], Tensor]:
+    linears = _linears(block)
+    if len(linears) > 1:
+        raise UnsupportedModelError(f"a block has Linears {', '.join(linears)} of its own; expected one at most")
+    norm: nn.Module = getattr(block, parts.norms[0])
+    return partial(_largest, norm, next(iter(linears.values()), None), stride)
+
+
+def _largest(norm: Any, linear: Any, stride: int, x: Tensor) -> Tensor:
+    """What the stream becomes that the pooled attention is added to; without a Linear, largest and mean side by side."""
+    if linear is not None:
+        x = linear(norm(x))
+    pooled = x.unflatten(1, (stride, -1))
+    return pooled.amax(1) if linear is not None else torch.cat([pooled.amax(1), pooled.mean(1)], -1)
+
+
+def _pooling_order(grid: Grid, pools: int, device: torch.device) -> Tensor:
+    """The tokens of a grid, row by row, in an order in which each pooling takes one of each quarter of them.
+
+    Example:
+        >>> _pooling_order((2, 4), 1, torch.device("cpu")).tolist()
+        [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    ids = torch.arange(grid[0] * grid[1], device=device).reshape(1, *grid)
+    for _ in range(pools):
+        rows, columns = ids.shape[1:]
+        if rows % 2 or columns % 2:
+            raise UnsupportedModelError(f"a grid of {grid[0]} x {grid[1]} tokens cannot be halved {pools} times")
+        ids = ids.reshape(-1, rows // 2, 2, columns // 2, 2).permute(0, 2, 4, 1, 3).reshape(-1, rows // 2, columns // 2)
+    return ids.flatten()
+
+
+def _parts(block: nn.Module) -> BlockParts:
+    parts = find_parts(block)
+    assert parts is not None
+    return parts
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Linears that are children of the block itself."""
+    return {name: child for name, child in block.named_children() if isinstance(child, nn.Linear)}
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def _widens(block: nn.Module) -> bool:
+    first, second = (getattr(block, norm).normalized_shape for norm in _parts(block).norms)
+    return bool(first != second)
+
+
+def _is_pooled(model: nn.Module) -> bool:
+    blocks = [part for part in model.modules() if find_parts(part) is not None]
+    if not any(map(_widens, blocks)) or any(isinstance(part, nn.Conv2d) for b in blocks for part in b.modules()):
+        return False
+    outside = convolutions(model, blocks)
+    return len(outside) == 1 and reads_images(outside)
