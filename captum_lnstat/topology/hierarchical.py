@@ -17,8 +17,8 @@ from captum_lnstat.recording import Recording
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.embedding import convolutions, named, reads_images
 from captum_lnstat.topology.geometry import Grid, channels_first, channels_last
-from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.readers import Reader, reader_of
+from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.units import Stream, reads_channels_first, unit_steps, unit_taps
 from captum_lnstat.trace import Step, Trace
 
@@ -132,7 +132,9 @@ class HierarchicalTopology(Topology):
         streams, order = list[Stream](), None
         for item in items:
             given = recording.call(item.name).input.read()
-            first = item.reader.channels_first if item.reader else reads_channels_first(item.module, recording, item.name)
+            first = (
+                item.reader.channels_first if item.reader else reads_channels_first(item.module, recording, item.name)
+            )
             tokens = channels_first(given) if first else channels_last(given)
             if item.reader is not None:
                 order = item.reader.order(item.name, recording, grid)
@@ -234,4 +236,3 @@ def _is_hierarchy(model: nn.Module) -> bool:
 def _shifts(block: nn.Module) -> bool:
     """Whether a block, or its attention, cuts shifted windows: another family."""
     return any(hasattr(part, "shift_size") for part in (block, *block.children()))
-

@@ -94,7 +94,9 @@ class PooledTopology(Topology):
 
     def _check_order(self, recording: Recording, order: Tensor, tokens: Tensor) -> None:
         """Some module was given or returned the tokens row by row, before they were put in order."""
-        seen = [kept.tensor for name in self._others for c in recording.calls.get(name, ()) for kept in (c.input, c.output)]
+        seen = [
+            kept.tensor for name in self._others for c in recording.calls.get(name, ()) for kept in (c.input, c.output)
+        ]
         rows = [t for t in seen if t.dim() == 3 and t.shape == tokens.shape and t.data_ptr() != tokens.data_ptr()]
         if not any(torch.equal(stream(t.detach())[:, order], tokens) for t in rows):
             raise UnsupportedModelError(
