@@ -68,7 +68,7 @@ def residual_block(
                 f"both norms of {name!r} read what the block reads: attention and MLP run side by side, so no stream "
                 "lies between them; expected the second norm to read the stream with the attention's update"
             )
-        between, norms = stream(second.input.read()), (first.statistics.flat(), second.statistics.flat())
+        between, norms = stream(second.input.read()), (first, second)
         path = path_to_update(name, parts, site, recording, joined_norm)
     else:
         between, norms = before + _output(first), None
@@ -165,7 +165,7 @@ def _check_sum(name: str, expected: Tensor, seen: Tensor) -> None:
     error, size = (seen - expected).abs().amax(), seen.abs().amax()
     if torch.isfinite(size) and error > 0.05 * size:
         raise RecordingError(
-            f"block {name!r} does not return x + norm(attention(x)) + norm(mlp(x')), or the norm of it: off by {error:.3g} at "
-            f"values up to {size:.3g}. Either its wiring is neither pre-norm nor post-norm, or stochastic depth dropped an "
-            "update (train mode: call model.eval()); its relevance cannot be placed"
+            f"block {name!r} does not return x + norm(attention(x)) + norm(mlp(x')), or the norm of it: off by "
+            f"{error:.3g} at values up to {size:.3g}. Either its wiring is neither pre-norm nor post-norm, or stochastic "
+            "depth dropped an update (train mode: call model.eval()); its relevance cannot be placed"
         )
