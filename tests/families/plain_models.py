@@ -167,6 +167,7 @@ TIMM = [
     ),
     _timm("naflex", _naflex, "mean of the patches", 0, global_pool="avg", fc_norm=True, init_values=0.5),
     _timm("naflex-class", _naflex, "class token", 3, class_token=True, reg_tokens=2, global_pool="token"),
+    _timm("map-of-all", Eva, "attention pooling", use_rot_pos_emb=True, global_pool="map", attn_pool_num_heads=3),
     _timm("naflex-map", _naflex, "attention pooling", 0, global_pool="map"),
     _timm(
         "sam", VisionTransformerSAM, "mean of the tokens", 0, **_SAM, img_size=(32, 40), neck_chans=16,
