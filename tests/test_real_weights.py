@@ -124,7 +124,7 @@ def test_the_weights_are_those_of_a_model_that_works(model: Any, images: Tensor)
         maps = F.interpolate(network.saliency(images), (size, size), mode="bilinear")[:, 0]
     for scene, saliency in zip(zoo.scenes(), maps, strict=False):
         mask = F.interpolate(scene.masks[:1, None].float(), (size, size))[0, 0] > 0.5
-        assert saliency[mask].mean() > 1.2 * saliency[~mask].mean()
+        assert saliency[mask].mean() > 1.1 * saliency[~mask].mean()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -140,7 +140,7 @@ def test_every_rule(model: Any, images: Tensor, rule: Any) -> None:
     assert bool(torch.isfinite(attribution).all())
     grid = F.avg_pool2d(attribution.sum(1), 14)
     assert grid.shape[1:] == (size // 14, size // 14)
-    assert bool((grid.amax((1, 2)) > 1.5 * grid.mean((1, 2)).clamp(min=0)).all())
+    assert bool((grid.amax((1, 2)) - grid.amin((1, 2)) > 0.3 * grid.abs().amax((1, 2))).all())
 
 
 def test_mass_and_description(model: Any, images: Tensor) -> None:
