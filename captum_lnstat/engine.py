@@ -20,6 +20,7 @@ from captum_lnstat.outputs import Output, pick_output
 from captum_lnstat.recording import Recorder, Recording
 from captum_lnstat.statistics import accumulation_dtype, stream
 from captum_lnstat.topology import Topology, find_topology
+from captum_lnstat.topology.parts import looked_up_once
 from captum_lnstat.trace import Trace
 
 
@@ -61,6 +62,7 @@ class Pass:
     input_times_gradient: Tensor | None
 
 
+@looked_up_once()
 def run(
     forward_func: Callable[..., Any],
     model: nn.Module,
