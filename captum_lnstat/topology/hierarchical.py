@@ -166,13 +166,16 @@ def _grid_from_unit(item: _Item, recording: Recording) -> Grid | None:
     if not layers or item.name not in recording.calls:
         return None
     seen, width = recording.call(item.name).output.tensor, list(layers.values())[-1].out_channels
-    if seen.dim() == 4 and seen.shape[1] == width:
-        return int(seen.shape[-2]), int(seen.shape[-1])
-    if seen.dim() == 4 and seen.shape[-1] == width:
-        return int(seen.shape[1]), int(seen.shape[2])
     dotted = [f"{item.name}.{name}".rstrip(".") for name in layers]
-    last = [recording.call(name).output.tensor.shape[-2:] for name in dotted if name in recording.calls][-1:]
-    return (int(last[0][0]), int(last[0][1])) if last else None
+    maps = [recording.call(name).output.tensor for name in dotted if name in recording.calls]
+    last = (int(maps[-1].shape[-2]), int(maps[-1].shape[-1])) if maps else None
+    if seen.dim() != 4:
+        return last
+    found = [(int(rows), int(columns)) for rows, columns in (seen.shape[-2:], seen.shape[1:3])]
+    fitting = [grid for grid, channels in zip(found, (seen.shape[1], seen.shape[-1]), strict=True) if channels == width]
+    # Where a map has as many rows as channels, its sides are in the proportion that the convolution left.
+    same = [grid for grid in fitting if last is not None and grid[0] * last[1] == grid[1] * last[0]]
+    return (same or fitting or [last])[0]
 
 
 def _normed(recording: Recording, norms: dict[str, nn.Module]) -> list[Tensor]:
@@ -187,14 +190,19 @@ def _normed(recording: Recording, norms: dict[str, nn.Module]) -> list[Tensor]:
 
 def _patch(image_size: tuple[int, int], grid: Grid) -> tuple[int, int]:
     """Pixels of a patch: a stride that makes so many rows and columns, a power of two if one does."""
-    height, width = (_pixels(pixels, cells) for pixels, cells in zip(image_size, grid, strict=True))
-    return height, width
+    sizes = [_strides(pixels, cells) for pixels, cells in zip(image_size, grid, strict=True)]
+    both = [size for size in sizes[0] if size in sizes[1]]
+    powers = [size for size in both if not size & (size - 1)]
+    if not both:
+        raise UnsupportedModelError(
+            f"{image_size[0]} x {image_size[1]} px became a grid of {grid[0]} x {grid[1]} tokens; expected one stride "
+            "for rows and columns that makes the one of the other"
+        )
+    return ((powers or both)[0],) * 2
 
 
-def _pixels(pixels: int, cells: int) -> int:
-    fitting = [size for size in range(1, pixels + 1) if cells in (pixels // size, -(-pixels // size))]
-    powers = [size for size in fitting if not size & (size - 1)]
-    return (powers or fitting or [max(1, round(pixels / cells))])[0]
+def _strides(pixels: int, cells: int) -> list[int]:
+    return [size for size in range(1, pixels + 1) if cells in (pixels // size, -(-pixels // size))]
 
 
 def _inside(name: str, module: str) -> bool:

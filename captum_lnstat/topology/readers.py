@@ -22,10 +22,10 @@ from captum_lnstat.topology.cut import cut
 from captum_lnstat.topology.geometry import (
     Grid,
     adaptive_cells,
-    cells,
     channels_first,
+    footprints,
     partition,
-    strides_in,
+    reach_of,
 )
 from captum_lnstat.topology.parts import find_parts, has_heads
 from captum_lnstat.topology.residual import block_taps, residual_block
@@ -160,7 +160,12 @@ class ResidualReader(Reader):
         device, (first, grid) = before.tokens.device, on_grid[0]
         if isinstance(first, nn.AdaptiveAvgPool2d):
             return Cells(adaptive_cells(before.grid, grid, device))
-        return Cells(cells(before.grid, grid, strides_in(first), device))
+        return Cells(_under(first, before.grid, grid, device))
+
+
+def _under(module: nn.Module, grid: Grid, after: Grid, device: torch.device) -> Groups:
+    reach = reach_of(module)
+    return footprints(grid, after, reach.stride, reach.centre, device)
 
 
 def _joined_as_seen(block: Block) -> tuple[FrozenMap, ...]:
@@ -286,7 +291,7 @@ class MapReader(Reader):
             )
         shortcut: nn.Module = getattr(self.block, around)
         carried = channels_first(recording.call(f"{name}.{around}").output.read())
-        under = cells(before.grid, grid, strides_in(shortcut), before.tokens.device)
+        under = _under(shortcut, before.grid, grid, before.tokens.device)
         pull = pull_by_autograd(
             f"{name}.{around}",
             shortcut,
