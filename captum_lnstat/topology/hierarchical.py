@@ -18,7 +18,8 @@ from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.embedding import convolutions, named, reads_images
 from captum_lnstat.topology.geometry import Grid, channels_first, channels_last
 from captum_lnstat.topology.reading import pooling_as_read
-from captum_lnstat.topology.readers import Reader, reader_of
+from captum_lnstat.topology.reader import Reader
+from captum_lnstat.topology.readers import reader_of
 from captum_lnstat.topology.units import Stream, reads_channels_first, unit_steps, unit_taps
 from captum_lnstat.trace import Step, Trace
 
@@ -90,11 +91,6 @@ class HierarchicalTopology(Topology):
             elif after is not None:
                 steps += unit_steps(item.name, item.module, recording, before, after, positions)
         first = streams[0]
-        if first.prefix:
-            raise UnsupportedModelError(
-                f"the first block saw {first.tokens.shape[1]} tokens on a grid of {first.grid[0]} x {first.grid[1]}; "
-                "expected prefix tokens, if any, to join later"
-            )
         names = [item.name for item in between if item.reader is not None]
         sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in names)]
         pooling = pooling_as_read(recording, streams[-1].prefix, _normed(recording, self._norms), sites)
@@ -102,7 +98,7 @@ class HierarchicalTopology(Topology):
             self.family,
             tuple(steps),
             first.tokens,
-            0,
+            first.prefix,
             first.grid,
             _patch(image_size, first.grid),
             pooling,
@@ -148,7 +144,9 @@ class HierarchicalTopology(Topology):
                     "expected its tokens to be on the grid of the last convolution"
                 )
             streams.append(Stream(tokens, grid, order))
-            if item.reader is None:
+            if item.reader is not None:
+                grid = item.reader.grid_after(item.name, recording, grid)
+            else:
                 grid = _grid_from_unit(item, recording) or grid
         return streams
 

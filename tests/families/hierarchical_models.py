@@ -102,11 +102,12 @@ def _pyramid(size: Size) -> dict[str, Any]:
 
 
 def pvt_hf(size: Size = (64, 64)) -> Any:
-    return seeded(transformers.PvtForImageClassification, transformers.PvtConfig(**_pyramid(size)))
+    config = transformers.PvtConfig(**_pyramid(size), sequence_reduction_ratios=[4, 2, 1])
+    return seeded(transformers.PvtForImageClassification, config)
 
 
 def pvt_v2_hf(size: Size = (64, 64), **options: Any) -> Any:
-    config = transformers.PvtV2Config(**_pyramid(size), **options)
+    config = transformers.PvtV2Config(**_pyramid(size), sr_ratios=[4, 2, 1], **options)
     return seeded(transformers.PvtV2ForImageClassification, config)
 
 

@@ -1,0 +1,259 @@
+"""MaxViT, CoAtNet, PVT, Twins, NesT, TinyViT and Hiera, of timm, torchvision and transformers, in small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from contract_helpers import images, lively
+from hierarchical_models import (
+    hiera,
+    hiera_hf,
+    maxvit_torchvision,
+    maxxvit,
+    nest,
+    pvt_hf,
+    pvt_v2,
+    pvt_v2_hf,
+    tiny_vit,
+    twins,
+)
+from hierarchical_oracle import Oracle
+from timm.models.hiera import Hiera
+from timm.models.maxxvit import MaxxVit
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from torch import Tensor, nn
+
+from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
+from captum_lnstat.layout import Cells, Groups
+from captum_lnstat.testing import check_batch, check_completeness, check_family, check_mass, check_rule, check_untouched
+from captum_lnstat.topology import find_topology, geometry, pooled, units
+from captum_lnstat.trace import Block, Transition, Update
+
+PARTS = {"window_size": (2, 2), "grid_size": (2, 2)}
+WIDE = (32, 64, 128)  # a depthwise convolution from one width to the next
+Size = tuple[int, int]
+
+# Model, image, grid of the first attention block, pooling.
+MODELS: dict[str, tuple[Callable[[Size], Any], Size, Size, str]] = {
+    "maxvit_tiny_rw": (lambda s: maxxvit("maxvit_tiny_rw", s, (32, 32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
+    "maxvit_tiny_tf": (lambda s: maxxvit("maxvit_tiny_tf", s, (32, 32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
+    "maxvit_rmlp": (lambda s: maxxvit("maxvit_rmlp_pico_rw", s, (32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
+    "maxxvit": (lambda s: maxxvit("maxxvit_rmlp_nano_rw", s, WIDE, **PARTS), (64, 96), (16, 24), "tokens"),
+    "maxxvit_v2": (lambda s: maxxvit("maxxvitv2_nano_rw", s, WIDE, **PARTS), (64, 96), (16, 24), "tokens"),
+    "coatnet_rw": (lambda s: maxxvit("coatnet_nano_rw", s), (64, 96), (8, 12), "tokens"),
+    "coatnet": (lambda s: maxxvit("coatnet_0", s), (64, 96), (8, 12), "tokens"),
+    "coatnet_rmlp": (lambda s: maxxvit("coatnet_rmlp_nano_rw", s), (64, 96), (8, 12), "tokens"),
+    "coatnext": (lambda s: maxxvit("coatnext_nano_rw", s), (64, 96), (8, 12), "tokens"),
+    "maxvit_torchvision": (maxvit_torchvision, (64, 64), (16, 16), "tokens"),
+    "pvt_v2": (lambda s: pvt_v2(), (64, 96), (16, 24), "tokens"),
+    "pvt_v2_odd": (lambda s: pvt_v2(sr_ratios=(3, 2, 1)), (70, 90), (18, 23), "tokens"),
+    "pvt_v2_li": (lambda s: pvt_v2(linear=True), (64, 96), (16, 24), "tokens"),
+    "twins_svt": (lambda s: twins(wss=(3, 3, 3)), (64, 96), (16, 24), "tokens"),
+    "twins_pcpvt": (lambda s: twins(wss=None), (64, 96), (16, 24), "tokens"),
+    "nest": (lambda s: nest(), (64, 64), (16, 16), "tokens"),
+    "tiny_vit": (lambda s: tiny_vit(), (64, 96), (8, 12), "tokens"),
+    "tiny_vit_odd": (lambda s: tiny_vit(), (72, 104), (9, 13), "tokens"),
+    "hiera": (lambda s: hiera(img_size=s), (64, 96), (16, 24), "tokens"),
+    "hiera_two_pools": (lambda s: hiera(img_size=s, stages=(1, 2, 1, 1), q_pool=2, mask_unit_size=(8, 8)), (64, 96), (16, 24), "tokens"),
+    "hiera_abswin": (
+        lambda s: hiera(
+            img_size=s, abs_win_pos_embed=True, init_values=0.3, use_expand_proj=False, global_pos_size=(4, 4)
+        ),
+        (64, 96),
+        (16, 24),
+        "tokens",
+    ),
+    "pvt_hf": (pvt_hf, (64, 64), (16, 16), "class token"),
+    "pvt_v2_hf": (pvt_v2_hf, (64, 96), (16, 24), "tokens"),
+    "pvt_v2_li_hf": (lambda s: pvt_v2_hf(s, linear_attention=True), (64, 96), (16, 24), "tokens"),
+    "hiera_hf": (hiera_hf, (64, 64), (16, 16), "tokens"),
+}
+
+
+@pytest.fixture(params=MODELS)
+def case(request) -> tuple[nn.Module, Tensor, Size, str]:
+    build, size, grid, pooling = MODELS[request.param]
+    return lively(build(size)), images(2, size), grid, pooling
+
+
+def test_is_recognised_and_says_what_it_covers(case):
+    model, x, grid, pooling = case
+    description = LNStatAttribution(model).describe(x)
+    patch = [-(-pixels // cells) for pixels, cells in zip(x.shape[-2:], grid, strict=True)]
+    assert description.family in ("hierarchical", "pooled")
+    assert (description.grid, list(description.patch)) == (grid, patch)
+    assert pooling in description.pooling
+    assert "first" in description.covers
+
+
+def test_rules_mass_completeness_and_batch(case):
+    model, x, _, _ = case
+    for rule in ("lnstat", "evidence", "rollout", "gradient"):
+        check_rule(model, x, rule)
+    check_mass(model, x)
+    check_completeness(model, x)
+    check_untouched(model, x)
+    model.double()
+    assert check_mass(model, x.double()) < 1e-12
+    check_completeness(model, x.double())
+    check_batch(model, x.double())
+
+
+DENSE: dict[str, tuple[Callable[[], nn.Module], Size]] = {
+    "maxvit": (lambda: maxxvit("maxvit_tiny_rw", (64, 96), (32, 48, 64), **PARTS), (64, 96)),
+    "maxvit_same_padding": (lambda: maxxvit("maxvit_tiny_tf", (64, 96), (32, 48, 64), **PARTS), (64, 96)),
+    "pvt_v2": (pvt_v2, (64, 96)),
+    "pvt_v2_odd": (pvt_v2, (60, 92)),
+    "pvt_v2_li": (lambda: pvt_v2(linear=True), (64, 96)),
+    "hiera": (lambda: hiera(img_size=(64, 96)), (64, 96)),
+    "hiera_four_stages": (lambda: hiera(img_size=(64, 96), stages=(1, 1, 1, 1), q_pool=3, mask_unit_size=(8, 8)), (64, 96)),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_is_what_dense_matrices_give(name):
+    build, size = DENSE[name]
+    model, x = lively(build()).double(), images(1, size).double()
+    rollout, evidence, constant = Oracle(model, x, 1).explain()
+    seen = LNStatAttribution(model, rule="rollout").relevance(x)[0].flatten()
+    said = LNStatAttribution(model, rule="evidence")._explain(x, 1, None)[1]
+    torch.testing.assert_close(seen, rollout, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(said.grid[0].flatten(), evidence, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(float(said.constant[0]), constant, rtol=1e-9, atol=1e-12)
+
+
+PLACED: dict[str, tuple[Callable[[], nn.Module], Size, dict[str, Any]]] = {
+    "maxvit": (lambda: maxxvit("maxvit_tiny_tf", (64, 96), (32, 32, 48), **PARTS), (64, 96), {"margin": 4}),
+    "pvt_v2": (pvt_v2, (64, 96), {"margin": 4}),
+    "hiera": (lambda: hiera(img_size=(64, 96)), (64, 96), {"margin": 4}),
+    "twins_svt": (lambda: twins(wss=(3, 3, 3)), (64, 96), {"margin": 4}),
+    # Two strides and a pooling lie between the levels: a smaller stimulus is seen by several of the last tokens.
+    "nest": (nest, (64, 64), {"margin": 8, "stimulus": (32, 32), "step": (16, 16)}),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_passes_the_kit(name):
+    build, size, options = PLACED[name]
+    report = check_family(build(), size, **options)
+    assert report.placement["lnstat"].hits == report.placement["lnstat"].regions
+
+
+class Subclass(PyramidVisionTransformerV2):
+    """A user's own."""
+
+
+class Renamed(MaxxVit):
+    """Another one."""
+
+
+class Own(Hiera):
+    """A third."""
+
+
+@pytest.mark.parametrize(
+    ("model", "plain", "size"),
+    [
+        (lambda: pvt_v2(Subclass), pvt_v2, (64, 64)),
+        (lambda: maxxvit("maxvit_tiny_rw", kind=Renamed, **PARTS), lambda: maxxvit("maxvit_tiny_rw", **PARTS), (64, 64)),
+        (lambda: hiera(Own), hiera, (64, 64)),
+    ],
+)
+def test_a_subclass_in_a_wrapper_is_recognised(model, plain, size):
+    wrapped, x = nn.Sequential(nn.Identity(), lively(model())), images(1, size)
+    expected = LNStatAttribution(lively(plain())).relevance(x, 1)
+    assert torch.equal(LNStatAttribution(wrapped).relevance(x, 1), expected)
+
+
+def _steps(model: nn.Module, x: Tensor) -> list[Any]:
+    return list(LNStatAttribution(model)._pass(x, 1, None, LNStatAttribution(model)._needs()).trace.steps)
+
+
+def test_a_convolution_block_is_a_transition_through_its_shortcut_and_an_update():
+    model = lively(maxxvit("maxvit_tiny_rw", (64, 64), (32, 48), **PARTS))
+    kinds = [(type(step), step.name) for step in _steps(model, images(1, 64))]
+    assert kinds == [
+        (Block, "stages.0.blocks.0.attn_block"),
+        (Block, "stages.0.blocks.0.attn_grid"),
+        (Transition, "stages.1.blocks.0.conv.shortcut"),
+        (Update, "stages.1.blocks.0.conv"),
+        (Block, "stages.1.blocks.0.attn_block"),
+        (Block, "stages.1.blocks.0.attn_grid"),
+    ]
+
+
+def test_reduced_keys_stand_for_the_tokens_under_them():
+    first = _steps(lively(pvt_v2()), images(1, 64))[0]
+    assert isinstance(first.keys, Cells)
+    assert first.keys.groups.index.shape == (16, 16)
+    assert first.keys.groups.index[1].reshape(4, 4).tolist() == [[row * 16 + c for c in range(4, 8)] for row in range(4)]
+
+
+def test_transposed_windows_are_noticed(monkeypatch):
+    model, x = lively(twins(wss=(2, 2, 2))), images(1, (64, 96))
+
+    def transposed(*args: Any) -> Groups:
+        index = geometry.windows(*args).index
+        return Groups(index.reshape(-1, 2, 2).transpose(1, 2).reshape(index.shape))
+
+    monkeypatch.setattr("captum_lnstat.topology.readers.windows", transposed)
+    with pytest.raises(RecordingError, match=r"adds to the stream is not its attention"):
+        LNStatAttribution(model, rule="rollout").relevance(x)
+
+
+def test_another_order_of_the_tokens_is_noticed(monkeypatch):
+    model, x = lively(hiera(img_size=(64, 64))), images(1, 64)
+    monkeypatch.setattr(pooled, "_pooling_order", lambda grid, pools, device: torch.arange(grid[0] * grid[1]))
+    with pytest.raises(UnsupportedModelError, match="in the order in which they are pooled"):
+        LNStatAttribution(model, rule="rollout").relevance(x)
+
+
+class Squashed(nn.Module):
+    """Something between two stages that is no part of it."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stage(x.tanh())
+
+
+def test_a_function_between_the_stages_is_refused():
+    model = lively(pvt_v2())
+    model.stages[1] = Squashed(model.stages[1])
+    with pytest.raises(RecordingError, match="something between its blocks"):
+        LNStatAttribution(model, rule="rollout").relevance(images(1, 64))
+
+
+def test_two_attentions_side_by_side_are_not_recognised():
+    with pytest.raises(UnsupportedModelError, match="not a vision transformer of a known family"):
+        find_topology(maxxvit("maxvit_tiny_pm", **PARTS))
+
+
+def test_parts_of_tokens_that_are_all_the_same_cannot_be_told():
+    tokens = torch.ones(1, 16, 3)
+    with pytest.raises(RecordingError, match="the same for windows and for lattices"):
+        geometry.partition("block", (4, 4), [(2, 2)], tokens, torch.ones(4, 4, 3))
+
+
+def test_the_affine_part_of_a_random_module_is_not_trusted():
+    model = lively(maxxvit("maxvit_tiny_rw", (64, 64), (32, 48), **PARTS))
+    model.stages[1].blocks[0].conv.shortcut.expand = nn.Sequential(nn.Conv2d(32, 48, 1), Noisy())
+    with pytest.raises(RecordingError, match="does not return again"):
+        LNStatAttribution(model, rule="evidence").relevance(images(1, 64), 1)
+
+
+class Noisy(nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_shortcuts_lead_from_all_channels_to_all():
+    conv = maxxvit("maxvit_tiny_rw", (64, 64), (32, 48), **PARTS).stages[1].blocks[0].conv
+    names = [name for name, _ in units.shortcuts(conv)]
+    assert names[0] == "shortcut"
+    assert not any(name.startswith("conv") for name in names)
