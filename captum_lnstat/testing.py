@@ -248,8 +248,7 @@ def check_family(
     completeness = check_completeness(woken, images, output) if "evidence" in rules else None
     batch = check_batch(woken, images, rules, output)
     check_untouched(woken, images, rules, output)
-    options = {"stimulus": stimulus, "step": step, "channels": channels}
-    place = ground(woken, image_size, output=output, margin=margin, **options)
+    place = ground(woken, image_size, output=output, stimulus=stimulus, step=step, margin=margin, channels=channels)
     sites = check_layout(woken, *planted_images(place), [region.grown(margin) for region in place.regions])
     chosen = [rule for rule in required if rule in rules]
     placement, training = check_placement(woken, place, output=output, rules=rules, required=chosen, steps=steps)

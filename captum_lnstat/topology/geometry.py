@@ -111,7 +111,7 @@ class Reach:
 
 
 def reach_of(module: nn.Module) -> Reach:
-    """The strides of the convolutions and poolings of a module multiplied, and the middle of what the first token reads.
+    """Strides of the convolutions and poolings of a module multiplied, and the middle of what the first token reads.
 
     Example:
         >>> reach_of(nn.Conv2d(1, 1, 3, stride=2, padding=1))
@@ -123,9 +123,7 @@ def reach_of(module: nn.Module) -> Reach:
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d):
             for axis in (0, 1):
-                kernel, step, dilation = (
-                    _of(part, what, axis, 1) for what in ("kernel_size", "stride", "dilation")
-                )
+                kernel, step, dilation = (_of(part, what, axis, 1) for what in ("kernel_size", "stride", "dilation"))
                 padding = (kernel - 1) * dilation / 2 if part.padding == "same" else _of(part, "padding", axis, 0)
                 centre[axis] += ((kernel - 1) * dilation / 2 - padding) * stride[axis]
                 stride[axis] *= step

@@ -17,9 +17,9 @@ from captum_lnstat.recording import Recording
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.embedding import convolutions, named, reads_images
 from captum_lnstat.topology.geometry import Grid, channels_first, channels_last
-from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.reader import Reader
 from captum_lnstat.topology.readers import reader_of
+from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.units import Stream, reads_channels_first, unit_steps, unit_taps
 from captum_lnstat.trace import Step, Trace
 
@@ -40,7 +40,7 @@ class _Item:
 
 @register_topology
 class HierarchicalTopology(Topology):
-    """Blocks of at least two widths, with convolutions before the first and something that coarsens the grid between."""
+    """Blocks of at least two widths, convolutions before the first, and something that coarsens the grid between."""
 
     family = "hierarchical"
     expects = "attention blocks of growing width, with convolutions or patch embeddings between them"
@@ -128,7 +128,9 @@ class HierarchicalTopology(Topology):
         streams, order = list[Stream](), None
         for item in items:
             given = recording.call(item.name).input.read()
-            first = item.reader.channels_first if item.reader else reads_channels_first(item.module, recording, item.name)
+            first = (
+                item.reader.channels_first if item.reader else reads_channels_first(item.module, recording, item.name)
+            )
             tokens = channels_first(given) if first else channels_last(given)
             if item.reader is not None:
                 order = item.reader.order(item.name, recording, grid)
@@ -159,7 +161,7 @@ def _passes(recording: Recording, name: str) -> bool:
 
 
 def _grid_from_unit(item: _Item, recording: Recording) -> Grid | None:
-    """Rows and columns of what a module returned: a map with as many channels as its last convolution, or that one's."""
+    """Rows and columns of what a module returned: a map as wide as its last convolution, or that one's."""
     layers = {name: part for name, part in item.module.named_modules() if isinstance(part, nn.Conv2d)}
     if not layers or item.name not in recording.calls:
         return None
@@ -173,7 +175,7 @@ def _grid_from_unit(item: _Item, recording: Recording) -> Grid | None:
     fitting = [grid for grid, channels in zip(found, (seen.shape[1], seen.shape[-1]), strict=True) if channels == width]
     # Where a map has as many rows as channels, its sides are in the proportion that the convolution left.
     same = [grid for grid in fitting if last is not None and grid[0] * last[1] == grid[1] * last[0]]
-    return (same or fitting or [last])[0]
+    return next(iter(same or fitting), last)
 
 
 def _normed(recording: Recording, norms: dict[str, nn.Module]) -> list[Tensor]:
@@ -240,4 +242,3 @@ def _is_hierarchy(model: nn.Module) -> bool:
 def _shifts(block: nn.Module) -> bool:
     """Whether a block, or its attention, cuts shifted windows: another family."""
     return any(hasattr(part, "shift_size") for part in (block, *block.children()))
-

@@ -1,4 +1,4 @@
-"""Blocks whose attention pools queries, keys and values by convolutions, each in its own grid: MViT v2 and its relatives.
+"""Blocks whose attention pools queries, keys and values, each to its own grid: MViT v2 and its relatives.
 
 What a query says of itself, where the pooled queries are added to the attention's output, counts with the MLP: it is
 put on the token after the attention.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import UnsupportedModelError
-from captum_lnstat.layout import PADDING, Cells, Groups
+from captum_lnstat.layout import PADDING, Cells, Groups, WholeImage
 from captum_lnstat.recording import Recording
 from captum_lnstat.statistics import stream
 from captum_lnstat.topology.affine import pull_by_autograd
@@ -24,7 +24,6 @@ from captum_lnstat.topology.parts import find_parts
 from captum_lnstat.topology.reader import Reader, under
 from captum_lnstat.topology.residual import block_taps, residual_block
 from captum_lnstat.topology.units import Stream
-from captum_lnstat.layout import WholeImage
 from captum_lnstat.trace import Block, Update
 
 
@@ -71,8 +70,8 @@ class MultiscaleReader(Reader):
             read = replace(read, between=read.between - own)
         if read.after.shape[-1] != self.width:
             raise UnsupportedModelError(
-                f"{name!r} widens its stream at the MLP, from {self.width} channels to {read.after.shape[-1]}; expected "
-                "it to do so at the attention (expand_attn=True)"
+                f"{name!r} widens its stream at the MLP, from {self.width} channels to {read.after.shape[-1]}; "
+                "expected it to do so at the attention (expand_attn=True)"
             )
         poolings = list(self.poolings.values())
         grid, keys = self._grid_of(0, name, recording), self._grid_of(2, name, recording)
@@ -114,7 +113,7 @@ def _shortcut(norm: Any, widened: Any, pooled: Any, prefix: int, grid: Grid, x: 
         x = widened(norm(x))
     if pooled is None:
         return x
-    patches = x[:, prefix:].unflatten(1, grid).movedim(-1, 1)
+    patches = x[:, prefix:].reshape(len(x), *grid, -1).movedim(-1, 1)
     return torch.cat([x[:, :prefix], pooled(patches).flatten(2).transpose(1, 2)], 1)
 
 

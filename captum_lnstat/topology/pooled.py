@@ -94,7 +94,9 @@ class PooledTopology(Topology):
 
     def _check_order(self, recording: Recording, order: Tensor, tokens: Tensor) -> None:
         """Some module was given or returned the tokens row by row, before they were put in order."""
-        seen = [kept.tensor for name in self._others for c in recording.calls.get(name, ()) for kept in (c.input, c.output)]
+        seen = [
+            kept.tensor for name in self._others for c in recording.calls.get(name, ()) for kept in (c.input, c.output)
+        ]
         rows = [t for t in seen if t.dim() == 3 and t.shape == tokens.shape and t.data_ptr() != tokens.data_ptr()]
         if not any(torch.equal(stream(t.detach())[:, order], tokens) for t in rows):
             raise UnsupportedModelError(
@@ -159,10 +161,10 @@ def _shortcut(block: nn.Module, parts: BlockParts, stride: int) -> Callable[[Ten
 
 
 def _largest(norm: Any, linear: Any, stride: int, x: Tensor) -> Tensor:
-    """What the stream becomes that the pooled attention is added to; without a Linear, largest and mean side by side."""
+    """What the pooled attention is added to; without a Linear, largest and mean side by side."""
     if linear is not None:
         x = linear(norm(x))
-    pooled = x.unflatten(1, (stride, -1))
+    pooled = x.reshape(len(x), stride, -1, x.shape[-1])
     return pooled.amax(1) if linear is not None else torch.cat([pooled.amax(1), pooled.mean(1)], -1)
 
 

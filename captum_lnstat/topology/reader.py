@@ -63,5 +63,3 @@ def under(module: nn.Module, grid: Grid, after: Grid, device: torch.device) -> G
     """The tokens under each token that a convolution or pooling makes, or several one after another."""
     reach = reach_of(module)
     return footprints(grid, after, reach.stride, reach.centre, device)
-
-

@@ -127,7 +127,7 @@ def _joined_as_seen(block: Block) -> tuple[FrozenMap, ...]:
     joined = (block.site.probabilities(heads, first)[:1] @ block.site.values(heads)[:1])[0, :, 0]
     update = block.attention_update[0, 0]
     weight = linear.weight.detach().to(joined.dtype)
-    alternating = weight.unflatten(1, (joined.shape[1], -1)).transpose(1, 2).flatten(1)
+    alternating = weight.reshape(len(weight), joined.shape[1], -1).transpose(1, 2).flatten(1)
     bias = 0 if linear.bias is None else linear.bias.detach().to(joined.dtype)
     errors = [(w @ joined.flatten() + bias - update).abs().amax() for w in (weight, alternating)]
     return (linear,) if errors[0] <= errors[1] else (FrozenLinear(alternating, linear.bias),)

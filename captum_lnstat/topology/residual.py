@@ -31,7 +31,13 @@ def block_taps(block: nn.Module) -> list[nn.Module]:
 
 
 def residual_block(
-    name: str, block: nn.Module, recording: Recording, layout: Layout, site: AttentionSite | None = None, *, joined_norm: bool = True
+    name: str,
+    block: nn.Module,
+    recording: Recording,
+    layout: Layout,
+    site: AttentionSite | None = None,
+    *,
+    joined_norm: bool = True,
 ) -> Block:
     """Read one block from the recording.
 

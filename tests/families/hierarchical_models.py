@@ -85,7 +85,14 @@ def nest(kind: type[nn.Module] = Nest, **options: Any) -> Any:
 
 
 def hiera(kind: type[nn.Module] = Hiera, **options: Any) -> Any:
-    options = {"embed_dim": 16, "stages": (1, 2, 2), "mask_unit_size": (4, 4), "q_pool": 2, "head_init_scale": 1.0, **options}
+    options = {
+        "embed_dim": 16,
+        "stages": (1, 2, 2),
+        "mask_unit_size": (4, 4),
+        "q_pool": 2,
+        "head_init_scale": 1.0,
+        **options,
+    }
     return seeded(kind, num_classes=CLASSES, **{"img_size": (64, 64), **options})
 
 
@@ -113,6 +120,12 @@ def pvt_v2_hf(size: Size = (64, 64), **options: Any) -> Any:
 
 def hiera_hf(size: Size = (64, 64)) -> Any:
     config = transformers.HieraConfig(
-        image_size=list(size), embed_dim=16, num_heads=[1, 2, 4], depths=[1, 2, 2], masked_unit_size=[4, 4], num_query_pool=2, num_labels=CLASSES
+        image_size=list(size),
+        embed_dim=16,
+        num_heads=[1, 2, 4],
+        depths=[1, 2, 2],
+        masked_unit_size=[4, 4],
+        num_query_pool=2,
+        num_labels=CLASSES,
     )
     return seeded(transformers.HieraForImageClassification, config)

@@ -47,7 +47,7 @@ class Spy(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class Caught(Exception):
+class CaughtError(Exception):
     """Token ids where the model's code has put them."""
 
 
@@ -55,13 +55,13 @@ class Net(nn.Module):
     """Stops the ids."""
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
-        raise Caught(x)
+        raise CaughtError(x)
 
 
 def caught(run: Callable[[], Any]) -> Tensor:
     try:
         run()
-    except Caught as stop:
+    except CaughtError as stop:
         return stop.args[0]
     raise AssertionError("no ids came by")
 
@@ -268,7 +268,14 @@ def _pvt(model: Any, x: Tensor) -> tuple[nn.Module, list[Step]]:
                 small = grid[0] // block.attn.sr.stride[0], grid[1] // block.attn.sr.stride[0]
                 keys = box_share(grid, small, block.attn.sr.stride[0], (block.attn.sr.kernel_size[0] - 1) / 2)[None]
             steps.append(
-                Step("attention", block.attn, torch.arange(count)[None], keys, out=block.attn.proj, base=before_norm(norms))
+                Step(
+                    "attention",
+                    block.attn,
+                    torch.arange(count)[None],
+                    keys,
+                    out=block.attn.proj,
+                    base=before_norm(norms),
+                )
             )
             steps.append(Step("add", block.mlp, seen={"width": block.attn.proj.out_features}))
             norms += 2 + reduced

@@ -57,7 +57,12 @@ MODELS: dict[str, tuple[Callable[[Size], Any], Size, Size, str]] = {
     "tiny_vit": (lambda s: tiny_vit(), (64, 96), (8, 12), "tokens"),
     "tiny_vit_odd": (lambda s: tiny_vit(), (72, 104), (9, 13), "tokens"),
     "hiera": (lambda s: hiera(img_size=s), (64, 96), (16, 24), "tokens"),
-    "hiera_two_pools": (lambda s: hiera(img_size=s, stages=(1, 2, 1, 1), q_pool=2, mask_unit_size=(8, 8)), (64, 96), (16, 24), "tokens"),
+    "hiera_two_pools": (
+        lambda s: hiera(img_size=s, stages=(1, 2, 1, 1), q_pool=2, mask_unit_size=(8, 8)),
+        (64, 96),
+        (16, 24),
+        "tokens",
+    ),
     "hiera_abswin": (
         lambda s: hiera(
             img_size=s, abs_win_pos_embed=True, init_values=0.3, use_expand_proj=False, global_pos_size=(4, 4)
@@ -109,7 +114,10 @@ DENSE: dict[str, tuple[Callable[[], nn.Module], Size]] = {
     "pvt_v2_odd": (pvt_v2, (60, 92)),
     "pvt_v2_li": (lambda: pvt_v2(linear=True), (64, 96)),
     "hiera": (lambda: hiera(img_size=(64, 96)), (64, 96)),
-    "hiera_four_stages": (lambda: hiera(img_size=(64, 96), stages=(1, 1, 1, 1), q_pool=3, mask_unit_size=(8, 8)), (64, 96)),
+    "hiera_four_stages": (
+        lambda: hiera(img_size=(64, 96), stages=(1, 1, 1, 1), q_pool=3, mask_unit_size=(8, 8)),
+        (64, 96),
+    ),
 }
 
 
@@ -158,7 +166,11 @@ class Own(Hiera):
     ("model", "plain", "size"),
     [
         (lambda: pvt_v2(Subclass), pvt_v2, (64, 64)),
-        (lambda: maxxvit("maxvit_tiny_rw", kind=Renamed, **PARTS), lambda: maxxvit("maxvit_tiny_rw", **PARTS), (64, 64)),
+        (
+            lambda: maxxvit("maxvit_tiny_rw", kind=Renamed, **PARTS),
+            lambda: maxxvit("maxvit_tiny_rw", **PARTS),
+            (64, 64),
+        ),
         (lambda: hiera(Own), hiera, (64, 64)),
     ],
 )
@@ -189,7 +201,9 @@ def test_reduced_keys_stand_for_the_tokens_under_them():
     first = _steps(lively(pvt_v2()), images(1, 64))[0]
     assert isinstance(first.keys, Cells)
     assert first.keys.groups.index.shape == (16, 16)
-    assert first.keys.groups.index[1].reshape(4, 4).tolist() == [[row * 16 + c for c in range(4, 8)] for row in range(4)]
+    assert first.keys.groups.index[1].reshape(4, 4).tolist() == [
+        [row * 16 + c for c in range(4, 8)] for row in range(4)
+    ]
 
 
 def test_transposed_windows_are_noticed(monkeypatch):
