@@ -138,16 +138,19 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
 
             - **attributions**: Of the shape of the block's output (or input), in the dtype and tuple form of
               ``inputs``: ``(batch, token, channel)`` with the prefix tokens first for a ViT, ``(batch, row, column,
-              channel)`` for a Swin. For ``LayerAttribution.interpolate``, move the channels before rows and columns.
+              channel)`` for a Swin, ``(batch, channel, row, column)`` for a CoAtNet. For ``LayerAttribution.interpolate``, move the channels before rows and columns.
 
         Raises:
             ValueError: ``layer`` is not a block of the model; the message names the blocks.
         """
-        relevance, shape = self._explain(inputs, target, additional_forward_args, attribute_to_layer_input)
+        relevance, shape, width = self._explain(inputs, target, additional_forward_args, attribute_to_layer_input)
         image = inputs[0] if isinstance(inputs, tuple) else inputs
         with torch.inference_mode(False), torch.no_grad():
-            tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1).reshape(shape[:-1])
-            spread = (tokens / shape[-1]).to(image.dtype)[..., None].expand(shape).contiguous()
+            tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1)
+            first = len(shape) == 4 and shape[1] == width and shape[1:3] != relevance.grid.shape[1:]
+            channel = 1 if first else len(shape) - 1
+            tokens = tokens.reshape(*shape[:channel], *shape[channel + 1 :])
+            spread = (tokens / width).to(image.dtype).unsqueeze(channel).expand(shape).contiguous()
         return _format_output(_is_tuple(inputs), (spread,))  # type: ignore[no-any-return]
 
     def _explain(
@@ -156,8 +159,8 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
         target: Target,
         additional_forward_args: ForwardArgs,
         attribute_to_layer_input: bool,
-    ) -> tuple[Relevance, torch.Size]:
-        """The relevance at the block's tokens, and the shape of the activation there."""
+    ) -> tuple[Relevance, torch.Size, int]:
+        """The relevance at the block's tokens, the shape of the activation there, and how many channels it has."""
         lnstat = copy(self._lnstat)  # Captum's wrappers and users reassign forward_func
         lnstat.forward_func = self.forward_func
         outcome = lnstat._pass(inputs, target, additional_forward_args, lnstat._needs())
@@ -172,7 +175,8 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
                 "attribute_to_layer_input=True, a block before it, or rule='evidence'",
                 stacklevel=4,
             )
-        return relevance, activation.tensor.shape
+        width = (block.before if attribute_to_layer_input else block.after).shape[-1]
+        return relevance, activation.tensor.shape, width
 
     def _block(self, outcome: Pass, model: nn.Module) -> Block:
         blocks = outcome.trace.blocks

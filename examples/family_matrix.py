@@ -41,7 +41,7 @@ from captum_lnstat.testing import (
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "models.json"
-TIMEOUT = 150
+TIMEOUT = 300
 
 # Rival entry points on the fifteen, each called as its README says: run in November 2026 with grad-cam 1.5.5,
 # vit-explain of 2020-12, fast-vit-rollout 0.1.1, timm 1.0.31, torchxai-explain 0.3.0, daam-timm-vit 0.2.1 and
@@ -292,7 +292,8 @@ def page(results: dict[str, Any]) -> str:
         "- **layout**: attentions whose values change most where a stimulus was planted, at every one of the regions.",
         "- **peak**: regions in which the map's peak lies on the stimulus, after the model has been trained for some",
         "  seconds to score images by whether the stimulus is in them. `lnstat` and `evidence` have to find it;",
-        "  `rollout` and `gradient` show what the model looks at and what its attention carries, which need not peak there.",
+        "  `rollout` and `gradient` show what the model looks at and what its attention carries, which need not peak",
+        "  there.",
         "- **other sizes**: image sizes, besides the first one, on which `lnstat`, `rollout` and completeness held.",
         "",
         "`ok`: everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",

@@ -9,6 +9,7 @@ import torch
 import transformers
 from timm.models.hiera import Hiera
 from timm.models.maxxvit import MaxxVit, model_cfgs
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from timm.models.nest import Nest
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.tiny_vit import TinyVit
@@ -94,6 +95,19 @@ def hiera(kind: type[nn.Module] = Hiera, **options: Any) -> Any:
         **options,
     }
     return seeded(kind, num_classes=CLASSES, **{"img_size": (64, 64), **options})
+
+
+def mvit_v2(kind: type[nn.Module] = MultiScaleVit, size: Size = (64, 64), **options: Any) -> Any:
+    config = MultiScaleVitCfg(
+        depths=DEPTHS,
+        embed_dim=WIDTHS,
+        num_heads=HEADS,
+        mlp_ratio=2.0,
+        stride_q=((1, 1), (2, 2), (2, 2)),
+        stride_kv=None,
+        **options,
+    )
+    return seeded(kind, config, img_size=size, num_classes=CLASSES)
 
 
 def _pyramid(size: Size) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hierarchical_models import (
     hiera_hf,
     maxvit_torchvision,
     maxxvit,
+    mvit_v2,
     nest,
     pvt_hf,
     pvt_v2,
@@ -71,6 +72,9 @@ MODELS: dict[str, tuple[Callable[[Size], Any], Size, Size, str]] = {
         (16, 24),
         "tokens",
     ),
+    "mvit_v2": (lambda s: mvit_v2(), (64, 64), (16, 16), "tokens"),
+    "mvit_v2_cls": (lambda s: mvit_v2(use_cls_token=True), (64, 64), (16, 16), "class token"),
+    "mvit_v2_plain_queries": (lambda s: mvit_v2(residual_pooling=False), (64, 64), (16, 16), "tokens"),
     "pvt_hf": (pvt_hf, (64, 64), (16, 16), "class token"),
     "pvt_v2_hf": (pvt_v2_hf, (64, 96), (16, 24), "tokens"),
     "pvt_v2_li_hf": (lambda s: pvt_v2_hf(s, linear_attention=True), (64, 96), (16, 24), "tokens"),
@@ -138,6 +142,7 @@ PLACED: dict[str, tuple[Callable[[], nn.Module], Size, dict[str, Any]]] = {
     "pvt_v2": (pvt_v2, (64, 96), {"margin": 4}),
     "hiera": (lambda: hiera(img_size=(64, 96)), (64, 96), {"margin": 4}),
     "twins_svt": (lambda: twins(wss=(3, 3, 3)), (64, 96), {"margin": 4}),
+    "mvit_v2": (mvit_v2, (64, 64), {"margin": 4}),
     # Two strides and a pooling lie between the levels: a smaller stimulus is seen by several of the last tokens.
     "nest": (nest, (64, 64), {"margin": 8, "stimulus": (32, 32), "step": (16, 16)}),
 }
@@ -241,6 +246,11 @@ def test_a_function_between_the_stages_is_refused():
     model.stages[1] = Squashed(model.stages[1])
     with pytest.raises(RecordingError, match="something between its blocks"):
         LNStatAttribution(model, rule="rollout").relevance(images(1, 64))
+
+
+def test_a_stream_that_is_widened_at_the_mlp_is_refused():
+    with pytest.raises(UnsupportedModelError, match="expand_attn"):
+        LNStatAttribution(lively(mvit_v2(expand_attn=False))).relevance(images(1, 64), 1)
 
 
 def test_two_attentions_side_by_side_are_not_recognised():
