@@ -138,7 +138,8 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
 
             - **attributions**: Of the shape of the block's output (or input), in the dtype and tuple form of
               ``inputs``: ``(batch, token, channel)`` with the prefix tokens first for a ViT, ``(batch, row, column,
-              channel)`` for a Swin, ``(batch, channel, row, column)`` for a CoAtNet. For ``LayerAttribution.interpolate``, move the channels before rows and columns.
+              channel)`` for a Swin, ``(batch, channel, row, column)`` for a CoAtNet. For
+              ``LayerAttribution.interpolate``, move the channels before rows and columns.
 
         Raises:
             ValueError: ``layer`` is not a block of the model; the message names the blocks.

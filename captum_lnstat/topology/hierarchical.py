@@ -21,12 +21,13 @@ from captum_lnstat.topology.reader import Reader
 from captum_lnstat.topology.readers import reader_of
 from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.units import Stream, reads_channels_first, unit_steps, unit_taps
-from captum_lnstat.trace import Step, Trace
+from captum_lnstat.trace import RULES, Step, Trace, Transition
 
 COVERS = (
     "The grid is that of the first attention block: what the convolutions below it ({below}) did is not told apart. "
     "What convolutions between the blocks added is counted at the token that they added it to."
 )
+PUT_DOWN = "At {names} evidence is put on the tokens: from there down it is rolled, and not told apart any more."
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,19 @@ class HierarchicalTopology(Topology):
 
     @property
     def head_follows(self) -> nn.Module:
-        return [item for item in self._items if item.reader is not None][-1].module
+        return self._last.module
+
+    @cached_property
+    def _last(self) -> _Item:
+        """The last block, or the last convolution that stands beside it in the same module."""
+        place = max(place for place, item in enumerate(self._items) if item.reader is not None)
+        parent = self._items[place].name.rpartition(".")[0]
+        last = self._items[place]
+        for item in self._items[place + 1 :]:
+            if not parent or item.name.rpartition(".")[0] != parent or not convolutions(item.module):
+                break
+            last = item
+        return last
 
     @property
     def channels_first(self) -> bool:
@@ -85,13 +98,14 @@ class HierarchicalTopology(Topology):
         inside = {id(p) for item in self._items for p in item.module.parameters()}
         positions = [p for p in self.model.parameters() if id(p) not in inside]
         steps = list[Step]()
-        for item, before, after in zip(between, streams, [*streams[1:], None], strict=True):
+        for item, before, after in zip(between, streams, [*streams[1:], self._end(recording, streams)], strict=True):
             if item.reader is not None:
                 steps += item.reader.steps(item.name, recording, before)
-            elif after is not None:
+            else:
                 steps += unit_steps(item.name, item.module, recording, before, after, positions)
         first = streams[0]
         names = [item.name for item in between if item.reader is not None]
+        readers = [item.reader for item in between if item.reader is not None]
         sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in names)]
         pooling = pooling_as_read(recording, streams[-1].prefix, _normed(recording, self._norms), sites)
         return Trace(
@@ -103,7 +117,8 @@ class HierarchicalTopology(Topology):
             _patch(image_size, first.grid),
             pooling,
             place=None if first.order is None else first.order.argsort(),
-            covers=COVERS.format(below=", ".join(item.name for item in below)),
+            rules=tuple(rule for rule in RULES if all(rule in r.rules for r in readers)),
+            covers=_covers(below, steps, readers),
         )
 
     def _ran(self, recording: Recording) -> tuple[list[_Item], list[_Item]]:
@@ -111,14 +126,21 @@ class HierarchicalTopology(Topology):
         order = list(recording.calls)
         ran = sorted((i for i in self._items if i.name in recording.calls), key=lambda item: order.index(item.name))
         blocks = [place for place, item in enumerate(ran) if item.reader is not None]
-        if not blocks or ran[blocks[-1]].module is not self.head_follows:
+        end = next((place for place, item in enumerate(ran) if item is self._last), -1)
+        if not blocks or blocks[-1] > end:
             raise RecordingError(
                 f"the last block of {type(self.model).__name__} to be defined was not the last to run; expected its "
                 "blocks to run in their order"
             )
-        ran = [item for item in ran if item.reader is not None or not _passes(recording, item.name)]
-        blocks = [place for place, item in enumerate(ran) if item.reader is not None]
-        return ran[: blocks[0]], ran[blocks[0] : blocks[-1] + 1]
+        ran = [item for item in ran[: end + 1] if item.reader is not None or not _passes(recording, item.name)]
+        first = next(place for place, item in enumerate(ran) if item.reader is not None)
+        return ran[:first], ran[first:]
+
+    def _end(self, recording: Recording, streams: list[Stream]) -> Stream:
+        """The stream that the last module returned, where that is no block."""
+        returned = recording.call(self._last.name).output.read()
+        layout = channels_first if returned.dim() == 4 and self.channels_first else channels_last
+        return Stream(layout(returned), streams[-1].grid, streams[-1].order)
 
     def _streams(self, recording: Recording, below: list[_Item], items: list[_Item]) -> list[Stream]:
         """The stream that each of the items was given."""
@@ -151,6 +173,14 @@ class HierarchicalTopology(Topology):
             else:
                 grid = _grid_from_unit(item, recording) or grid
         return streams
+
+
+def _covers(below: list[_Item], steps: list[Step], readers: list[Reader]) -> str:
+    said = [COVERS.format(below=", ".join(item.name for item in below) or "none")]
+    closed = [step.name for step in steps if isinstance(step, Transition) and step.pull is None]
+    if closed:
+        said.append(PUT_DOWN.format(names=", ".join(closed)))
+    return " ".join([*said, *dict.fromkeys(reader.covers for reader in readers if reader.covers)])
 
 
 def _passes(recording: Recording, name: str) -> bool:

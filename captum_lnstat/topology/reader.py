@@ -13,7 +13,7 @@ from captum_lnstat.layout import Groups
 from captum_lnstat.recording import Recording
 from captum_lnstat.topology.geometry import Grid, footprints, reach_of
 from captum_lnstat.topology.units import Stream
-from captum_lnstat.trace import Block, Update
+from captum_lnstat.trace import RULES, Block, Update
 
 # What makes tokens of several tokens.
 SPATIAL = (nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d)
@@ -25,9 +25,13 @@ class Reader(ABC):
     Attributes:
         block: The module.
         channels_first: Whether a map that it is given has its channels before its rows.
+        rules: The rules that are defined for it.
+        covers: What has to be said of maps that are made with it.
     """
 
     channels_first: ClassVar[bool] = False
+    rules: ClassVar[tuple[str, ...]] = RULES
+    covers: ClassVar[str] = ""
 
     def __init__(self, block: nn.Module) -> None:
         self.block: Any = block

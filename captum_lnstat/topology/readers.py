@@ -15,6 +15,7 @@ from captum_lnstat.layout import Cells, Groups, Layout, WholeImage, windows
 from captum_lnstat.recording import Recording
 from captum_lnstat.sites import AttentionSite, FusedSite, SoftmaxSite
 from captum_lnstat.statistics import stream
+from captum_lnstat.topology.cascaded import CascadedReader
 from captum_lnstat.topology.cut import cut
 from captum_lnstat.topology.geometry import Grid, adaptive_cells, partition
 from captum_lnstat.topology.map_readers import LocalReader, MapReader, SequentialReader
@@ -137,4 +138,11 @@ def _sides(members: int) -> list[Grid]:
     return [(side, members // side) for side in range(1, members + 1) if not members % side]
 
 
-READERS: tuple[type[Reader], ...] = (MultiscaleReader, ResidualReader, SequentialReader, MapReader, LocalReader)
+READERS: tuple[type[Reader], ...] = (
+    MultiscaleReader,
+    ResidualReader,
+    SequentialReader,
+    MapReader,
+    LocalReader,
+    CascadedReader,
+)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from timm.models.efficientvit_msra import EfficientVitMsra
 from timm.models.hiera import Hiera
 from timm.models.maxxvit import MaxxVit, model_cfgs
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
@@ -95,6 +96,11 @@ def hiera(kind: type[nn.Module] = Hiera, **options: Any) -> Any:
         **options,
     }
     return seeded(kind, num_classes=CLASSES, **{"img_size": (64, 64), **options})
+
+
+def efficientvit(kind: type[nn.Module] = EfficientVitMsra, **options: Any) -> Any:
+    options = {"key_dim": (4, 4, 4), "depth": (1, 2, 1), "num_heads": (2, 2, 2), "window_size": (3, 3, 3), **options}
+    return seeded(kind, embed_dim=WIDTHS, num_classes=CLASSES, **{"img_size": 128, **options})
 
 
 def mvit_v2(kind: type[nn.Module] = MultiScaleVit, size: Size = (64, 64), **options: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from contract_helpers import images, lively
 from hierarchical_models import (
+    efficientvit,
     hiera,
     hiera_hf,
     maxvit_torchvision,
@@ -27,9 +28,18 @@ from timm.models.maxxvit import MaxxVit
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
-from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
+from captum_lnstat import LayerLNStat, LNStatAttribution, RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Cells, Groups
-from captum_lnstat.testing import check_batch, check_completeness, check_family, check_mass, check_rule, check_untouched
+from captum_lnstat.testing import (
+    check_batch,
+    check_completeness,
+    check_family,
+    check_mass,
+    check_placement,
+    check_rule,
+    check_untouched,
+    ground,
+)
 from captum_lnstat.topology import find_topology, geometry, pooled, units
 from captum_lnstat.trace import Block, Transition, Update
 
@@ -142,8 +152,7 @@ PLACED: dict[str, tuple[Callable[[], nn.Module], Size, dict[str, Any]]] = {
     "pvt_v2": (pvt_v2, (64, 96), {"margin": 4}),
     "hiera": (lambda: hiera(img_size=(64, 96)), (64, 96), {"margin": 4}),
     "twins_svt": (lambda: twins(wss=(3, 3, 3)), (64, 96), {"margin": 4}),
-    "mvit_v2": (mvit_v2, (64, 64), {"margin": 4}),
-    # Two strides and a pooling lie between the levels: a smaller stimulus is seen by several of the last tokens.
+    # Poolings that overlap lie between the levels: a smaller stimulus is seen by several of the last tokens.
     "nest": (nest, (64, 64), {"margin": 8, "stimulus": (32, 32), "step": (16, 16)}),
 }
 
@@ -153,6 +162,13 @@ def test_passes_the_kit(name):
     build, size, options = PLACED[name]
     report = check_family(build(), size, **options)
     assert report.placement["lnstat"].hits == report.placement["lnstat"].regions
+
+
+def test_pooled_keys_and_queries_lie_where_the_stimulus_is():
+    """Overlapping poolings and attention spread a stimulus before the last values: the map alone is held against it."""
+    model = mvit_v2()
+    report, _ = check_placement(model, ground(model, (64, 64), margin=4))
+    assert report["lnstat"].hits == report["lnstat"].regions == 9
 
 
 class Subclass(PyramidVisionTransformerV2):
@@ -246,6 +262,46 @@ def test_a_function_between_the_stages_is_refused():
     model.stages[1] = Squashed(model.stages[1])
     with pytest.raises(RecordingError, match="something between its blocks"):
         LNStatAttribution(model, rule="rollout").relevance(images(1, 64))
+
+
+@pytest.mark.parametrize(("build", "channel"), [(lambda: maxxvit("coatnet_nano_rw"), 1), (pvt_v2, 2)])
+def test_a_layer_is_explained_in_its_own_layout(build, channel):
+    model, x = lively(build()), images(1, 64)
+    blocks = LNStatAttribution(model)._pass(x, 1, None, LNStatAttribution(model)._needs()).trace.blocks
+    layer = model.get_submodule(blocks[0].name)
+    given = LayerLNStat(model, layer).attribute(x, 1, attribute_to_layer_input=True)
+    expected = LNStatAttribution(model).relevance(x, 1)
+    at_tokens = given.sum(channel).flatten(1)
+    torch.testing.assert_close(at_tokens, expected.flatten(1), rtol=1e-4, atol=1e-7)
+
+
+def test_heads_that_run_one_after_another():
+    model, x = lively(efficientvit()).double(), images(2, (128, 160)).double()
+    for rule in ("lnstat", "evidence", "rollout"):
+        check_rule(model, x, rule)
+    check_mass(model, x)
+    check_completeness(model, x)
+    check_batch(model, x, ("lnstat", "evidence", "rollout"))
+    assert "No LayerNorm" in LNStatAttribution(model).describe(x).covers
+    with pytest.raises(UnsupportedModelError, match="expected one of 'lnstat', 'evidence', 'rollout'"):
+        LNStatAttribution(model, rule="gradient").relevance(x, 1)
+
+
+def test_heads_after_another_activation_are_not_recognised():
+    model = efficientvit()
+    for stage in model.stages:
+        for block in stage.blocks:
+            block.mixer.m.attn.proj[0] = nn.GELU()
+    with pytest.raises(UnsupportedModelError, match="not a vision transformer of a known family"):
+        find_topology(model)
+
+
+def test_where_evidence_is_put_down_is_said():
+    assert (
+        "At stages.2.downsample evidence is put on"
+        in LNStatAttribution(lively(tiny_vit())).describe(images(1, 64)).covers
+    )
+    assert "evidence is put" not in LNStatAttribution(lively(pvt_v2())).describe(images(1, 64)).covers
 
 
 def test_a_stream_that_is_widened_at_the_mlp_is_refused():
