@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from captum_lnstat import rules
 from captum_lnstat._compat import _format_output, _is_tuple, log_usage
 from captum_lnstat._typing import ForwardArgs, Target, TensorOrTuple
-from captum_lnstat.checks import check_complete, check_image
+from captum_lnstat.batching import chunks
+from captum_lnstat.checks import check_complete, check_fits, check_image
 from captum_lnstat.description import Description, describe_pass
 from captum_lnstat.engine import Needs, Pass, run
 from captum_lnstat.errors import RecordingError
@@ -27,10 +28,37 @@ Rule = Literal["lnstat", "evidence", "rollout", "gradient"]
 RULES: tuple[Rule, ...] = ("lnstat", "evidence", "rollout", "gradient")
 
 
+# The rules in which an option that not all of them have does something.
+_IN_EFFECT: dict[str, tuple[Rule, ...]] = {
+    "residual": ("lnstat", "rollout", "gradient"),
+    "evidence_residual": ("lnstat", "evidence"),
+    "head_fusion": ("lnstat", "evidence", "rollout"),
+    "contrastive": ("lnstat", "evidence", "gradient"),
+    "normalized": ("gradient",),
+}
+
+
+def check_effect(rule: Rule, given: list[str]) -> None:
+    """Raise if an option was given that the rule would silently ignore."""
+    for name in given:
+        if rule not in _IN_EFFECT[name]:
+            rules_with_it = " or ".join(f"rule={other!r}" for other in _IN_EFFECT[name])
+            raise ValueError(
+                f"{name} does nothing with rule={rule!r}; expected {rules_with_it}. Leave {name} out, or take such a "
+                "rule"
+            )
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False; a string such as ``"no"`` would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
 
 
 class GridAttribution(GradientAttribution):  # type: ignore[misc]
@@ -49,11 +77,19 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         interpolation: Interpolation,
         output: Output = None,
     ) -> None:
+        if not callable(forward_func):
+            raise TypeError(
+                f"forward_func is a {type(forward_func).__name__}; expected the model, or a function that runs it"
+            )
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; expected the module that forward_func runs")
         if model is None and not isinstance(forward_func, nn.Module):
             raise TypeError(
                 f"forward_func is a {type(forward_func).__name__}, not a module; pass the transformer that it runs as "
                 "model=, so that its layers can be recorded"
             )
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; expected the module that forward_func runs")
         super().__init__(forward_func)
         check_interpolation(interpolation)
         check_fusion(settings.head_fusion)
@@ -88,8 +124,8 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
     def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not on offer: what ended on prefix tokens and biases is not in the attributions."""
         raise NotImplementedError(
-            "the delta needs what ended on prefix tokens and biases; use attribute(..., return_convergence_delta=True) "
-            "with rule='evidence'"
+            "the delta needs what ended on prefix tokens and biases, which no attribution holds; use "
+            "LNStatAttribution(..., rule='evidence').attribute(..., return_convergence_delta=True)"
         )
 
     def _transformer(self) -> nn.Module:
@@ -108,12 +144,7 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         additional_forward_args: ForwardArgs,
         needs: Needs,
     ) -> Pass:
-        if isinstance(inputs, tuple) and len(inputs) != 1:
-            raise ValueError(
-                f"inputs is a tuple of {len(inputs)}; expected one image batch. Pass what else the model takes as "
-                "additional_forward_args"
-            )
-        image = check_image(inputs[0] if isinstance(inputs, tuple) else inputs)
+        image = the_image(inputs)
         return run(self.forward_func, self._transformer(), image, target, additional_forward_args, needs, self.output)
 
     def _explain(
@@ -134,7 +165,12 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         return relevance
 
     def relevance(
-        self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> Tensor:
         """Relevance on the model's patch grid.
 
@@ -142,11 +178,13 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
             inputs: Images, ``(batch, channels, height, width)``, normalised for the model.
             target: The class to explain, in any of Captum's forms. The class-agnostic rules need none.
             additional_forward_args: Passed on to ``forward_func`` after the images.
+            internal_batch_size: As for ``attribute``.
 
         Returns:
             A ``(batch, rows, columns)`` tensor in float32 (float64 for a float64 model).
         """
-        return self._explain(inputs, target, additional_forward_args)[1].grid
+        parts = chunks(the_image(inputs), target, additional_forward_args, internal_batch_size)
+        return joined([self._explain(*part)[1].grid for part in parts])
 
     def describe(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None
@@ -169,14 +207,39 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         return spread[:, None].expand(-1, image.shape[1], -1, -1).contiguous()
 
     def _attribute(
-        self, inputs: TensorOrTuple, target: Target, additional_forward_args: ForwardArgs
-    ) -> tuple[TensorOrTuple, Pass, Relevance]:
-        outcome, relevance = self._explain(inputs, target, additional_forward_args)
+        self,
+        inputs: TensorOrTuple,
+        target: Target,
+        additional_forward_args: ForwardArgs,
+        internal_batch_size: int | None,
+    ) -> tuple[TensorOrTuple, Tensor | None]:
+        """The attributions, and how far relevance misses the score if the rule has one to miss."""
+        attributions: list[Tensor] = []
+        deltas: list[Tensor] = []
+        for image, part, arguments in chunks(the_image(inputs), target, additional_forward_args, internal_batch_size):
+            outcome, relevance = self._explain(image, part, arguments)
+            with torch.inference_mode(False), torch.no_grad():
+                attributions.append(check_fits(self._to_inputs(outcome, relevance.grid, image)))
+                if outcome.score is not None:
+                    deltas.append((relevance.total - outcome.score).to(relevance.total.dtype))
         is_tuple = _is_tuple(inputs)
-        image = inputs[0] if isinstance(inputs, tuple) else inputs
-        with torch.inference_mode(False), torch.no_grad():
-            attribution = self._to_inputs(outcome, relevance.grid, image)
-        return _format_output(is_tuple, (attribution,)), outcome, relevance
+        return _format_output(is_tuple, (joined(attributions),)), joined(deltas) if deltas else None
+
+
+def the_image(inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The image batch in either of Captum's forms, or an error that says what is wrong with it."""
+    if isinstance(inputs, tuple) and len(inputs) != 1:
+        raise ValueError(
+            f"inputs is a tuple of {len(inputs)}; expected one image batch. Pass what else the model takes as "
+            "additional_forward_args"
+        )
+    return check_image(inputs[0] if isinstance(inputs, tuple) else inputs)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The parts of a batch in one; a single part as it is."""
+    with torch.inference_mode(False), torch.no_grad():
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class LNStatAttribution(GridAttribution):
@@ -200,19 +263,26 @@ class LNStatAttribution(GridAttribution):
             ``"gradient"``: Chefer's generic rule with token statistics, ``r <- alpha * r + r E_h[(dA * A)^+]``, with
             one partial backward pass.
         residual (str): The residual share of perception and of ``"gradient"``: ``"ratio"`` (default),
-            ``min(1, var(x) / var(x + d))``; ``"update"``, ``var(x) / (var(x) + var(d))``; ``"half"``.
-        evidence_residual (str): The share with which evidence is rolled; same names, default ``"half"``.
+            ``min(1, var(x) / var(x + d))``; ``"update"``, ``var(x) / (var(x) + var(d))``; ``"half"``. ``"evidence"``
+            has none.
+        evidence_residual (str): The share with which evidence is rolled; same names, default ``"half"``. For
+            ``"lnstat"`` and ``"evidence"``.
         head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable from
             ``(batch, head, query, key)`` to ``(batch, query, key)``. ``"gradient"`` always takes the mean.
         merging (str): How a merged token gives its relevance to its children: ``"variance"`` (default), by
             their share of the variance at the merging's LayerNorm, or ``"uniform"``.
         contrastive (bool): Explain the target's score minus the probability-weighted mean of the others: sharper
-            between classes, less of the object. Default: False
+            between classes, less of the object. Not for ``"rollout"``, which has no class. Default: False
         normalized (bool): For ``"gradient"``: rows of the positive gradient attention divided by their sum.
+            Default: False
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
         output (str, int or Callable, optional): Which scores to explain if ``forward_func`` returns several: a key or
             attribute, a position, or a function of what it returns. By default the tensor itself, or a Hugging Face
             output's ``logits``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above, or one that the rule would ignore; the message says
+            which.
 
     Examples::
 
@@ -246,8 +316,18 @@ class LNStatAttribution(GridAttribution):
         output: Output = None,
     ) -> None:
         check_choice("rule", rule, RULES)
+        check_switch("contrastive", contrastive)
+        check_switch("normalized", normalized)
         settings = Settings(residual, head_fusion, merging, evidence_residual)
         super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
+        given = {
+            "residual": residual != "ratio",
+            "evidence_residual": evidence_residual != "half",
+            "head_fusion": head_fusion != "mean",
+            "contrastive": contrastive,
+            "normalized": normalized,
+        }
+        check_effect(rule, [name for name, changed in given.items() if changed])
         self.rule = rule
         self.contrastive = contrastive
         self.normalized = normalized
@@ -290,6 +370,7 @@ class LNStatAttribution(GridAttribution):
         target: Target = ...,
         additional_forward_args: ForwardArgs = ...,
         *,
+        internal_batch_size: int | None = ...,
         return_convergence_delta: Literal[False] = ...,
     ) -> TensorOrTuple: ...
 
@@ -300,6 +381,7 @@ class LNStatAttribution(GridAttribution):
         target: Target = ...,
         additional_forward_args: ForwardArgs = ...,
         *,
+        internal_batch_size: int | None = ...,
         return_convergence_delta: Literal[True],
     ) -> tuple[TensorOrTuple, Tensor]: ...
 
@@ -310,6 +392,7 @@ class LNStatAttribution(GridAttribution):
         target: Target = None,
         additional_forward_args: ForwardArgs = None,
         *,
+        internal_batch_size: int | None = None,
         return_convergence_delta: bool = False,
     ) -> TensorOrTuple | tuple[TensorOrTuple, Tensor]:
         r"""Attribute the target's score to the pixels.
@@ -320,6 +403,8 @@ class LNStatAttribution(GridAttribution):
             target (int, tuple, Tensor or list, optional): The class to explain, in any of Captum's forms: one for all
                 images or one an image. ``rule="rollout"`` needs none. Default: None
             additional_forward_args (Any, optional): Passed on to ``forward_func`` after the images. Default: None
+            internal_batch_size (int, optional): Explain at most so many images at a time, to bound the memory. Targets
+                and tensor arguments of one row an image are split with the images. Default: None, the whole batch
             return_convergence_delta (bool, optional): For ``rule="evidence"`` only. Default: False
 
         Returns:
@@ -331,15 +416,20 @@ class LNStatAttribution(GridAttribution):
               constant (biases), minus the score. Float error: below ``1e-4 * max(1, |score|)`` in float32.
 
         Raises:
-            ValueError, TypeError: The images are not what is expected; the message says what is.
-            AssertionError, IndexError: The target does not fit the output, as in all of Captum.
+            ValueError, TypeError: The images, an option or the target are not what is expected; the message says what
+                is.
+            AssertionError, IndexError, RuntimeError: The target does not fit the output, as in all of Captum: not
+                given or of another form, an int out of range, a list or tensor with one out of range.
             UnsupportedModelError: The model, or a setting of it, cannot be explained with certainty.
             RecordingError: The forward pass did not add up.
+
+        What ``forward_func`` raises by itself, for instance for images of a size that the model does not take, is
+        passed on as it is.
         """
         if return_convergence_delta and not self.has_convergence_delta():
             raise ValueError(f"rule={self.rule!r} has no convergence delta; rule='evidence' has")
-        attributions, outcome, relevance = self._attribute(inputs, target, additional_forward_args)
+        attributions, delta = self._attribute(inputs, target, additional_forward_args, internal_batch_size)
         if not return_convergence_delta:
             return attributions
-        assert outcome.score is not None
-        return attributions, (relevance.total - outcome.score).to(relevance.total.dtype)
+        assert delta is not None
+        return attributions, delta

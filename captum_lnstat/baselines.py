@@ -40,6 +40,9 @@ class RawAttention(GridAttribution):
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
 
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
+
     Examples::
 
         >>> from captum_lnstat import RawAttention, zoo
@@ -78,10 +81,19 @@ class RawAttention(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``; the target does not matter."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        """As ``LNStatAttribution.attribute``, errors included; a target does not matter, but has to fit the output.
+
+        Raises:
+            ValueError: The model has no such ``block``.
+        """
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class AttentionRollout(GridAttribution):
@@ -96,6 +108,9 @@ class AttentionRollout(GridAttribution):
         head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
     """
 
     def __init__(
@@ -123,10 +138,15 @@ class AttentionRollout(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``; the target does not matter."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        """As ``LNStatAttribution.attribute``, errors included; a target does not matter, but has to fit the output."""
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class GenericAttention(GridAttribution):
@@ -139,6 +159,9 @@ class GenericAttention(GridAttribution):
         model (nn.Module, optional): As for ``LNStatAttribution``.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
     """
 
     def __init__(
@@ -167,10 +190,15 @@ class GenericAttention(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        """As ``LNStatAttribution.attribute``, errors included."""
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class FrozenLayerNorm(GridAttribution):
@@ -195,6 +223,9 @@ class FrozenLayerNorm(GridAttribution):
         forward_func (Callable): As for ``LNStatAttribution``.
         model (nn.Module, optional): As for ``LNStatAttribution``.
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
 
     Examples::
 
@@ -240,7 +271,12 @@ class FrozenLayerNorm(GridAttribution):
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
-        self, inputs: TensorOrTuple, target: Target = None, additional_forward_args: ForwardArgs = None
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``."""
-        return self._attribute(inputs, target, additional_forward_args)[0]
+        """As ``LNStatAttribution.attribute``, errors included."""
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]

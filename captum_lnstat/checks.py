@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from captum_lnstat.frozen import per_image
 from captum_lnstat.rules import Relevance
 from captum_lnstat.statistics import stream
 from captum_lnstat.trace import FixedPooling, Trace
+from captum_lnstat.warning import warn_caller
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -26,6 +26,9 @@ def check_image(image: object) -> Tensor:
     """The image batch, or an error that says what is wrong with it."""
     if not isinstance(image, Tensor):
         raise TypeError(f"inputs is a {type(image).__name__}; expected a torch.Tensor or a tuple with one")
+    if image.layout is not torch.strided or image.is_nested or image.device.type == "meta":
+        kind = "nested" if image.is_nested else image.device.type if image.device.type == "meta" else image.layout
+        raise TypeError(f"inputs is a {kind} tensor; expected a dense one with values")
     if image.dim() != 4:
         raise ValueError(f"inputs has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
     if image.numel() == 0:
@@ -35,6 +38,52 @@ def check_image(image: object) -> Tensor:
     if not bool(torch.isfinite(image).all()):
         raise ValueError("inputs holds NaN or infinite values; expected finite ones, since no map can be right for it")
     return image
+
+
+def check_fits(attribution: Tensor) -> Tensor:
+    """Relevance that is finite may still be too large for the narrow dtype of the images."""
+    if attribution.dtype.itemsize < 4 and not bool(torch.isfinite(attribution).all()):
+        raise RecordingError(
+            f"the relevance does not fit into {attribution.dtype}, the dtype of the images; expected images in float32 "
+            "for a score of this size"
+        )
+    return attribution
+
+
+def size_not_taken(embed: Any, size: tuple[int, int]) -> str | None:
+    """Why a patch embedding does not take images of a size, or ``None``: it does, or does not say."""
+    own, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+    if not isinstance(own, tuple | list) or not isinstance(patch, tuple | list):
+        return None
+    if getattr(embed, "strict_img_size", True):
+        return f"the model takes {tuple(own)} only" if size != tuple(own) else None
+    if not getattr(embed, "dynamic_img_pad", False) and (size[0] % patch[0] or size[1] % patch[1]):
+        return f"the model takes multiples of its patch size {tuple(patch)} only"
+    return None
+
+
+def check_size(image: Tensor, model: nn.Module, entrance: str, *, direct: bool) -> None:
+    """Images that the model cannot take, refused before it runs.
+
+    Args:
+        image: The images.
+        model: The transformer.
+        entrance: Name of its patch embedding.
+        direct: The images are given to the transformer as they are, so that their channels are its own.
+    """
+    embed = dict(model.named_modules()).get(entrance)
+    reason = size_not_taken(embed, (image.shape[-2], image.shape[-1]))
+    if reason is not None:
+        raise ValueError(
+            f"inputs are {image.shape[-2]} x {image.shape[-1]} pixels; {reason}. Resize them before you explain them, "
+            "or build the model for this size (img_size=, or dynamic_img_size=True where timm has it)"
+        )
+    convolution = getattr(embed, "proj", None)
+    if direct and isinstance(convolution, nn.Conv2d) and convolution.in_channels != image.shape[1]:
+        raise ValueError(
+            f"inputs have {image.shape[1]} channels; the model takes {convolution.in_channels}. Repeat or convert "
+            "them, or build the model with in_chans="
+        )
 
 
 def check_seen(seen: Tensor, image: Tensor) -> None:
@@ -55,10 +104,9 @@ def check_model(model: nn.Module) -> None:
             "taken even at its head; build or load the model outside inference_mode"
         )
     if model.training:
-        warnings.warn(
+        warn_caller(
             f"{type(model).__name__} is in train mode: dropout and stochastic depth make the explanation of this pass "
-            "random. Call model.eval() first",
-            stacklevel=4,
+            "random. Call model.eval() first"
         )
 
 
@@ -80,6 +128,12 @@ def check_stream(trace: Trace, stream_end: Tensor) -> None:
             )
 
 
+_OTHER_POOLING = (
+    "expected the head of the family. If several scores read a part each (a distilled model in train mode), explain "
+    "their mean with output=; a model with a pooling of its own needs a topology of its own"
+)
+
+
 def check_start(trace: Trace, read: Bool[Tensor, "batch token"]) -> None:
     """The head may only read the tokens that the topology says it reads."""
     expected = trace.start("mean").ne(0)
@@ -92,13 +146,13 @@ def check_start(trace: Trace, read: Bool[Tensor, "batch token"]) -> None:
             token = int(missing.nonzero()[0, 1])
             raise RecordingError(
                 f"the head does not read token {token}, but pooling was recognised as {trace.pooling.name!r}, which "
-                "does; expected the head of the family. A model with a pooling of its own needs a topology of its own"
+                f"does; {_OTHER_POOLING}"
             )
     if bool(unexpected.any()):
         token = int(unexpected.nonzero()[0, 1])
         raise RecordingError(
             f"the head reads token {token}, but pooling was recognised as {trace.pooling.name!r}, which does not; "
-            "expected the head of the family. A model with a pooling of its own needs a topology of its own"
+            f"{_OTHER_POOLING}"
         )
 
 

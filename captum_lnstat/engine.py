@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_lnstat._compat import _run_forward
 from captum_lnstat._typing import ForwardArgs, Target
-from captum_lnstat.checks import check_model, check_seen, check_start, check_stream
+from captum_lnstat.checks import check_model, check_seen, check_size, check_start, check_stream
 from captum_lnstat.compiled import eager, run_eagerly
 from captum_lnstat.covector import Covector
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
@@ -20,6 +20,7 @@ from captum_lnstat.outputs import Output, pick_output
 from captum_lnstat.recording import Recorder, Recording
 from captum_lnstat.statistics import accumulation_dtype, stream
 from captum_lnstat.topology import Topology, find_topology
+from captum_lnstat.topology.parts import looked_up_once
 from captum_lnstat.trace import Trace
 
 
@@ -61,6 +62,7 @@ class Pass:
     input_times_gradient: Tensor | None
 
 
+@looked_up_once()
 def run(
     forward_func: Callable[..., Any],
     model: nn.Module,
@@ -75,6 +77,7 @@ def run(
     check_model(topology.model)
     if isinstance(forward_func, nn.Module):
         forward_func = eager(forward_func)
+    check_size(image, topology.model, topology.entrance, direct=forward_func is topology.model)
     # A caller in inference_mode or no_grad still gets gradients at the head; the trunk has a graph only if asked for.
     with torch.inference_mode(False), torch.set_grad_enabled(needs.graph):
         x = image.detach().clone(memory_format=torch.contiguous_format)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from captum_lnstat.checks import size_not_taken
 from captum_lnstat.compiled import eager
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.topology import Topology, find_topology
@@ -72,13 +73,10 @@ def _embedding(topology: Topology) -> Any:
 
 
 def _grid(embed: Any, size: tuple[int, int]) -> tuple[int, int]:
-    own, patch = getattr(embed, "img_size", None), embed.patch_size
     rows, columns = embed.dynamic_feat_size(size)
-    if own is not None and getattr(embed, "strict_img_size", True):
-        if size != tuple(own):
-            raise ValueError(f"image_size is {size}; the model takes {tuple(own)} only")
-    elif own is not None and not embed.dynamic_img_pad and (size[0] % patch[0] or size[1] % patch[1]):
-        raise ValueError(f"image_size is {size}; the model takes multiples of its patch size {tuple(patch)} only")
+    reason = size_not_taken(embed, size)
+    if reason is not None:
+        raise ValueError(f"image_size is {size}; {reason}")
     if rows < 1 or columns < 1:
-        raise ValueError(f"image_size is {size}; expected at least one patch of {tuple(patch)}")
+        raise ValueError(f"image_size is {size}; expected at least one patch of {tuple(embed.patch_size)}")
     return int(rows), int(columns)

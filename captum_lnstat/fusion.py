@@ -20,7 +20,7 @@ _NAMES = ("mean", "max", "min")
 
 def check_fusion(fusion: HeadFusion) -> None:
     """Raise unless ``fusion`` is one of the names or a callable."""
-    if fusion not in _NAMES and not callable(fusion):
+    if not callable(fusion) and not (isinstance(fusion, str) and fusion in _NAMES):
         raise ValueError(
             f"head_fusion is {fusion!r}; expected one of {', '.join(map(repr, _NAMES))} or a callable from "
             "(batch, head, query, key) to (batch, query, key)"
@@ -48,8 +48,11 @@ class Fuser:
         if callable(self._fusion):
             self._chunks.append(attention.clamp(min=0) if self._signed else attention)
         elif self._fusion == "mean":
-            part = attention.sum(1) / self._heads
-            self._running = part if self._running is None else self._running + part
+            part = attention[:, 0] if attention.shape[1] == 1 else attention.sum(1)
+            if self._running is None:
+                self._running = part / self._heads
+            else:
+                self._running.add_(part, alpha=1 / self._heads)
         else:
             part = attention.amax(1) if self._fusion == "max" else attention.amin(1)
             pick = torch.maximum if self._fusion == "max" else torch.minimum

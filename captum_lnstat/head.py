@@ -33,7 +33,9 @@ def plain_target(target: Any) -> Any:
 
 def target_score(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
     """The output that ``target`` selects, one value an image; Captum's own rules, checks and messages."""
-    score: Tensor = output if output.dim() == 0 else _select_targets(output, plain_target(target))
+    target = plain_target(target)
+    _check_range(output, target)
+    score: Tensor = output if output.dim() == 0 else _select_targets(output, target)
     if score.dim() == 0:
         raise ValueError(
             "forward_func returned a single number for the whole batch; expected one output per image, "
@@ -43,6 +45,39 @@ def target_score(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
         "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
     )
     return score.reshape(len(score))
+
+
+def _check_range(output: Tensor, target: Any) -> None:
+    """Refuse a class that is not there before it is looked up: on a GPU, the look-up would end the process.
+
+    Of Captum's types for each form: IndexError for one class, which may count from the end, RuntimeError for one class
+    an image. Every other mistake in a target is left to Captum's own checks.
+    """
+    if output.dim() != 2 or isinstance(target, bool):
+        return
+    classes = output.shape[1]
+    if isinstance(target, tuple) and len(target) == 1:
+        target = target[0]
+    elif isinstance(target, Tensor) and target.numel() == 1 and not target.is_floating_point():
+        target = target.item()
+    if isinstance(target, int):
+        if not -classes <= target < classes:
+            raise IndexError(_no_such_class(target, output))
+        return
+    if isinstance(target, Tensor) and target.dtype in (torch.int64, torch.int32):
+        target = target.flatten().tolist()
+    if isinstance(target, list) and len(target) == len(output) and all(isinstance(t, int) for t in target):
+        for seen in target:
+            if not 0 <= seen < classes:
+                raise RuntimeError(_no_such_class(seen, output))
+
+
+def _no_such_class(seen: int, output: Tensor) -> str:
+    classes = output.shape[1]
+    return (
+        f"target {seen} is none of the {classes} classes that forward_func scores: index {seen} is out of bounds for "
+        f"dimension 1 with size {classes}. Expected 0 to {classes - 1}"
+    )
 
 
 def contrast(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
@@ -90,7 +125,8 @@ def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor], *, again: bo
     if not score.requires_grad:
         raise RecordingError(
             "the score has no gradient at the transformer's tokens: forward_func leaves the graph after the model "
-            "(no_grad, inference_mode, detach, numpy or argmax). Let it return the model's scores as they are"
+            "(no_grad, inference_mode, detach, numpy, argmax or re-entrant checkpointing). Let it return the model's "
+            "scores as they are"
         )
     try:
         return torch.autograd.grad(score.sum(), list(at), retain_graph=again)

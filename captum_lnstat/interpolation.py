@@ -17,7 +17,7 @@ _MODES = {"bilinear": "linear", "nearest": "nearest-exact"}
 
 def check_interpolation(interpolation: Interpolation) -> None:
     """Raise unless ``interpolation`` is known."""
-    if interpolation not in _MODES:
+    if not isinstance(interpolation, str) or interpolation not in _MODES:
         raise ValueError(f"interpolation is {interpolation!r}; expected {' or '.join(map(repr, _MODES))}")
 
 

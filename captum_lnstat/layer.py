@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 
 from captum_lnstat._compat import _format_output, _is_tuple, log_usage
 from captum_lnstat._typing import ForwardArgs, Target, TensorOrTuple
-from captum_lnstat.attribution import LNStatAttribution, check_choice
+from captum_lnstat.attribution import LNStatAttribution, check_choice, joined, the_image
+from captum_lnstat.batching import chunks
+from captum_lnstat.checks import check_fits
 from captum_lnstat.compiled import eager
 from captum_lnstat.engine import Pass
 from captum_lnstat.fusion import HeadFusion
@@ -23,6 +24,7 @@ from captum_lnstat.rules import Relevance
 from captum_lnstat.statistics import MergingShare, ResidualShare
 from captum_lnstat.topology import find_topology
 from captum_lnstat.trace import Block
+from captum_lnstat.warning import warn_caller
 
 LayerRule = Literal["lnstat", "evidence", "rollout"]
 LAYER_RULES: tuple[LayerRule, ...] = ("lnstat", "evidence", "rollout")
@@ -51,6 +53,9 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
         merging (str): As for ``LNStatAttribution``.
         contrastive (bool): As for ``LNStatAttribution``. Default: False
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
 
     Examples::
 
@@ -123,6 +128,8 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
         target: Target = None,
         additional_forward_args: ForwardArgs = None,
         attribute_to_layer_input: bool = False,
+        *,
+        internal_batch_size: int | None = None,
     ) -> TensorOrTuple:
         r"""Attribute the target's score to the tokens of the block.
 
@@ -132,6 +139,7 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
             additional_forward_args (Any, optional): Passed on to ``forward_func`` after the images. Default: None
             attribute_to_layer_input (bool, optional): The tokens that the block reads instead of those that it
                 returns. Default: False
+            internal_batch_size (int, optional): As for ``LNStatAttribution.attribute``. Default: None
 
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**:
@@ -142,17 +150,20 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
               ``LayerAttribution.interpolate``, move the channels before rows and columns.
 
         Raises:
-            ValueError: ``layer`` is not a block of the model; the message names the blocks.
+            ValueError, TypeError, AssertionError, IndexError, RuntimeError, UnsupportedModelError, RecordingError: As
+                for ``LNStatAttribution.attribute``; a ValueError also if ``layer`` is not a block of the model: the
+                message names the blocks.
         """
-        relevance, shape, width = self._explain(inputs, target, additional_forward_args, attribute_to_layer_input)
-        image = inputs[0] if isinstance(inputs, tuple) else inputs
-        with torch.inference_mode(False), torch.no_grad():
-            tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1)
-            first = len(shape) == 4 and shape[1] == width and shape[1:3] != relevance.grid.shape[1:]
-            channel = 1 if first else len(shape) - 1
-            tokens = tokens.reshape(*shape[:channel], *shape[channel + 1 :])
-            spread = (tokens / width).to(image.dtype).unsqueeze(channel).expand(shape).contiguous()
-        return _format_output(_is_tuple(inputs), (spread,))  # type: ignore[no-any-return]
+        spread: list[Tensor] = []
+        for image, part, arguments in chunks(the_image(inputs), target, additional_forward_args, internal_batch_size):
+            relevance, shape, width = self._explain(image, part, arguments, attribute_to_layer_input)
+            with torch.inference_mode(False), torch.no_grad():
+                tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1)
+                first = len(shape) == 4 and shape[1] == width and shape[1:3] != relevance.grid.shape[1:]
+                channel = 1 if first else len(shape) - 1
+                values = check_fits((tokens / width).to(image.dtype)).reshape(*shape[:channel], *shape[channel + 1 :])
+                spread.append(values.unsqueeze(channel).expand(shape).contiguous())
+        return _format_output(_is_tuple(inputs), (joined(spread),))  # type: ignore[no-any-return]
 
     def _explain(
         self,
@@ -171,10 +182,9 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
         above = outcome.trace.above(block, into=attribute_to_layer_input)
         relevance = lnstat._finite_relevance(replace(outcome, trace=above))
         if lnstat.rule == "lnstat" and not above.steps and not bool(relevance.grid.any()):
-            warnings.warn(
+            warn_caller(
                 f"every patch token is zero at the output of {block.name!r}: the head reads prefix tokens only. Take "
-                "attribute_to_layer_input=True, a block before it, or rule='evidence'",
-                stacklevel=4,
+                "attribute_to_layer_input=True, a block before it, or rule='evidence'"
             )
         width = (block.before if attribute_to_layer_input else block.after).shape[-1]
         return relevance, activation.tensor.shape, width

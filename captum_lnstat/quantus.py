@@ -20,6 +20,7 @@ def quantus_explain_func(attribution: Callable[..., Any], *, sum_channels: bool 
         attribution: A class such as ``LNStatAttribution`` or ``IntegratedGradients``, or any function that makes an
             attribution from a model: ``lambda model: NoiseTunnel(Saliency(model))``.
         sum_channels: Return ``(batch, 1, height, width)``, the sum over the channels, instead of the inputs' shape.
+            Quantus' localisation metrics, which compare a map with a mask of one channel, need it.
         options: Given to ``attribution`` after the model.
 
     Returns:

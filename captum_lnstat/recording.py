@@ -33,6 +33,15 @@ _PASSING = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as, Tensor.contiguo
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
+# So many units of rounding of eps, a variance next to it is known well.
+MANY = 1e4
+
+
+def _returns_moments(input: Tensor) -> bool:
+    """Whether layer_norm's own kernel gives the statistics in full precision."""
+    return input.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(input.device.type)
+
+
 @dataclass(frozen=True)
 class NormCall:
     """One LayerNorm (or RMSNorm) call: which module ran it, and what it read.
@@ -42,6 +51,7 @@ class NormCall:
         kind: ``"layer_norm"`` or ``"rms_norm"``.
         input: What was normalised, ``(batch, *tokens, channel)``.
         dims: How many trailing dimensions are normalised together.
+        moments: Mean and ``1 / sqrt(variance + eps)`` of every token as the kernel returned them, if it did.
     """
 
     module: str
@@ -51,11 +61,19 @@ class NormCall:
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    moments: tuple[Tensor, Tensor] | None = None
 
     @property
     def statistics(self) -> TokenStatistics:
         """Mean and biased variance of every token at the input of this norm, in float32."""
-        return token_statistics(self.input.read(), self.dims)
+        x = self.input.read()
+        if self.moments is not None:
+            mean, deviation = (moment.detach().flatten(-self.dims) for moment in self.moments)
+            variance = deviation[..., 0].square().reciprocal() - self.eps
+            # Below that what is left of the variance next to eps is rounding.
+            if bool((variance > MANY * torch.finfo(variance.dtype).eps * self.eps).all()):
+                return TokenStatistics(mean[..., 0], variance)
+        return token_statistics(x, self.dims)
 
     @property
     def frozen(self) -> FrozenNorm:
@@ -378,13 +396,18 @@ class Recorder(TorchFunctionMode):
         *rest: Any,
         **kwargs: Any,
     ) -> Tensor:
-        shape = tuple(normalized_shape)
-        self._norms.append(
-            NormCall(self._running[-1], "layer_norm", Kept.of(input), len(shape), weight, bias, float(eps))
-        )
+        shape, moments = tuple(normalized_shape), None
+        kept, name = Kept.of(input), self._running[-1]
         if self._in_cut_head and torch.is_grad_enabled():
-            return FrozenLayerNorm.apply(input, shape, weight, bias, float(eps))  # type: ignore[no-any-return]
-        return self._call(function, (input, normalized_shape, weight, bias, eps, *rest), kwargs)  # type: ignore[no-any-return]
+            output = FrozenLayerNorm.apply(input, shape, weight, bias, float(eps))
+        elif self._freezer is None and _returns_moments(input):
+            # What layer_norm itself calls. Reading the statistics here saves reading the tokens again for them.
+            output, *pair = torch.native_layer_norm(input, shape, weight, bias, float(eps))
+            moments = (pair[0], pair[1])
+        else:
+            output = self._call(function, (input, normalized_shape, weight, bias, eps, *rest), kwargs)
+        self._norms.append(NormCall(name, "layer_norm", kept, len(shape), weight, bias, float(eps), moments))
+        return output  # type: ignore[no-any-return]
 
     def _rms_norm(
         self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None

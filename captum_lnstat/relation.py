@@ -6,11 +6,12 @@ of all queries against all keys is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from captum_lnstat.covector import Covector
@@ -67,24 +68,34 @@ def hand_down(
         wiring: Where the block's update is compared with what the attention was seen to do.
     """
     check_layout(block)
-    site, layout, keys = block.site, block.layout, block.keys or block.layout
-    wanted = _wanted(block, at, u)
-    grouped = layout.gather(rows)
+    site, keys, count = block.site, block.keys or block.layout, rows.shape[-1]
     reader = None if u is None else _Reader(block, u)
-    probe = None if wiring is None else wiring.begin(block)
-    mixed = grouped.new_zeros(len(grouped), site.shape[3], grouped.shape[-1])
+    probe = None if wiring is None else _Probe(block)
+    # What is multiplied with every head's map from the left, side by side.
+    columns = [rows] + [part.columns for part in (reader, probe) if part is not None]
+    wanted, grouped = _wanted(block, at, u), block.layout.gather(torch.cat(columns, -1)).transpose(-2, -1)
+    ends = [0, *itertools.accumulate(part.shape[-1] for part in columns)]
+    parts = [slice(*pair) for pair in itertools.pairwise(ends)]
+    mixed = rows.new_zeros(len(grouped), count, site.shape[3])
+    additive = fusion == "mean" and not site.signed  # no head-fused map is needed
     for queries, turns in site.chunks(wanted, whole_maps=callable(fusion)):
-        fuser = Fuser(fusion, site.shape[1], signed=site.signed)
+        left, fuser = grouped[:, :, queries], Fuser(fusion, site.shape[1], signed=site.signed)
         for heads, attention in turns:
-            fuser.add(attention)
+            # (group, head, column, key)
+            heard = left[:, None] @ attention if attention.shape[1] > 1 else (left @ attention[:, 0])[:, None]
+            if additive:
+                mixed += heard[:, :, :count].sum(1) / site.shape[1]
+            else:
+                fuser.add(attention)
             if reader is not None:
-                reader.add(queries, heads, attention)
+                reader.add(queries, heads, attention, heard[:, :, parts[1]])
             if probe is not None:
-                probe.add(queries, heads, attention)
-        mixed += fuser.fused().transpose(-2, -1) @ grouped[:, queries]
-    if probe is not None:
-        probe.compare(wanted)
-    handed, lost = keys.scatter(mixed, len(rows))
+                probe.add(queries, heads, attention, heard[:, :, parts[-1]])
+        if not additive:
+            mixed += left[:, :count] @ fuser.fused()
+    if wiring is not None and probe is not None:
+        wiring.note(block.name, probe.excess(wanted))
+    handed, lost = keys.scatter(mixed.transpose(-2, -1), len(rows))
     if reader is None:
         return Handed(handed, lost, None, None, None)
     said, said_lost = keys.scatter(reader.said, len(rows))
@@ -101,45 +112,41 @@ def _wanted(block: Block, at: Tensor | None, u: Covector | None) -> Tensor | Non
 
 
 class _Reader:
-    """Collects what the values of a block said about the scores, head by head."""
+    """Collects what the values of a block said about the scores, head by head.
+
+    Of a covector with few directions ``p_k``: ``sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j)``, where nothing wide is
+    multiplied with a map. The inner sums are the ``columns`` times the map.
+    """
 
     def __init__(self, block: Block, u: Covector) -> None:
-        self._site = block.site
+        self._site, self._scores = block.site, u.scores
         if block.layout.covered is not None:
             u = u.scaled(block.layout.covered.to(u.scale.dtype)[None])  # a token that takes no part hears no bias
         pulled, constant = pull_through(block.path, u)
         self.constant = constant.sum(1)
         batch, heads = len(u.scale), block.site.shape[1]
-        self._few = u.kinds <= FEW
-        if self._few:
-            one_hot = torch.nn.functional.one_hot(pulled.kind, pulled.kinds).to(u.scale.dtype)
-            weights = pulled.spread(pulled.scale[..., None] * one_hot)
-            self._weights = block.layout.gather(weights)  # (group, query, kind)
-            # (batch, head, head channel, kind and score)
-            split = pulled.directions.reshape(batch, pulled.kinds * u.scores, heads, -1).permute(0, 2, 3, 1)
-            self._directions = split
+        self._dense: Tensor | None = None
+        if u.kinds <= FEW:
+            one_hot = F.one_hot(pulled.kind, pulled.kinds).to(u.scale.dtype)
+            self.columns = pulled.spread(pulled.scale[..., None] * one_hot)
+            directions = pulled.directions.reshape(batch, pulled.kinds * u.scores, heads, -1)
+            self._directions = directions.permute(0, 2, 3, 1)  # (batch, head, head channel, kind and score)
         else:
-            dense = pulled.spread(pulled.dense().flatten(2))
-            grouped = block.layout.gather(dense)
+            grouped = block.layout.gather(pulled.spread(pulled.dense().flatten(2)))
             split = grouped.reshape(*grouped.shape[:2], u.scores, heads, -1)
             self._dense = split.permute(0, 3, 1, 2, 4)  # (group, head, query, score, head channel)
-        self._scores, self._batch = u.scores, batch
+            self.columns = u.scale.new_zeros(batch, u.tokens, 0)
         self.said = u.scale.new_zeros(block.site.shape[0], block.site.shape[3], u.scores)
 
-    def add(self, queries: Queries, heads: slice, attention: Tensor) -> None:
-        if self._few:
-            self._add_few(queries, heads, attention)
-            return
+    def add(self, queries: Queries, heads: slice, attention: Tensor, heard: Tensor) -> None:
         values = self._site.values(heads)
-        pulled = self._dense[:, heads][:, :, queries]
-        carried = attention.transpose(-2, -1) @ pulled.flatten(3)
-        carried = carried.reshape(*carried.shape[:3], *pulled.shape[3:])
-        self.said += (carried * values[:, :, :, None]).sum((1, 4))
-
-    def _add_few(self, queries: Queries, heads: slice, attention: Tensor) -> None:
-        # sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j): no product of the maps with anything wide
-        heard = self._weights[:, None, queries].transpose(-2, -1) @ attention  # (group, head, kind, key)
-        read = read_values(self._site.values(heads), self._directions[:, heads])
+        if self._dense is not None:
+            pulled = self._dense[:, heads][:, :, queries]
+            carried = attention.transpose(-2, -1) @ pulled.flatten(3)
+            carried = carried.reshape(*carried.shape[:3], *pulled.shape[3:])
+            self.said += (carried * values[:, :, :, None]).sum((1, 4))
+            return
+        read = read_values(values, self._directions[:, heads])
         if read.shape[-1] == 1:
             self.said += (heard[:, :, 0] * read[..., 0]).sum(1)[..., None]
         else:
@@ -160,34 +167,34 @@ def read_values(
     return flat
 
 
-# How far an update may be from what its path makes of A v, in the size of such updates.
+# How far the updates may be from what the path makes of A v, in their own size.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.2
+# So many channels of the stream are compared, others in every block.
+PROBED = 64
 
 
-def _probe_direction(channels: int, like: Tensor) -> Tensor:
-    """A fixed direction in which no structure of a model lies."""
-    n = torch.arange(channels, device=like.device, dtype=like.dtype)
+def _scattered(count: int, like: Tensor) -> Tensor:
+    """Fixed numbers in which no structure of a model lies."""
+    n = torch.arange(count, device=like.device, dtype=like.dtype)
     return torch.sin(0.7 * n * n + 1)
 
 
 class Wiring:
     """Whether what each block adds to the stream is what its recorded attention makes of the values.
 
-    Every token's update is read in one fixed direction and compared with the same of ``A v``. The verdict is taken
-    once, at the end, so that no device has to wait in between.
+    Every block's updates, weighted over the tokens and some of the channels with fixed numbers, are compared with the
+    same of ``A v``. The verdict is taken once, at the end, so that no device has to wait in between.
     """
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._excess: list[Tensor] = []
 
-    def begin(self, block: Block) -> _Probe:
-        return _Probe(block, self._note)
-
-    def _note(self, name: str, excess: Tensor) -> None:
+    def note(self, name: str, excess: Float[Tensor, " batch"]) -> None:
+        """How far a block is off, in units of what is allowed."""
         self._names.append(name)
-        self._excess.append(excess)
+        self._excess.append(excess.amax())
 
     def verify(self) -> None:
         """Raise if any block was found to do something else."""
@@ -205,61 +212,58 @@ class Wiring:
 
 
 class _Probe:
-    """One block's update against ``A v``, token by token."""
+    """One block's updates against ``A v``: ``sum_i z_i <w, update_i>`` from both sides."""
 
-    def __init__(self, block: Block, note: Callable[[str, Tensor], None]) -> None:
-        self._block, self._note = block, note
-        between, site = block.between, block.site
-        batch, tokens, channels = between.shape
-        self._direction = _probe_direction(channels, between)
-        everywhere = torch.arange(tokens, device=between.device)
-        u = Covector(
-            at=everywhere,
-            scale=between.new_ones(batch, tokens),
-            directions=self._direction.expand(batch, 1, 1, channels),
-            kind=torch.zeros_like(everywhere),
-            tokens=tokens,
-        )
-        pulled, self._constant = pull_through(block.path, u)
-        self._pulled = pulled
-        heads = site.shape[1]
-        self._dense = pulled.kinds > 1
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        batch, tokens, channels = block.between.shape
+        # Which channels is a matter of the name, so that a stack of blocks has all of them compared.
+        first = sum(map(ord, block.name)) * PROBED % channels
+        self._channels = slice(min(first, max(0, channels - PROBED)), first + PROBED)
+        w = block.between.new_zeros(channels)
+        w[self._channels] = _scattered(len(w[self._channels]), w)
+        self._w, self._z = w, _scattered(tokens, w)
+        everywhere = torch.arange(tokens, device=w.device)
+        directions = w.expand(batch, 1, 1, channels)
+        u = Covector(everywhere, self._z.expand(batch, -1), directions, torch.zeros_like(everywhere), tokens)
+        self._u, self._constant = pull_through(block.path, u)
+        site = block.site
+        self._dense = self._u.kinds > 1
         if self._dense:
-            grouped = block.layout.gather(pulled.dense()[:, :, 0])
-            self._per_query = grouped.reshape(*grouped.shape[:2], heads, -1).transpose(1, 2)
+            self.columns = self._u.scale.new_zeros(batch, tokens, 0)
+            grouped = block.layout.gather(self._u.dense()[:, :, 0])
+            self._per_query = grouped.reshape(*grouped.shape[:2], site.shape[1], -1).transpose(1, 2)
         else:
-            split = pulled.directions.reshape(batch, 1, heads, -1).permute(0, 2, 3, 1)
-            self._read = read_values(site.values(slice(0, heads)), split)  # (group, head, key, 1)
-        self._told = between.new_zeros(site.shape[0], site.shape[2], 1)
+            self.columns = self._u.scale[..., None]
+            split = self._u.directions.reshape(batch, 1, site.shape[1], -1).permute(0, 2, 3, 1)
+            self._read = read_values(site.values(slice(0, site.shape[1])), split)[..., 0]  # (group, head, key)
+        self._told = w.new_zeros(batch)
 
-    def add(self, queries: Queries, heads: slice, attention: Tensor) -> None:
+    def add(self, queries: Queries, heads: slice, attention: Tensor, heard: Tensor) -> None:
         if self._dense:
             averaged = attention @ self._block.site.values(heads)
-            self._told[:, queries, 0] += (averaged * self._per_query[:, heads][:, :, queries]).sum((1, 3))
+            told = averaged * self._per_query[:, heads][:, :, queries]
         else:
-            self._told[:, queries] += (attention @ self._read[:, heads]).sum(1)
+            told = heard[:, :, 0] * self._read[:, heads]
+        self._told += told.reshape(len(self._told), -1).sum(1)
 
-    def compare(self, wanted: Tensor | None) -> None:
-        block, dtype = self._block, self._block.site.dtype
-        told, _ = block.layout.scatter(self._told, len(block.between))
-        scale = 1 if self._dense else self._pulled.scale
-        told = told[..., 0] * scale + self._constant[..., 0]
-        expected = (block.between @ self._direction) - (block.base @ self._direction)
-        own, _ = block.statistics
-        if wanted is not None:
-            told, expected = told[:, wanted], expected[:, wanted]
-        elif block.layout.covered is not None:
-            told = torch.where(block.layout.covered, told, 0.0)
+    def excess(self, wanted: Tensor | None) -> Float[Tensor, " batch"]:
+        """How far the two sides are apart, in units of what rounding explains."""
+        block, w = self._block, self._w[self._channels]
+        taken = torch.zeros_like(self._z, dtype=torch.bool)
+        taken[slice(None) if wanted is None else wanted] = True
+        z = self._z * taken
+        asked = taken if block.layout.covered is None else taken & block.layout.covered
+        told = self._told + (self._constant[..., 0] * asked).sum(1)
+        terms = z * (block.between[..., self._channels] @ w - block.base[..., self._channels] @ w)
         # The update is a difference of two streams, and a small one of large streams is known to their rounding only.
-        kind, channels = torch.finfo(dtype), block.base.shape[-1]
-        length = (channels * (own.variance + own.mean.square())).sqrt()
-        rounding = self._direction.norm() * (kind.eps * length + channels**0.5 * kind.smallest_normal)
-        if wanted is not None:
-            rounding = rounding[:, wanted]
-        tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
-        typical = expected.square().mean(1, keepdim=True).sqrt()
-        allowed = tolerance * (typical + expected.abs()) + rounding
-        self._note(block.name, ((told - expected).abs() / allowed).amax())
+        own, kind = block.statistics[0], torch.finfo(block.site.dtype)
+        size = kind.eps * (own.variance + own.mean.square()).sqrt() + kind.smallest_normal
+        rounding = w.norm() * (z * size).square().sum(1).sqrt()
+        tolerance = TOLERANCE.get(block.site.dtype, HALF_TOLERANCE)
+        expected, typical = terms.sum(1), terms.square().sum(1).sqrt()
+        excess: Tensor = (told - expected).abs() / (tolerance * (typical + expected.abs()) + rounding)
+        return excess
 
 
 def check_layout(block: Block) -> None:
@@ -290,14 +294,15 @@ def positive_gradient_attention(
         raise RecordingError(
             f"the output of {site.module!r} has {d_output.shape[1]} heads, its attention {site.shape[1]}"
         )
+    probe = None if wiring is None else _Probe(block)
     wanted, grouped = _wanted(block, at, None), block.layout.gather(rows)
-    probe = None if wiring is None else wiring.begin(block)
+    probing = None if probe is None else block.layout.gather(probe.columns).transpose(-2, -1)
     mixed = grouped.new_zeros(len(grouped), site.shape[3], grouped.shape[-1])
     for queries, turns in site.chunks(wanted):
         fuser = Fuser("mean", site.shape[1])
         for heads, attention in turns:
-            if probe is not None:
-                probe.add(queries, heads, attention)
+            if probe is not None and probing is not None:
+                probe.add(queries, heads, attention, probing[:, None, :, queries] @ attention)
             d_attention = d_output[:, heads][:, :, queries] @ site.values(heads).transpose(-2, -1)
             fuser.add(d_attention.mul_(attention).clamp_(min=0))
         weighted = fuser.fused()
@@ -305,6 +310,6 @@ def positive_gradient_attention(
             total = weighted.sum(-1, keepdim=True)
             weighted = torch.where(total > 0, weighted / total, weighted)
         mixed += weighted.transpose(-2, -1) @ grouped[:, queries]
-    if probe is not None:
-        probe.compare(wanted)
+    if wiring is not None and probe is not None:
+        wiring.note(block.name, probe.excess(wanted))
     return keys.scatter(mixed, len(rows))

@@ -19,8 +19,10 @@ from captum_lnstat.statistics import accumulation_dtype
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# Probabilities of so many (batch, head, query, key) entries are held at once; the rest follows in turns.
+# Probabilities of so many (batch, head, query, key) entries are held at once; more queries follow in turns.
 CHUNK = 1 << 22
+# So many entries stay in the cache while all that needs them reads them; more heads follow in turns.
+CACHED = 1 << 18
 
 # Which queries of a site.
 Queries = Union[slice, Tensor]
@@ -97,7 +99,7 @@ class AttentionSite(ABC):
         batch, heads, count, keys = self.shape
         wanted = count if queries is None else len(queries)
         at_once = wanted if whole_maps else max(1, min(wanted, CHUNK // max(1, batch * keys)))
-        step = max(1, CHUNK // max(1, batch * at_once * keys))
+        step = max(1, min(CHUNK, CACHED) // max(1, batch * at_once * keys))
         turns = [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
         for start in range(0, wanted, max(1, at_once)):
             some: Queries = slice(start, min(start + at_once, wanted))
@@ -113,6 +115,15 @@ def _four_dimensional(tensor: Tensor, module: str) -> Tensor:
             "(batch, heads, tokens, channels). A topology for this family has to unfold them first"
         )
     return tensor
+
+
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """``scale * q k^T``."""
+    if query.shape[1] == 1:
+        # Heads lie interleaved in memory: one alone is multiplied where it lies, several would be copied first.
+        one, other = query[:, 0], key[:, 0].transpose(-2, -1)
+        return torch.baddbmm(one.new_empty(()), one, other, beta=0, alpha=scale)[:, None]
+    return (query * scale) @ key.transpose(-2, -1)
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,7 @@ class FusedSite(AttentionSite):
         dtype = accumulation_dtype(query)
         key = self._grouped(self.key.read(), heads).to(dtype)
         scale = 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
-        scores = (query.to(dtype) * scale) @ key.transpose(-2, -1)
+        scores = _scores(query.to(dtype), key, scale)
         hidden = None
         if self.is_causal:
             everyone = torch.ones(self.shape[2:], dtype=torch.bool, device=scores.device)

@@ -39,6 +39,10 @@ class TokenStatistics:
     mean: Float[Tensor, "batch *tokens"]
     variance: Float[Tensor, "batch *tokens"]
 
+    def flat(self) -> TokenStatistics:
+        """The tokens in one dimension, ``(batch, token)``."""
+        return TokenStatistics(self.mean.flatten(1), self.variance.flatten(1))
+
 
 def token_statistics(x: Float[Tensor, "batch *tokens channel"], channel_dims: int = 1) -> TokenStatistics:
     """Mean and biased variance of every token over its last ``channel_dims`` dimensions.

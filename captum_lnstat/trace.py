@@ -27,6 +27,8 @@ from captum_lnstat.statistics import (
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+    from captum_lnstat.recording import NormCall
+
 
 @dataclass(frozen=True)
 class Block:
@@ -44,6 +46,7 @@ class Block:
         skip: For an attention that pools its queries: the tokens of ``before`` under each token after it.
         carried: For such a block: what of ``before`` the update is added to, after the pooling.
         grid: For such a block: rows and columns of tokens after it.
+        norms: The calls of the LayerNorms that read ``base`` and ``between``, if they did; their statistics are known.
         pull: For such a block: from the covector of ``carried`` to that of ``before``, as in a ``Transition``.
     """
 
@@ -58,6 +61,7 @@ class Block:
     skip: Groups | None = None
     carried: Float[Tensor, "batch query_token out_channel"] | None = None
     grid: tuple[int, int] | None = None
+    norms: tuple[NormCall, NormCall] | None = None
     pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
 
     @property
@@ -78,7 +82,8 @@ class Block:
     @cached_property
     def statistics(self) -> tuple[TokenStatistics, TokenStatistics]:
         """Of every token before and after the attention's update: what the block's two LayerNorms read."""
-        return token_statistics(self.base), token_statistics(self.between)
+        first, second = self.norms or (None, None)
+        return _statistics(self.base, first), _statistics(self.between, second)
 
     def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
         """Share of each token after the attention that is the token before it; 1 where it takes no part."""
@@ -89,6 +94,15 @@ class Block:
             share = residual_share(self.base, self.attention_update, form)
         covered = self.layout.covered
         return share if covered is None else torch.where(covered, share, 1.0)
+
+
+def _statistics(tokens: Tensor, norm: NormCall | None) -> TokenStatistics:
+    """Those of the LayerNorm if it read just these tokens, else computed."""
+    if norm is not None and norm.input.tensor.data_ptr() == tokens.data_ptr():
+        known = norm.statistics.flat()
+        if known.variance.shape == tokens.shape[:2]:
+            return known
+    return token_statistics(tokens)
 
 
 @dataclass(frozen=True)

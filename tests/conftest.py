@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from contract_helpers import METHODS, swin, vit
+from hypothesis import HealthCheck, Phase, settings
 from torch import nn
+
+# The same examples on every run; see seeded() for others.
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+_PHASES = [Phase.explicit, Phase.generate, Phase.shrink]
+settings.register_profile(
+    "fixed", derandomize=True, deadline=None, database=None, phases=_PHASES, suppress_health_check=_SLOW
+)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)

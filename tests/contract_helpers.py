@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import random
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from hypothesis import seed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from captum_lnstat import AttentionRollout, FrozenLayerNorm, GenericAttention, LNStatAttribution, RawAttention
+from captum_lnstat import (
+    AttentionRollout,
+    FrozenLayerNorm,
+    GenericAttention,
+    LayerLNStat,
+    LNStatAttribution,
+    RawAttention,
+)
+from captum_lnstat.compiled import run_eagerly
 
 CLASSES = 5
 
@@ -80,6 +94,40 @@ METHODS: dict[str, Method] = {
 }
 
 CLASS_AGNOSTIC = ("rollout", "RawAttention", "AttentionRollout")
+# Options that take a way of their own through the package.
+VARIANTS: dict[str, Method] = {
+    "contrastive": lambda f, model=None: LNStatAttribution(f, model, contrastive=True),
+    "update": lambda f, model=None: LNStatAttribution(f, model, residual="update", evidence_residual="update"),
+}
+
+
+def a_block(model: nn.Module) -> nn.Module:
+    """A block in the middle of the transformer that ``model`` is or holds."""
+    for module in model.modules():
+        if hasattr(module, "patch_embed"):
+            return module.layers[1].blocks[0] if hasattr(module, "layers") else module.blocks[-2]
+    raise AssertionError("no transformer inside")
+
+
+LAYERS: dict[str, Method] = {"LayerLNStat": lambda f, model=None: LayerLNStat(f, a_block(model or f), model)}
+
+# Every public method, and what the whole contract is run on.
+EVERY_METHOD: dict[str, Method] = {**METHODS, **VARIANTS, **LAYERS}
+
+
+def expected_shape(method: Any, image: Tensor) -> tuple[int, ...]:
+    """The image's shape; for the layer form that of the block's output, counted by hand for the models below."""
+    if not isinstance(method, LayerLNStat):
+        return tuple(image.shape)
+    if hasattr(method.layer, "window_size"):
+        return len(image), 4, 4, 48
+    prefix = {m.num_prefix_tokens for m in method._lnstat._transformer().modules() if hasattr(m, "num_prefix_tokens")}
+    return len(image), prefix.pop() + 16, 32
+
+
+def seeded(*parts: Any) -> Callable[[Any], Any]:
+    """Hypothesis' examples for one test: the same on every run, others for another HYPOTHESIS_SEED."""
+    return seed(zlib.crc32(repr((os.environ.get("HYPOTHESIS_SEED", "0"), *parts)).encode()))
 
 
 def images(batch: int = 2, size: int | tuple[int, int] = 32, seed: int = 0, channels: int = 3) -> Tensor:
@@ -97,7 +145,7 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
         tensor.dtype,
         tuple(tensor.shape),
         tensor.stride(),
-        tensor._version,
+        -1 if tensor.is_inference() else tensor._version,
         tensor.requires_grad,
         tensor.is_leaf,
         id(tensor.grad_fn),
@@ -105,6 +153,7 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
+_KERNELS = ("flash", "mem_efficient", "math")
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 
 
@@ -125,11 +174,23 @@ def snapshot(*objects: nn.Module | Tensor) -> dict[str, Any]:
         "function modes": torch._C._len_torch_function_stack(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
         "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "autocast dtype": torch.get_autocast_dtype("cpu"),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "kernels": [getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")() for kernel in _KERNELS],
+        "saved tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        "recordings under way": run_eagerly._inside,
         "rng": bytes(torch.get_rng_state().numpy()),
+        "python rng": hash(random.getstate()),
+        "numpy rng": bytes(np.random.get_state()[1]),  # noqa: NPY002
+        "warning filters": list(warnings.filters),
         "global hooks": [
-            len(getattr(torch.nn.modules.module, name))
-            for name in ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+            len(hooks)
+            for name, hooks in vars(torch.nn.modules.module).items()
+            if name.startswith("_global") and "hooks" in name and hasattr(hooks, "__len__")
         ],
     }
     for number, thing in enumerate(objects):

@@ -14,16 +14,37 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from captum.attr import FeatureAblation, GradientAttribution, NoiseTunnel, Saliency
+from captum.attr import FeatureAblation, GradientAttribution, LayerAttribution, NoiseTunnel, Saliency
 from captum.attr import visualization as viz
 from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
 from captum.testing.helpers.basic import assertTensorAlmostEqual, assertTensorTuplesAlmostEqual
-from contract_helpers import CLASS_AGNOSTIC, METHODS, MODELS, Normalise, images, untouched, vit
+from contract_helpers import (
+    CLASS_AGNOSTIC,
+    EVERY_METHOD,
+    METHODS,
+    MODELS,
+    Normalise,
+    a_block,
+    expected_shape,
+    images,
+    untouched,
+    vit,
+)
 from torch import Tensor, nn
 
-from captum_lnstat import AttentionRollout, FrozenLayerNorm, GenericAttention, LNStatAttribution, RawAttention
+from captum_lnstat import (
+    AttentionRollout,
+    FrozenLayerNorm,
+    GenericAttention,
+    LayerLNStat,
+    LNStatAttribution,
+    RawAttention,
+    patch_feature_mask,
+)
 
 mpl.use("Agg")
+
+NOISE = ("smoothgrad", "smoothgrad_sq", "vargrad")
 
 TARGETS: dict[str, Callable[[int], Any]] = {
     "int": lambda batch: 2,
@@ -45,10 +66,10 @@ def model_of(name: str) -> nn.Module:
     return MODELS[name]()
 
 
-def check(attribution: Tensor, image: Tensor, grid: Tensor | None = None) -> None:
+def check(method: Any, attribution: Tensor, image: Tensor, grid: Tensor | None = None) -> None:
     """What Captum and its users rely on in an attribution."""
     assert type(attribution) is Tensor
-    assert attribution.shape == image.shape
+    assert attribution.shape == expected_shape(method, image)
     assert attribution.dtype == image.dtype
     assert attribution.is_contiguous()
     assert not attribution.requires_grad
@@ -60,14 +81,19 @@ def check(attribution: Tensor, image: Tensor, grid: Tensor | None = None) -> Non
         torch.testing.assert_close(attribution.sum((1, 2, 3)), grid.sum((1, 2)).to(image.dtype), rtol=1e-4, atol=1e-5)
 
 
+def grid_of(method: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Relevance on the patch grid, which the layer form has none of."""
+    return None if isinstance(method, LayerLNStat) else method.relevance(*args, **kwargs)
+
+
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     return model_of(request.param)
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=EVERY_METHOD)
 def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    return METHODS[request.param]
+    return EVERY_METHOD[request.param]
 
 
 @pytest.fixture
@@ -79,10 +105,11 @@ def test_plain_call(method: Any, model: nn.Module) -> None:
     image = images(3)
     with untouched(model, image):
         attribution = method.attribute(image, target=2)
-        grid = method.relevance(image, target=2)
-    check(attribution, image, grid)
-    assert grid.dim() == 3
-    assert grid.dtype == torch.float32
+        grid = grid_of(method, image, target=2)
+    check(method, attribution, image, grid)
+    if grid is not None:
+        assert grid.dim() == 3
+        assert grid.dtype == torch.float32
     assert torch.equal(method.attribute(inputs=image, target=2), attribution)
     assert torch.equal(method.attribute(image, 2, None), attribution)
 
@@ -115,29 +142,42 @@ def test_tuple_in_tuple_out(method: Any) -> None:
     assert type(attribution) is tuple
     assert len(attribution) == 1
     assert torch.equal(attribution[0], method.attribute(image, target=2))
-    assert torch.equal(method.relevance((image,), target=2), method.relevance(image, target=2))
+    grid = grid_of(method, image, target=2)
+    assert grid is None or torch.equal(method.relevance((image,), target=2), grid)
 
 
-@pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq", "vargrad"])
+@pytest.mark.parametrize("kind", NOISE)
 def test_noise_tunnel(method: Any, model: nn.Module, kind: str) -> None:
     image = images()
     with untouched(model, image), torch.random.fork_rng():  # the noise itself is Captum's
         attribution = NoiseTunnel(method).attribute(image, nt_type=kind, nt_samples=3, stdevs=0.1, target=[1, 2])
-    check(attribution, image)
+    check(method, attribution, image)
 
 
 def test_noise_tunnel_with_delta(model: nn.Module) -> None:
-    evidence = LNStatAttribution(model, rule="evidence")
-    attribution, delta = NoiseTunnel(evidence).attribute(
-        images(), nt_samples=3, target=1, return_convergence_delta=True
-    )
-    check(attribution, images())
-    assert delta.shape == (2 * 3,)
-    assert delta.abs().max() < 1e-4
+    for contrastive in (False, True):
+        evidence = LNStatAttribution(model, rule="evidence", contrastive=contrastive)
+        for kind in NOISE:
+            attribution, delta = NoiseTunnel(evidence).attribute(
+                images(), nt_type=kind, nt_samples=3, target=1, return_convergence_delta=True
+            )
+            check(evidence, attribution, images())
+            assert delta.shape == (2 * 3,)
+            assert delta.abs().max() < 1e-4
+
+
+def test_noise_tunnel_with_a_delta_that_there_is_not(make: Callable[..., Any]) -> None:
+    # NoiseTunnel asks for it all the same; averaged as if it were an attribution it would be a wrong picture.
+    method = make(model_of("vit"))
+    if not method.has_convergence_delta():
+        with pytest.raises((ValueError, TypeError), match="delta"):
+            NoiseTunnel(method).attribute(images(), nt_samples=2, target=1, return_convergence_delta=True)
 
 
 def test_noise_tunnel_in_batches_of_samples(method: Any) -> None:
-    check(NoiseTunnel(method).attribute((images(),), nt_samples=5, nt_samples_batch_size=2, target=1)[0], images())
+    check(
+        method, NoiseTunnel(method).attribute((images(),), nt_samples=5, nt_samples_batch_size=2, target=1)[0], images()
+    )
 
 
 @pytest.mark.parametrize("multiply", [True, False])
@@ -148,6 +188,11 @@ def test_infidelity(method: Any, model: nn.Module, multiply: bool) -> None:
 
     image = images()
     attribution = method.attribute(image, target=1)
+    if isinstance(method, LayerLNStat):
+        # Infidelity multiplies an attribution with changes of the input: one of a layer has another shape.
+        with pytest.raises(AssertionError, match="matching shapes"):
+            infidelity(model, perturb, image, attribution, target=1, n_perturb_samples=3)
+        return
     for normalize in (False, True):
         score = infidelity(model, perturb, image, attribution, target=1, n_perturb_samples=3, normalize=normalize)
         assert score.shape == (2,)
@@ -165,10 +210,19 @@ def test_sensitivity_max(method: Any, batch: int) -> None:
     assert (a_tenth < score).all()
 
 
+def to_the_image(method: Any, attribution: Tensor) -> Tensor:
+    """Attributions to a layer as Captum brings them to the image's size: channels first, then its interpolate."""
+    if not isinstance(method, LayerLNStat):
+        return attribution
+    if attribution.dim() == 3:
+        attribution = attribution[:, -16:].unflatten(1, (4, 4))
+    return LayerAttribution.interpolate(attribution.permute(0, 3, 1, 2).sum(1, keepdim=True), (32, 32))
+
+
 def test_visualize(method: Any) -> None:
     image = images(1)
     picture = image[0].permute(1, 2, 0).sigmoid().numpy()
-    attribution = method.attribute(image, target=1)[0].permute(1, 2, 0).numpy()
+    attribution = to_the_image(method, method.attribute(image, target=1))[0].permute(1, 2, 0).numpy()
     for kind, sign in (("heat_map", "all"), ("blended_heat_map", "absolute_value"), ("masked_image", "absolute_value")):
         viz.visualize_image_attr(attribution, picture, method=kind, sign=sign, use_pyplot=False)
     viz.visualize_image_attr_multiple(
@@ -190,7 +244,7 @@ def test_callers_grad_mode(method: Any, model: nn.Module, mode: Callable[[], Any
     expected = method.attribute(image, target=1)
     with mode(), untouched(model, image):
         attribution = method.attribute(image, target=1)
-    check(attribution, image)
+    check(method, attribution, image)
     assert torch.equal(attribution, expected)
 
 
@@ -208,7 +262,7 @@ def test_autocast(method: Any, model: nn.Module) -> None:
     expected = method.attribute(image, target=1)
     with torch.autocast("cpu", torch.bfloat16), untouched(model, image):
         attribution = method.attribute(image, target=1)
-    check(attribution, image)
+    check(method, attribution, image)
     assert (attribution - expected).norm() < 0.1 * expected.norm()
 
 
@@ -234,7 +288,7 @@ def test_memory_layouts(method: Any, layout: str) -> None:
     before = image.stride()
     attribution = method.attribute(image, target=1)
     assert image.stride() == before
-    check(attribution, image)
+    check(method, attribution, image)
     assert torch.equal(attribution, method.attribute(image.contiguous(), target=1))
     if layout == "channels_last":
         assert torch.isfinite(sensitivity_max(method.attribute, image, target=1, n_perturb_samples=2)).all()
@@ -249,13 +303,13 @@ def test_model_dtypes(make: Callable[..., Any], dtype: torch.dtype) -> None:
             image = images().to(image_dtype)
             with untouched(model, image):
                 attribution = method.attribute(image, target=1)
-            check(attribution, image)
+            check(method, attribution, image)
             expected = single.attribute(images(), target=1)
             loose = 1e-4 if dtype == torch.float64 else 0.15
             assert (attribution.float() - expected).norm() < loose * expected.norm()
-        grid = method.relevance(images().to(dtype), target=1)
-        assert grid.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        check(NoiseTunnel(method).attribute(images(), nt_samples=2, target=1), images())
+        grid = grid_of(method, images().to(dtype), target=1)
+        assert grid is None or grid.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        check(method, NoiseTunnel(method).attribute(images(), nt_samples=2, target=1), images())
 
 
 def test_captum_hands_float32_to_half_models(make: Callable[..., Any]) -> None:
@@ -301,7 +355,7 @@ def test_convergence_delta(model: nn.Module) -> None:
     for contrastive in (False, True):
         evidence = LNStatAttribution(model, rule="evidence", contrastive=contrastive)
         attribution, delta = evidence.attribute(image, target=[0, 1, 2], return_convergence_delta=True)
-        check(attribution, image)
+        check(evidence, attribution, image)
         assert delta.shape == (3,)
         assert delta.dtype == torch.float32
         assert not delta.requires_grad
@@ -375,11 +429,38 @@ def _ran(module: nn.Module, model: nn.Module) -> bool:
     return bool(ran)
 
 
-def test_ablation_takes_the_same_arguments(method: Any, model: nn.Module) -> None:
-    image = images(1)
-    mask = torch.arange(16).reshape(1, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    ablation = FeatureAblation(model).attribute(image, target=1, feature_mask=mask)
-    assert ablation.shape == method.attribute(image, target=1).shape
+@cache
+def ablated(name: str) -> tuple[Tensor, Tensor]:
+    """The patches of a model, and what FeatureAblation finds on them."""
+    model = model_of(name)
+    mask = patch_feature_mask(model, 32)
+    return mask, FeatureAblation(model).attribute(images(), target=[1, 2], feature_mask=mask, perturbations_per_eval=8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_patches_as_features(name: str) -> None:
+    (mask, ablation), model, image = ablated(name), model_of(name), images()
+    assert ablation.shape == image.shape
+    for patch in (0, 5, int(mask.max())):
+        inside = mask == patch
+        with torch.no_grad():
+            drop = (model(image) - model(image.masked_fill(inside, 0)))[[0, 1], [1, 2]]
+        values = ablation.flatten(2)[:, :, inside.flatten()]
+        torch.testing.assert_close(values, drop[:, None, None].expand_as(values), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ablation_takes_the_same_arguments(make: Callable[..., Any], name: str) -> None:
+    """And its features are the patches on which relevance is given, so that the two can be compared one by one."""
+    (mask, ablation), method, image = ablated(name), make(model_of(name)), images()
+    attribution = to_the_image(method, method.attribute(image, target=[1, 2]))
+    assert attribution.shape[-2:] == ablation.shape[-2:]
+    if isinstance(method, LayerLNStat):
+        return
+    method.interpolation = "nearest"
+    pixels = method.attribute(image, target=[1, 2]).sum(1).flatten(1)
+    patches = torch.zeros(2, int(mask.max()) + 1).index_add_(1, mask.flatten(), pixels)
+    torch.testing.assert_close(patches, method.relevance(image, target=[1, 2]).flatten(1), rtol=1e-4, atol=1e-5)
 
 
 def test_additional_forward_args(make: Callable[..., Any]) -> None:
@@ -393,12 +474,12 @@ def test_additional_forward_args(make: Callable[..., Any]) -> None:
     method = make(forward, model)
     args = (torch.full((2, 1), 2.0), True)
     attribution = method.attribute(image, 1, args)
-    check(attribution, image, method.relevance(image, 1, args))
+    check(method, attribution, image, grid_of(method, image, 1, args))
     assert seen[0][1] is True
-    check(NoiseTunnel(method).attribute(image, nt_samples=3, target=1, additional_forward_args=args), image)
+    check(method, NoiseTunnel(method).attribute(image, nt_samples=3, target=1, additional_forward_args=args), image)
     assert seen[-1][0].shape == (6, 1)
     single = torch.full((2, 1), 2.0)
-    check(make(lambda x, scale: model(x) * scale, model).attribute(image, 1, single), image)
+    check(method, make(lambda x, scale: model(x) * scale, model).attribute(image, 1, single), image)
 
 
 def test_forward_functions(make: Callable[..., Any]) -> None:
@@ -431,7 +512,8 @@ def test_forward_functions(make: Callable[..., Any]) -> None:
     ):
         assert torch.equal(make(forward, given).attribute(image, target=1), expected)
     for squash in (torch.softmax, torch.log_softmax):
-        check(make(lambda x, squash=squash: squash(model(x), -1), model).attribute(image, target=1), image)
+        squashed = make(lambda x, squash=squash: squash(model(x), -1), model)
+        check(squashed, squashed.attribute(image, target=1), image)
     normalised = make(nn.Sequential(Normalise(), model)).attribute(image, target=1)
     plain = make(model).attribute(Normalise()(image), target=1)
     if make is FrozenLayerNorm:  # input times gradient, of the input before it is normalised
@@ -449,13 +531,15 @@ def test_forward_func_is_read_at_call_time(make: Callable[..., Any]) -> None:
     model = model_of("vit")
     method = copy.copy(make(model))
     method.forward_func = lambda x: 2 * model(x)
-    check(method.attribute(images(), target=1), images())
+    check(method, method.attribute(images(), target=1), images())
 
 
 def test_forward_func_reassigned_to_another_model(make: Callable[..., Any]) -> None:
     first, second = model_of("vit"), vit(seed=5)
     method = copy.copy(make(first))
     method.forward_func = second
+    if isinstance(method, LayerLNStat):
+        method.layer = a_block(second)
     assert torch.equal(method.attribute(images(), target=1), make(second).attribute(images(), target=1))
 
 

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from captum_lnstat.compiled import eager
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording import Recording
+from captum_lnstat.refusal import no_family, several_models
 from captum_lnstat.trace import Trace
 
 _FAMILIES: list[type[Topology]] = []
@@ -96,30 +96,11 @@ def find_topology(model: nn.Module) -> Topology:
         found = [(module, family) for module in level for family in _FAMILIES if family.matches(module)]
         models = {id(module) for module, _ in found}
         if len(models) > 1:
-            names = ", ".join(type(module).__name__ for module, _ in found)
-            raise UnsupportedModelError(
-                f"{type(model).__name__} holds {len(models)} transformers side by side ({names}); expected one. "
-                "Pass the one to explain as model="
-            )
+            side_by_side = list({id(module): module for module, _ in found}.values())
+            raise UnsupportedModelError(several_models(model, side_by_side))
         if found:
             module, family = found[0]
             return family(module)
         level = [child for module in level for child in module.children()]
-    raise UnsupportedModelError(_no_family(model))
-
-
-def _no_family(model: nn.Module) -> str:
-    kinds_of_copy = (torch.jit.ScriptModule, torch.fx.GraphModule)
-    if isinstance(model, kinds_of_copy) or any(isinstance(module, kinds_of_copy) for module in model.modules()):
-        return (
-            f"{type(model).__name__} is, or holds, a scripted, traced or exported copy of a model, whose attention "
-            "cannot be seen; pass the model that it was made from"
-        )
-    known = "; ".join(f"{family.family}: {family.expects}" for family in reversed(_FAMILIES))
-    kinds = {type(module).__name__ for module in model.modules()}
-    attention = sorted(kind for kind in kinds if "attention" in kind.lower() or kind.lower().endswith("attn"))
-    seen = f"attention modules {', '.join(attention)}" if attention else "no attention module"
-    return (
-        f"{type(model).__name__} is not a vision transformer of a known family (seen: {seen}). Known families are "
-        f"{known}. A further family is one subclass of Topology with @register_topology"
-    )
+    known = {family.family: family.expects for family in reversed(_FAMILIES)}
+    raise UnsupportedModelError(no_family(model, known))

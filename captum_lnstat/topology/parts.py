@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,30 @@ class BlockParts:
     gate: tuple[str, nn.Linear] | None
 
 
+_Known = dict[tuple[str, int], Any]
+_known: ContextVar[_Known | None] = ContextVar("parts found while the structure of a model cannot change", default=None)
+
+
+@contextmanager
+def looked_up_once() -> Iterator[None]:
+    """Inside, what was found in a module holds: every family asks the same of the same modules."""
+    token = _known.set({} if _known.get() is None else _known.get())
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def _once(name: str, module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:
+    known = _known.get()
+    if known is None:
+        return find(module)
+    key = name, id(module)
+    if key not in known:
+        known[key] = find(module)
+    return known[key]
+
+
 def find_parts(block: nn.Module) -> BlockParts | None:
     """The parts of a residual block, or ``None`` for a module that is none.
 
@@ -48,7 +74,11 @@ def find_parts(block: nn.Module) -> BlockParts | None:
         >>> parts.attention, parts.norms
         ('self_attn', ('norm1', 'norm2'))
     """
-    block = eager(block)
+    found: BlockParts | None = _once("parts", eager(block), _find_parts)
+    return found
+
+
+def _find_parts(block: nn.Module) -> BlockParts | None:
     children = dict(block.named_children())
     norms = [name for name, child in children.items() if _channels(child) is not None]
     if len(norms) not in (2, 3):
@@ -70,7 +100,14 @@ def find_parts(block: nn.Module) -> BlockParts | None:
 
 def has_heads(module: nn.Module) -> bool:
     """Whether a module, or one inside it, says how many heads it has."""
-    return any(isinstance(getattr(part, name, None), int) for part in module.modules() for name in _HEAD_COUNTS)
+    found: bool = _once("heads", module, _has_heads)
+    return found
+
+
+def _has_heads(module: nn.Module) -> bool:
+    own, kind = vars(module), type(module)  # a Module looks long for an attribute that it does not have
+    says = any(isinstance(own.get(name, getattr(kind, name, None)), int) for name in _HEAD_COUNTS)
+    return says or any(has_heads(child) for child in module.children())
 
 
 def _channels(module: nn.Module) -> int | None:
@@ -80,9 +117,17 @@ def _channels(module: nn.Module) -> int | None:
 
 
 def _attends(module: nn.Module) -> bool:
-    if any(find_parts(part) is not None for part in module.modules() if part is not module):
+    if not has_heads(module) or _holds_block(module):
         return False  # a whole encoder
-    return has_heads(module) and any(isinstance(part, nn.Linear) for part in module.modules())
+    return any(isinstance(part, nn.Linear) for part in module.modules())
+
+
+def _holds_block(module: nn.Module) -> bool:
+    def holds(module: nn.Module) -> bool:
+        return any(find_parts(child) is not None or _holds_block(child) for child in module.children())
+
+    found: bool = _once("block inside", module, holds)
+    return found
 
 
 def _scales(block: nn.Module, width: int | None) -> Iterator[Tensor]:

@@ -104,7 +104,15 @@ class PlainTopology(Topology):
             weights[skipped:] = 1 / (count - skipped)
             return FixedPooling("mean of the tokens" if skipped < prefix else "mean of the patches", weights)
         if model.global_pool == "map":
-            return AttentionPooling("attention pooling", recording.site("attn_pool"), skipped)
+            site = recording.site("attn_pool")
+            # Some of timm's models pool their prefix tokens too, whether they say so or not: the keys tell.
+            skipped = count - site.shape[3]
+            if skipped not in (0, prefix):
+                raise RecordingError(
+                    f"attention pooling reads {site.shape[3]} of {count} tokens; expected all, or those after "
+                    f"{prefix} prefix tokens"
+                )
+            return AttentionPooling("attention pooling", site, skipped)
         raise UnsupportedModelError(
             f"global_pool={model.global_pool!r} of {type(model).__name__}: where class-agnostic relevance starts is "
             "defined for 'token', 'avg' and 'map' only"

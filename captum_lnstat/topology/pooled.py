@@ -200,7 +200,7 @@ def _inside(name: str, module: str) -> bool:
 
 
 def _widens(block: nn.Module) -> bool:
-    first, second = (getattr(block, norm).normalized_shape for norm in _parts(block).norms)
+    first, second, *_ = (getattr(block, norm).normalized_shape for norm in _parts(block).norms)
     return bool(first != second)
 
 

@@ -68,15 +68,15 @@ def residual_block(
                 f"both norms of {name!r} read what the block reads: attention and MLP run side by side, so no stream "
                 "lies between them; expected the second norm to read the stream with the attention's update"
             )
-        between = stream(second.input.read())
+        between, norms = stream(second.input.read()), (first, second)
         path = path_to_update(name, parts, site, recording, joined_norm)
     else:
-        between = before + _output(first)
+        between, norms = before + _output(first), None
         _check_sum(name, between + _output(second), after)
         norm = first.frozen
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
         path = (*path_to_update(name, parts, site, recording, joined_norm), flat)
-    return Block(name, site, layout, before, between, after, path)
+    return Block(name, site, layout, before, between, after, path, norms=norms)
 
 
 def _parts(name: str, block: nn.Module) -> BlockParts:
@@ -166,6 +166,6 @@ def _check_sum(name: str, expected: Tensor, seen: Tensor) -> None:
     if torch.isfinite(size) and error > 0.05 * size:
         raise RecordingError(
             f"block {name!r} does not return x + norm(attention(x)) + norm(mlp(x')), or the norm of it: off by "
-            f"{error:.3g} at values up to {size:.3g}. Its wiring is neither pre-norm nor post-norm, so its relevance "
-            "cannot be placed"
+            f"{error:.3g} at values up to {size:.3g}. Either its wiring is neither pre-norm nor post-norm, or stochastic "
+            "depth dropped an update (train mode: call model.eval()); its relevance cannot be placed"
         )

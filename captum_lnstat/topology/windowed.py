@@ -7,7 +7,7 @@ with a norm and a reduction, a last LayerNorm. Tokens may be a map ``(batch, row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,9 +39,9 @@ class WindowedTopology(Topology):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._steps = list(_outermost(model, _is_step))
+        self._steps = _steps_of(model)
         self._names = {id(module): name.replace("._orig_mod", "") for name, module in model.named_modules()}
-        self._patches: Any = _patch_convolution(model)
+        self._patches: Any = _patch_convolution(model, {id(step) for _, step in self._steps})
         self._last_norm = _last_norm(model)
         if self._last_norm is None and not _ends_in_a_norm(self._steps[-1][1]):
             raise UnsupportedModelError(
@@ -51,7 +51,11 @@ class WindowedTopology(Topology):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return _is_swin(model) and not any(_is_swin(inner) for inner in model.modules() if inner is not model)
+        steps = _steps_of(model)
+        if not _is_swin(model, steps):
+            return False
+        inner = _outside(model, {id(step) for _, step in steps})
+        return not any(_is_swin(module, _steps_in(module, steps)) for module in inner if module._modules)
 
     @property
     def taps(self) -> Iterable[nn.Module]:
@@ -72,7 +76,7 @@ class WindowedTopology(Topology):
         found: nn.Module = self._patches
         for module in self.model.modules():
             if module is not self.model and any(inner is self._patches for inner in module.children()):
-                found = found if any(_outermost(module, _is_step)) else module
+                found = found if _steps_in(module, self._steps) else module
         return found
 
     @property
@@ -111,7 +115,7 @@ class WindowedTopology(Topology):
         if recording.scores is not None and recording.scores.requires_grad:
             return pooling_as_read(recording, 0, [normed], [])
         # A class-agnostic rule has no need of the scores' graph.
-        if not _pools_by_mean(self.model):
+        if not _pools_by_mean(self.model, {id(step) for _, step in self._steps}):
             raise UnsupportedModelError(
                 f"how {type(self.model).__name__} reads its tokens cannot be seen: it has no average pooling, and "
                 "forward_func leaves the graph after it; expected one or the other"
@@ -121,13 +125,29 @@ class WindowedTopology(Topology):
         return FixedPooling("mean of the tokens", weights)
 
 
-def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The submodules that are ``wanted``, in order, without looking for more inside them."""
+Steps = list[tuple[str, Any]]
+
+
+def _steps_of(model: nn.Module, prefix: str = "") -> Steps:
+    """The blocks and mergings inside ``model``, by name and in order, without looking for more inside them."""
+    found: Steps = []
     for name, child in model.named_children():
-        if wanted(child):
-            yield prefix + name, child
-        else:
-            yield from _outermost(child, wanted, f"{prefix}{name}.")
+        found += [(prefix + name, child)] if _is_step(child) else _steps_of(child, f"{prefix}{name}.")
+    return found
+
+
+def _steps_in(module: nn.Module, steps: Steps) -> Steps:
+    """Those of ``steps`` that are inside ``module``."""
+    inside = {id(part) for part in module.modules()}
+    return [(name, step) for name, step in steps if id(step) in inside]
+
+
+def _outside(model: nn.Module, steps: set[int]) -> Iterator[nn.Module]:
+    """The modules inside ``model`` that are no part of a step, in order."""
+    for child in model.children():
+        if id(child) not in steps:
+            yield child
+            yield from _outside(child, steps)
 
 
 def _is_step(module: nn.Module) -> bool:
@@ -135,7 +155,7 @@ def _is_step(module: nn.Module) -> bool:
 
 
 def _is_window_block(module: Any) -> bool:
-    return is_residual_block(module) and _window_owner(module) is not None
+    return _window_owner(module) is not None and is_residual_block(module)
 
 
 def _window_owner(block: Any) -> Any:
@@ -152,10 +172,9 @@ def _is_merging(module: object) -> bool:
     return isinstance(reduction, nn.Linear) and isinstance(norm, nn.Module) and not reduction.in_features % 4
 
 
-def _patch_convolution(model: nn.Module) -> nn.Conv2d | None:
+def _patch_convolution(model: nn.Module, steps: set[int]) -> nn.Conv2d | None:
     """The first convolution outside the steps, if it cuts the image into patches that do not overlap."""
-    found = _outermost(model, lambda module: _is_step(module) or isinstance(module, nn.Conv2d))
-    first = next((module for _, module in found if isinstance(module, nn.Conv2d)), None)
+    first = next((module for module in _outside(model, steps) if isinstance(module, nn.Conv2d)), None)
     return first if first is not None and first.kernel_size == first.stride else None
 
 
@@ -168,26 +187,20 @@ def _ends_in_a_norm(block: nn.Module) -> bool:
     return parts is not None and len(parts.norms) > 2
 
 
-def _is_swin(model: nn.Module) -> bool:
+def _is_swin(model: nn.Module, steps: Steps) -> bool:
     """Whether all the parts are in ``model``, its own last norm among them (or missing, in a model of features)."""
-    if not any(_is_window_block(module) for _, module in _outermost(model, _is_step)):
+    if all(_is_merging(step) for _, step in steps):
         return False
-    patches = _patch_convolution(model)
-    return patches is not None and (_last_norm(model) is not None or not isinstance(model, nn.Sequential))
+    if _patch_convolution(model, {id(step) for _, step in steps}) is None:
+        return False
+    return _last_norm(model) is not None or not isinstance(model, nn.Sequential)
 
 
-def _pools_by_mean(model: nn.Module) -> bool:
+def _pools_by_mean(model: nn.Module, steps: set[int]) -> bool:
     """Whether there is an average pooling (torch's own, or one that is told its kind) and nothing else is asked for."""
-    kinds = (getattr(module, "pool_type", None) for module in _outside_of_steps(model))
-    torchs = (isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d) for module in _outside_of_steps(model))
+    kinds = (getattr(module, "pool_type", None) for module in _outside(model, steps))
+    torchs = (isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d) for module in _outside(model, steps))
     return getattr(model, "global_pool", "avg") == "avg" and ("avg" in kinds or any(torchs))
-
-
-def _outside_of_steps(model: nn.Module) -> Iterator[nn.Module]:
-    for child in model.children():
-        if not _is_step(child):
-            yield child
-            yield from _outside_of_steps(child)
 
 
 def _check_grid(name: str, tokens: Tensor, grid: Grid) -> None:

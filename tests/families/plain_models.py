@@ -167,6 +167,7 @@ TIMM = [
     ),
     _timm("naflex", _naflex, "mean of the patches", 0, global_pool="avg", fc_norm=True, init_values=0.5),
     _timm("naflex-class", _naflex, "class token", 3, class_token=True, reg_tokens=2, global_pool="token"),
+    _timm("map-of-all", Eva, "attention pooling", use_rot_pos_emb=True, global_pool="map", attn_pool_num_heads=3),
     _timm("naflex-map", _naflex, "attention pooling", 0, global_pool="map"),
     _timm(
         "sam", VisionTransformerSAM, "mean of the tokens", 0, **_SAM, img_size=(32, 40), neck_chans=16,
@@ -246,22 +247,83 @@ def _mean_of_patches(output: Any) -> Any:
 
 _class, _mean, _all = "class token", "mean of the patches", "mean of the tokens"
 _Classes, _Heads = partial(partial, _classifier), partial(partial, _headed)
-HUGGING_FACE = [
-    *_hugging_face("vit", _class, 1, _Classes("ViTConfig", "ViTForImageClassification"), image_size=(32, 48), image=(32, 48)),
-    *_hugging_face("vit-bare", _class, 1, _Heads("ViTConfig", "ViTModel", pooled), keywords={"interpolate_pos_encoding": True}, image=(40, 52)),
-    *_hugging_face("deit", _class, 2, _Classes("DeiTConfig", "DeiTForImageClassification")),
-    *_hugging_face("deit-distilled", "class and distillation token", 2, _Classes("DeiTConfig", "DeiTForImageClassificationWithTeacher")),
-    *_hugging_face("dinov2", "class token and mean of the patches", 1, _Classes("Dinov2Config", "Dinov2ForImageClassification"), layerscale_value=0.5, image=(40, 52)),
-    *_hugging_face("dinov2-bare", _class, 1, _Heads("Dinov2Config", "Dinov2Model", pooled), use_swiglu_ffn=True),
-    *_hugging_face("dinov2-registers", "class token and mean of the patches", 5, _Classes("Dinov2WithRegistersConfig", "Dinov2WithRegistersForImageClassification")),
-    *_hugging_face("dinov3", _class, 5, _Heads("DINOv3ViTConfig", "DINOv3ViTModel", pooled), num_register_tokens=4, image=(32, 51)),
-    *_hugging_face("dinov3-mean", _mean, 5, _Heads("DINOv3ViTConfig", "DINOv3ViTModel", _mean_of_patches), num_register_tokens=4, use_gated_mlp=True),
-    *_hugging_face("beit", _mean, 1, _Classes("BeitConfig", "BeitForImageClassification"), use_relative_position_bias=True),
-    *_hugging_face("beit-shared", _class, 1, _Classes("BeitConfig", "BeitForImageClassification"), use_shared_relative_position_bias=True, use_mean_pooling=False, layer_scale_init_value=0.0),
-    *_hugging_face("clip", _class, 1, _Heads("CLIPVisionConfig", "CLIPVisionModel", pooled), keywords={"interpolate_pos_encoding": True}, image=(40, 48)),
-    *_hugging_face("clip-classes", _mean, 1, partial(_towers, "CLIPConfig", "CLIPForImageClassification")),
-    *_hugging_face("siglip", "attention pooling", 0, _Heads("SiglipVisionConfig", "SiglipVisionModel", pooled)),
-    *_hugging_face("siglip-classes", _all, 0, partial(_towers, "SiglipConfig", "SiglipForImageClassification")),
-] if transformers is not None else []  # fmt: skip
+HUGGING_FACE = (
+    [
+        *_hugging_face(
+            "vit", _class, 1, _Classes("ViTConfig", "ViTForImageClassification"), image_size=(32, 48), image=(32, 48)
+        ),
+        *_hugging_face(
+            "vit-bare",
+            _class,
+            1,
+            _Heads("ViTConfig", "ViTModel", pooled),
+            keywords={"interpolate_pos_encoding": True},
+            image=(40, 52),
+        ),
+        *_hugging_face("deit", _class, 2, _Classes("DeiTConfig", "DeiTForImageClassification")),
+        *_hugging_face(
+            "deit-distilled",
+            "class and distillation token",
+            2,
+            _Classes("DeiTConfig", "DeiTForImageClassificationWithTeacher"),
+        ),
+        *_hugging_face(
+            "dinov2",
+            "class token and mean of the patches",
+            1,
+            _Classes("Dinov2Config", "Dinov2ForImageClassification"),
+            layerscale_value=0.5,
+            image=(40, 52),
+        ),
+        *_hugging_face("dinov2-bare", _class, 1, _Heads("Dinov2Config", "Dinov2Model", pooled), use_swiglu_ffn=True),
+        *_hugging_face(
+            "dinov2-registers",
+            "class token and mean of the patches",
+            5,
+            _Classes("Dinov2WithRegistersConfig", "Dinov2WithRegistersForImageClassification"),
+        ),
+        *_hugging_face(
+            "dinov3",
+            _class,
+            5,
+            _Heads("DINOv3ViTConfig", "DINOv3ViTModel", pooled),
+            num_register_tokens=4,
+            image=(32, 51),
+        ),
+        *_hugging_face(
+            "dinov3-mean",
+            _mean,
+            5,
+            _Heads("DINOv3ViTConfig", "DINOv3ViTModel", _mean_of_patches),
+            num_register_tokens=4,
+            use_gated_mlp=True,
+        ),
+        *_hugging_face(
+            "beit", _mean, 1, _Classes("BeitConfig", "BeitForImageClassification"), use_relative_position_bias=True
+        ),
+        *_hugging_face(
+            "beit-shared",
+            _class,
+            1,
+            _Classes("BeitConfig", "BeitForImageClassification"),
+            use_shared_relative_position_bias=True,
+            use_mean_pooling=False,
+            layer_scale_init_value=0.0,
+        ),
+        *_hugging_face(
+            "clip",
+            _class,
+            1,
+            _Heads("CLIPVisionConfig", "CLIPVisionModel", pooled),
+            keywords={"interpolate_pos_encoding": True},
+            image=(40, 48),
+        ),
+        *_hugging_face("clip-classes", _mean, 1, partial(_towers, "CLIPConfig", "CLIPForImageClassification")),
+        *_hugging_face("siglip", "attention pooling", 0, _Heads("SiglipVisionConfig", "SiglipVisionModel", pooled)),
+        *_hugging_face("siglip-classes", _all, 0, partial(_towers, "SiglipConfig", "SiglipForImageClassification")),
+    ]
+    if transformers is not None
+    else []
+)
 
 CASES = {case.name: case for case in [*TIMM, *TORCHVISION, *HUGGING_FACE]}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
+from captum_lnstat.engine import Needs, run
 from captum_lnstat.rules import Relevance
 from captum_lnstat.topology import ConvolvedTopology, find_topology
 
@@ -144,6 +145,9 @@ def test_recognised_and_what_it_covers(name):
     assert description.patch == (4, 4)
     assert [step.kind for step in description.steps].count("transition") == 2
     assert description.pooling == "mean of the tokens"
+    covers = run(model, model, x, None, None, Needs()).trace.covers
+    assert "convolutions" in covers
+    assert f"{x.shape[2] // 16} x {x.shape[3] // 16} tokens" in covers
 
 
 @pytest.mark.parametrize("name", SIZES)

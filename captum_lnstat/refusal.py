@@ -1,0 +1,119 @@
+"""Why a model is of no known family: read off its structure, said in a short first line and a few further ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+_COPIES = (torch.jit.ScriptModule, torch.fx.GraphModule)
+_QUERIES = ("qkv", "q", "query", "to_q", "to_qkv", "q_proj", "qkv_proj", "in_proj")
+_OVER_CHANNELS = ("channel", "xca", "crosscovariance")
+_WITHOUT_ATTENTION = (
+    "to do: explain it with a method that needs no attention, such as Captum's IntegratedGradients or LayerGradCam;\n"
+    "       if forward_func runs a transformer that is not inside this module, pass the transformer as model="
+)
+
+
+def no_family(model: nn.Module, known: Mapping[str, str]) -> str:
+    """What to say of a model that no family matches.
+
+    Args:
+        model: Any module.
+        known: Every family's name, and the structure that it expects.
+
+    Example:
+        >>> print(no_family(nn.Sequential(nn.Linear(2, 2)), {}).splitlines()[0])
+        Sequential is not a vision transformer of a known family: it holds no attention module
+    """
+    kind = type(model).__name__
+    if any(isinstance(module, _COPIES) for module in model.modules()):
+        return _lines(
+            f"{kind} is, or holds, a scripted, traced or exported copy of a model, whose attention cannot be seen",
+            "to do: pass the model that it was made from; a compiled model (torch.compile) may be passed as it is",
+        )
+    attention = {name: module for name, module in model.named_modules() if _is_attention(module)}
+    norms = [module for module in model.modules() if _is_layer_norm(module)]
+    seen = f"seen: {_listing(attention)}; LayerNorms: {len(norms)} of {_count(model)} modules"
+    if not attention:
+        return _lines(_first(kind, "it holds no attention module"), seen, _WITHOUT_ATTENTION)
+    if not norms:
+        return _lines(
+            _first(kind, "it holds no LayerNorm, whose token statistics say what a block keeps"),
+            seen,
+            _WITHOUT_ATTENTION,
+        )
+    over_channels = {name: module for name, module in attention.items() if _weighs_channels(module)}
+    if over_channels:
+        name, module = next(iter(over_channels.items()))
+        return _lines(
+            _first(kind, f"{type(module).__name__} at {name!r} attends from channel to channel, not token to token"),
+            seen,
+            "to do: explain it with a method that needs no map from token to token, such as Captum's "
+            "IntegratedGradients",
+        )
+    return _lines(
+        _first(kind, "its attention and LayerNorms are not where those of a known family are"),
+        seen,
+        "known families:",
+        *(f"  {family}: {structure}" for family, structure in known.items()),
+        "to do: pass a model of one of these, its blocks unedited;\n"
+        "       or add its family: one subclass of Topology with @register_topology",
+    )
+
+
+def several_models(model: nn.Module, found: Sequence[nn.Module]) -> str:
+    """What to say of a model that holds several transformers side by side."""
+    names = ", ".join(type(module).__name__ for module in found)
+    return (
+        f"{type(model).__name__} holds {len(found)} transformers side by side ({names}); expected one. Pass the one to "
+        "explain as model="
+    )
+
+
+def _first(kind: str, why: str) -> str:
+    return f"{kind} is not a vision transformer of a known family: {why}"
+
+
+def _lines(*lines: str) -> str:
+    return "\n".join(lines)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(1 for _ in model.modules())
+
+
+def _listing(attention: Mapping[str, nn.Module]) -> str:
+    """Every kind of attention with its number and where the first one is."""
+    if not attention:
+        return "no attention module"
+    kinds: dict[str, list[str]] = {}
+    for name, module in attention.items():
+        kinds.setdefault(type(module).__name__, []).append(name)
+    return ", ".join(f"{len(names)} {kind} (first at {names[0]!r})" for kind, names in kinds.items())
+
+
+def _children(module: nn.Module) -> Iterable[str]:
+    return (name for name, _ in module.named_children())
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """By what it is made of: a projection to queries; or by its own claim, with nothing of that kind inside."""
+    if isinstance(module, nn.MultiheadAttention) or any(name in _QUERIES for name in _children(module)):
+        return True
+    named = type(module).__name__.lower()
+    claims = "attention" in named or named.endswith("attn")
+    return claims and not any(_is_attention(child) for child in module.children())
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) or "rmsnorm" in type(module).__name__.lower()
+
+
+def _weighs_channels(module: nn.Module) -> bool:
+    """Attention over channels says so, or scales its logits by a learned temperature a head (cross-covariance)."""
+    named = type(module).__name__.lower()
+    return any(word in named for word in _OVER_CHANNELS) or isinstance(
+        getattr(module, "temperature", None), nn.Parameter
+    )
