@@ -156,12 +156,13 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
         """
         spread: list[Tensor] = []
         for image, part, arguments in chunks(the_image(inputs), target, additional_forward_args, internal_batch_size):
-            relevance, shape, width = self._explain(image, part, arguments, attribute_to_layer_input)
+            relevance, shape = self._explain(image, part, arguments, attribute_to_layer_input)
             with torch.inference_mode(False), torch.no_grad():
                 tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1)
-                first = len(shape) == 4 and shape[1] == width and shape[1:3] != relevance.grid.shape[1:]
-                channel = 1 if first else len(shape) - 1
-                values = check_fits((tokens / width).to(image.dtype)).reshape(*shape[:channel], *shape[channel + 1 :])
+                grid = relevance.grid.shape[1:]
+                channel = 1 if len(shape) == 4 and shape[2:] == grid != shape[1:3] else len(shape) - 1
+                values = check_fits((tokens / shape[channel]).to(image.dtype))
+                values = values.reshape(*shape[:channel], *shape[channel + 1 :])
                 spread.append(values.unsqueeze(channel).expand(shape).contiguous())
         return _format_output(_is_tuple(inputs), (joined(spread),))  # type: ignore[no-any-return]
 
@@ -171,8 +172,8 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
         target: Target,
         additional_forward_args: ForwardArgs,
         attribute_to_layer_input: bool,
-    ) -> tuple[Relevance, torch.Size, int]:
-        """The relevance at the block's tokens, the shape of the activation there, and how many channels it has."""
+    ) -> tuple[Relevance, torch.Size]:
+        """The relevance at the block's tokens, and the shape of the activation there."""
         lnstat = copy(self._lnstat)  # Captum's wrappers and users reassign forward_func
         lnstat.forward_func = self.forward_func
         outcome = lnstat._pass(inputs, target, additional_forward_args, lnstat._needs())
@@ -186,8 +187,7 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
                 f"every patch token is zero at the output of {block.name!r}: the head reads prefix tokens only. Take "
                 "attribute_to_layer_input=True, a block before it, or rule='evidence'"
             )
-        width = (block.before if attribute_to_layer_input else block.after).shape[-1]
-        return relevance, activation.tensor.shape, width
+        return relevance, activation.tensor.shape
 
     def _block(self, outcome: Pass, model: nn.Module) -> Block:
         blocks = outcome.trace.blocks
