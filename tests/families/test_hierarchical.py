@@ -22,9 +22,10 @@ from hierarchical_models import (
     tiny_vit,
     twins,
 )
-from hierarchical_oracle import Oracle
+from hierarchical_oracle import Net, Oracle, caught
 from timm.models.hiera import Hiera
 from timm.models.maxxvit import MaxxVit
+from timm.models.nest import blockify
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
@@ -34,11 +35,14 @@ from captum_lnstat.testing import (
     check_batch,
     check_completeness,
     check_family,
+    check_layout,
     check_mass,
     check_placement,
     check_rule,
     check_untouched,
     ground,
+    planted_images,
+    wake,
 )
 from captum_lnstat.topology import find_topology, geometry, pooled, units
 from captum_lnstat.trace import Block, Transition, Update
@@ -162,6 +166,80 @@ def test_passes_the_kit(name):
     build, size, options = PLACED[name]
     report = check_family(build(), size, **options)
     assert report.placement["lnstat"].hits == report.placement["lnstat"].regions
+
+
+LAID_OUT: dict[str, tuple[Callable[[], nn.Module], Size, dict[str, Any]]] = {
+    "coatnet_rw": (lambda: maxxvit("coatnet_nano_rw", (128, 160)), (128, 160), {"margin": 8}),
+    "coatnet": (lambda: maxxvit("coatnet_0", (128, 160)), (128, 160), {"margin": 8}),
+    "maxvit_torchvision": (maxvit_torchvision, (64, 64), {"margin": 4}),
+    "twins_pcpvt": (lambda: twins(wss=None), (64, 96), {"margin": 4}),
+    "pvt_hf": (pvt_hf, (64, 64), {"margin": 4}),
+    "pvt_v2_hf": (pvt_v2_hf, (64, 96), {"margin": 4}),
+    "hiera_hf": (hiera_hf, (64, 64), {"margin": 4}),
+    "efficientvit": (efficientvit, (256, 320), {"margin": 32}),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_values_that_a_stimulus_changes_lie_under_it(name):
+    build, size, options = LAID_OUT[name]
+    model = wake(build())
+    place = ground(model, size, **options)
+    regions = [region.grown(place.margin) for region in place.regions]
+    assert check_layout(model, *planted_images(place), regions) > 1
+
+
+def _twins_windows(block: Any, grid: Size) -> Tensor:
+    block.attn.qkv = Net()
+    ids = torch.arange(1, grid[0] * grid[1] + 1).reshape(1, -1, 1)
+    return caught(lambda: block.attn(ids, grid)).flatten(0, 2).flatten(1)
+
+
+def _tiny_windows(block: Any, grid: Size) -> Tensor:
+    block.attn = Net()
+    return caught(lambda: block(torch.arange(1, grid[0] * grid[1] + 1).reshape(1, *grid, 1)))[..., 0]
+
+
+def _torchvision_windows(block: Any, grid: Size) -> Tensor:
+    ids = torch.arange(1, grid[0] * grid[1] + 1).reshape(1, 1, *grid)
+    return block.partition_swap(block.partition_op(ids, block.p))[0, ..., 0]
+
+
+WINDOWS: dict[str, tuple[Callable[[], nn.Module], Size, Callable[[Any, Size], Tensor]]] = {
+    "twins": (lambda: twins(wss=(3, 3, 3)), (64, 96), _twins_windows),
+    "tiny_vit": (tiny_vit, (72, 104), _tiny_windows),
+    "torchvision": (maxvit_torchvision, (64, 64), _torchvision_windows),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_are_those_that_the_code_of_the_model_cuts(name):
+    build, size, windows = WINDOWS[name]
+    model = lively(build())
+    trace = LNStatAttribution(model)._pass(images(1, size), 1, None, LNStatAttribution(model)._needs()).trace
+    grid, checked = trace.grid, 0
+    for step in trace.steps:
+        if isinstance(step, Transition):
+            grid = step.grid
+        elif isinstance(step, Block) and isinstance(step.layout, Groups):
+            assert torch.equal(step.layout.index, windows(model.get_submodule(step.name), grid) - 1)
+            checked += 1
+    assert checked > 2
+
+
+def test_nest_blocks_are_those_that_its_code_cuts():
+    model = lively(nest())
+    trace = LNStatAttribution(model)._pass(images(1, 64), 1, None, LNStatAttribution(model)._needs()).trace
+    ids = blockify(torch.arange(256).reshape(1, 16, 16, 1), 4).flatten()
+    assert trace.place is not None
+    assert torch.equal(ids[trace.place], torch.arange(256))
+    later = blockify(torch.arange(64).reshape(1, 8, 8, 1), 4).flatten()
+    pool = next(step for step in trace.steps if isinstance(step, Transition))
+    below = [set(ids[row[row >= 0]].tolist()) for row in pool.groups.index]
+    for token, under in zip(later.tolist(), below, strict=True):
+        row, column = divmod(token, 8)
+        assert row * 32 + column * 2 in under
+        assert all(abs(t // 16 - 2 * row) <= 1 and abs(t % 16 - 2 * column) <= 1 for t in under)
 
 
 def test_pooled_keys_and_queries_lie_where_the_stimulus_is():
