@@ -14,7 +14,7 @@ from captum_lnstat._typing import ForwardArgs, Target
 from captum_lnstat.checks import check_model, check_seen, check_size, check_start, check_stream
 from captum_lnstat.compiled import eager, run_eagerly
 from captum_lnstat.covector import Covector
-from captum_lnstat.errors import RecordingError
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.head import contrast, gradients, head_covector, target_score
 from captum_lnstat.outputs import Output, pick_output
 from captum_lnstat.recording import Recorder, Recording
@@ -146,6 +146,12 @@ def _read(
         read = score if score is not None else output.flatten(1)[:, 0] if output.dim() > 1 else output
         if read.requires_grad:
             check_start(trace, _reads(gradients(read, [recording.stream_end])[0]))
+    if needs.output_gradients and "gradient" not in trace.rules:
+        defined = ", ".join(map(repr, trace.rules))
+        raise UnsupportedModelError(
+            f"the attention of {type(topology.model).__name__} has no output that a gradient can be taken at, so rules "
+            f"with the gradient of attention are not defined for it; expected one of {defined}"
+        )
     if needs.output_gradients and score is not None:
         outputs = [block.site.output for block in trace.blocks]
         missing = [block.name for block, site_output in zip(trace.blocks, outputs, strict=True) if site_output is None]

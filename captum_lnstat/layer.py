@@ -146,7 +146,8 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
 
             - **attributions**: Of the shape of the block's output (or input), in the dtype and tuple form of
               ``inputs``: ``(batch, token, channel)`` with the prefix tokens first for a ViT, ``(batch, row, column,
-              channel)`` for a Swin. For ``LayerAttribution.interpolate``, move the channels before rows and columns.
+              channel)`` for a Swin, ``(batch, channel, row, column)`` for a CoAtNet. For
+              ``LayerAttribution.interpolate``, move the channels before rows and columns.
 
         Raises:
             ValueError, TypeError, AssertionError, IndexError, RuntimeError, UnsupportedModelError, RecordingError: As
@@ -157,8 +158,12 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
         for image, part, arguments in chunks(the_image(inputs), target, additional_forward_args, internal_batch_size):
             relevance, shape = self._explain(image, part, arguments, attribute_to_layer_input)
             with torch.inference_mode(False), torch.no_grad():
-                tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1).reshape(shape[:-1])
-                spread.append(check_fits((tokens / shape[-1]).to(image.dtype))[..., None].expand(shape).contiguous())
+                tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1)
+                grid = relevance.grid.shape[1:]
+                channel = 1 if len(shape) == 4 and shape[2:] == grid != shape[1:3] else len(shape) - 1
+                values = check_fits((tokens / shape[channel]).to(image.dtype))
+                values = values.reshape(*shape[:channel], *shape[channel + 1 :])
+                spread.append(values.unsqueeze(channel).expand(shape).contiguous())
         return _format_output(_is_tuple(inputs), (joined(spread),))  # type: ignore[no-any-return]
 
     def _explain(

@@ -62,11 +62,17 @@ def noise(model: nn.Module, image_size: tuple[int, int], batch: int = 2, channel
 
 @dataclass(frozen=True)
 class Ground:
-    """Where stimuli are planted in the images of a model: regions as large as the coarsest token, aligned with it."""
+    """Where stimuli are planted in the images of a model: regions as large as the coarsest token, aligned with it.
+
+    Attributes:
+        margin: A peak may lie so many pixels beside the stimulus: tokens that convolutions make of more than their
+            patch see it from there.
+    """
 
     scenes: Scenes
     regions: list[Region]
     patch: tuple[int, int]
+    margin: int = 0
 
 
 def ground(
@@ -76,6 +82,7 @@ def ground(
     output: Output = None,
     stimulus: tuple[int, int] | None = None,
     step: tuple[int, int] | None = None,
+    margin: int = 0,
     channels: int = 3,
     seed: int = 0,
 ) -> Ground:
@@ -87,6 +94,7 @@ def ground(
         output: Which of several outputs is explained.
         stimulus: Height and width of the stimulus in pixels; as large as a token of the last block by default.
         step: Regions lie at multiples of so many pixels; of the stimulus by default.
+        margin: A peak may lie so many pixels beside the stimulus.
         channels: Of the images.
         seed: Of textures and noise.
     """
@@ -97,7 +105,7 @@ def ground(
     times = max(1, round((trace.grid[0] * trace.grid[1] / coarsest) ** 0.5))
     size = stimulus or (trace.patch[0] * times, trace.patch[1] * times)
     scenes = Scenes(image_size, size, trace.patch, channels, seed, _dtype(model))
-    return Ground(scenes, lattice(image_size, size, step or size), trace.patch)
+    return Ground(scenes, lattice(image_size, size, step or size), trace.patch, margin)
 
 
 def planted_images(place: Ground) -> tuple[Tensor, Tensor]:
@@ -207,7 +215,7 @@ def check_placement(
             under, rest = grid[inside].flatten(), float(grid[~inside].max() - base)
             best = float(under.max() - base) if len(under) else 0.0
             margins.append(best / rest if rest > 0 else float("inf"))
-            if region.holds(y, x):
+            if region.grown(place.margin).holds(y, x):
                 hits += 1
             else:
                 missed.append(f"the stimulus at {region} has its peak at row {y:.0f}, column {x:.0f}")

@@ -72,6 +72,10 @@ class Region:
         """Whether a point in pixels lies inside."""
         return self.top <= y < self.top + self.height and self.left <= x < self.left + self.width
 
+    def grown(self, margin: int) -> Region:
+        """The rectangle with so many pixels more on every side."""
+        return Region(self.top - margin, self.left - margin, self.height + 2 * margin, self.width + 2 * margin)
+
     def cut(self, images: Tensor) -> Tensor:
         """The pixels of the rectangle, as a view."""
         return images[..., self.top : self.top + self.height, self.left : self.left + self.width]

@@ -261,7 +261,8 @@ class _Probe:
         # The update is a difference of two streams, and a small one of large streams is known to their rounding only.
         own, kind = block.statistics[0], torch.finfo(block.site.dtype)
         size = kind.eps * (own.variance + own.mean.square()).sqrt() + kind.smallest_normal
-        rounding = w.norm() * (z * size).square().sum(1).sqrt()
+        # Each stream was rounded when it was added up, and each of the two products that read it rounds again.
+        rounding = 4 * w.norm() * (z * size).square().sum(1).sqrt()
         tolerance = TOLERANCE.get(block.site.dtype, HALF_TOLERANCE)
         expected, typical = terms.sum(1), terms.square().sum(1).sqrt()
         excess: Tensor = (told - expected).abs() / (tolerance * (typical + expected.abs()) + rounding)

@@ -206,6 +206,7 @@ def check_family(
     required: Sequence[Rule] = PEAKS,
     stimulus: tuple[int, int] | None = None,
     step: tuple[int, int] | None = None,
+    margin: int = 0,
     channels: int = 3,
     steps: int = 200,
 ) -> FamilyReport:
@@ -221,6 +222,7 @@ def check_family(
         required: Rules whose peak has to lie on the stimulus.
         stimulus: Height and width of the stimulus; as large as a token of the last block by default.
         step: Regions lie at multiples of so many pixels.
+        margin: A peak may lie so many pixels beside the stimulus, where convolutions make tokens of more than a patch.
         channels: Of the images.
         steps: Steps of training at most.
 
@@ -246,8 +248,8 @@ def check_family(
     completeness = check_completeness(woken, images, output) if "evidence" in rules else None
     batch = check_batch(woken, images, rules, output)
     check_untouched(woken, images, rules, output)
-    place = ground(woken, image_size, output=output, stimulus=stimulus, step=step, channels=channels)
-    sites = check_layout(woken, *planted_images(place), place.regions)
+    place = ground(woken, image_size, output=output, stimulus=stimulus, step=step, margin=margin, channels=channels)
+    sites = check_layout(woken, *planted_images(place), [region.grown(margin) for region in place.regions])
     chosen = [rule for rule in required if rule in rules]
     placement, training = check_placement(woken, place, output=output, rules=rules, required=chosen, steps=steps)
     return FamilyReport(description, mass, completeness, batch, sites, placement, training)

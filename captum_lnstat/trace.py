@@ -176,6 +176,9 @@ class Transition:
     pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
 
 
+# Every rule there is.
+RULES = ("lnstat", "evidence", "rollout", "gradient")
+
 Step = Union[Block, Merging, Update, Transition]
 
 
@@ -238,6 +241,7 @@ class Trace:
         training: The model was in train mode, so that dropout may stand between what was recorded and what came of it.
         place: Which patch token is at each place of the grid, row by row, if they are not in that order.
         covers: What the map leaves out, in words: stages that attention cannot see through.
+        rules: The rules that are defined for the model.
     """
 
     family: str
@@ -250,6 +254,7 @@ class Trace:
     training: bool = False
     place: Int[Tensor, " patch"] | None = None
     covers: str = ""
+    rules: tuple[str, ...] = RULES
 
     @property
     def blocks(self) -> tuple[Block, ...]:

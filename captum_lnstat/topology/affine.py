@@ -1,7 +1,7 @@
 """Modules that are affine once LayerNorm statistics are frozen, and how a covector is pulled through them.
 
-A strided convolution, a pooling, a patch embedding, the shortcut around a convolution block. The transpose is autograd's:
-the module runs once more on what it was given, a small part of the model, with its norms frozen.
+A strided convolution, a pooling, a patch embedding, the shortcut around a convolution block. The transpose is
+autograd's: the module, a small part of the model, runs once more on what it was given, with its norms frozen.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def pull_by_autograd(
             made = layouts[1](first)
         if not training:
             _check_same(name, made.detach(), after, given.dtype)
-        dense = u.spread(u.dense().flatten(2)).unflatten(2, (u.scores, -1)).to(made.dtype)
+        dense = u.spread(u.dense().flatten(2)).reshape(*made.shape[:2], u.scores, -1).to(made.dtype)
         slopes = [
             torch.autograd.grad(made, leaf, dense[:, :, score], retain_graph=score + 1 < u.scores)[0]
             for score in range(u.scores)

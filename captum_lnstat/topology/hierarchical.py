@@ -17,15 +17,17 @@ from captum_lnstat.recording import Recording
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.embedding import convolutions, named, reads_images
 from captum_lnstat.topology.geometry import Grid, channels_first, channels_last
-from captum_lnstat.topology.readers import Reader, reader_of
+from captum_lnstat.topology.reader import Reader
+from captum_lnstat.topology.readers import reader_of
 from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.units import Stream, reads_channels_first, unit_steps, unit_taps
-from captum_lnstat.trace import Step, Trace
+from captum_lnstat.trace import RULES, Step, Trace, Transition
 
 COVERS = (
     "The grid is that of the first attention block: what the convolutions below it ({below}) did is not told apart. "
     "What convolutions between the blocks added is counted at the token that they added it to."
 )
+PUT_DOWN = "At {names} evidence is put on the tokens: from there down it is rolled, and not told apart any more."
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class _Item:
 
 @register_topology
 class HierarchicalTopology(Topology):
-    """Blocks of at least two widths, with convolutions before the first and something that coarsens the grid between."""
+    """Blocks of at least two widths, convolutions before the first, and something that coarsens the grid between."""
 
     family = "hierarchical"
     expects = "attention blocks of growing width, with convolutions or patch embeddings between them"
@@ -72,7 +74,19 @@ class HierarchicalTopology(Topology):
 
     @property
     def head_follows(self) -> nn.Module:
-        return [item for item in self._items if item.reader is not None][-1].module
+        return self._last.module
+
+    @cached_property
+    def _last(self) -> _Item:
+        """The last block, or the last convolution that stands beside it in the same module."""
+        place = max(place for place, item in enumerate(self._items) if item.reader is not None)
+        parent = self._items[place].name.rpartition(".")[0]
+        last = self._items[place]
+        for item in self._items[place + 1 :]:
+            if not parent or item.name.rpartition(".")[0] != parent or not convolutions(item.module):
+                break
+            last = item
+        return last
 
     @property
     def channels_first(self) -> bool:
@@ -84,30 +98,27 @@ class HierarchicalTopology(Topology):
         inside = {id(p) for item in self._items for p in item.module.parameters()}
         positions = [p for p in self.model.parameters() if id(p) not in inside]
         steps = list[Step]()
-        for item, before, after in zip(between, streams, [*streams[1:], None], strict=True):
+        for item, before, after in zip(between, streams, [*streams[1:], self._end(recording, streams)], strict=True):
             if item.reader is not None:
                 steps += item.reader.steps(item.name, recording, before)
-            elif after is not None:
+            else:
                 steps += unit_steps(item.name, item.module, recording, before, after, positions)
         first = streams[0]
-        if first.prefix:
-            raise UnsupportedModelError(
-                f"the first block saw {first.tokens.shape[1]} tokens on a grid of {first.grid[0]} x {first.grid[1]}; "
-                "expected prefix tokens, if any, to join later"
-            )
         names = [item.name for item in between if item.reader is not None]
+        readers = [item.reader for item in between if item.reader is not None]
         sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in names)]
         pooling = pooling_as_read(recording, streams[-1].prefix, _normed(recording, self._norms), sites)
         return Trace(
             self.family,
             tuple(steps),
             first.tokens,
-            0,
+            first.prefix,
             first.grid,
             _patch(image_size, first.grid),
             pooling,
             place=None if first.order is None else first.order.argsort(),
-            covers=COVERS.format(below=", ".join(item.name for item in below)),
+            rules=tuple(rule for rule in RULES if all(rule in r.rules for r in readers)),
+            covers=_covers(below, steps, readers),
         )
 
     def _ran(self, recording: Recording) -> tuple[list[_Item], list[_Item]]:
@@ -115,14 +126,21 @@ class HierarchicalTopology(Topology):
         order = list(recording.calls)
         ran = sorted((i for i in self._items if i.name in recording.calls), key=lambda item: order.index(item.name))
         blocks = [place for place, item in enumerate(ran) if item.reader is not None]
-        if not blocks or ran[blocks[-1]].module is not self.head_follows:
+        end = next((place for place, item in enumerate(ran) if item is self._last), -1)
+        if not blocks or blocks[-1] > end:
             raise RecordingError(
                 f"the last block of {type(self.model).__name__} to be defined was not the last to run; expected its "
                 "blocks to run in their order"
             )
-        ran = [item for item in ran if item.reader is not None or not _passes(recording, item.name)]
-        blocks = [place for place, item in enumerate(ran) if item.reader is not None]
-        return ran[: blocks[0]], ran[blocks[0] : blocks[-1] + 1]
+        ran = [item for item in ran[: end + 1] if item.reader is not None or not _passes(recording, item.name)]
+        first = next(place for place, item in enumerate(ran) if item.reader is not None)
+        return ran[:first], ran[first:]
+
+    def _end(self, recording: Recording, streams: list[Stream]) -> Stream:
+        """The stream that the last module returned, where that is no block."""
+        returned = recording.call(self._last.name).output.read()
+        layout = channels_first if returned.dim() == 4 and self.channels_first else channels_last
+        return Stream(layout(returned), streams[-1].grid, streams[-1].order)
 
     def _streams(self, recording: Recording, below: list[_Item], items: list[_Item]) -> list[Stream]:
         """The stream that each of the items was given."""
@@ -150,9 +168,19 @@ class HierarchicalTopology(Topology):
                     "expected its tokens to be on the grid of the last convolution"
                 )
             streams.append(Stream(tokens, grid, order))
-            if item.reader is None:
+            if item.reader is not None:
+                grid = item.reader.grid_after(item.name, recording, grid)
+            else:
                 grid = _grid_from_unit(item, recording) or grid
         return streams
+
+
+def _covers(below: list[_Item], steps: list[Step], readers: list[Reader]) -> str:
+    said = [COVERS.format(below=", ".join(item.name for item in below) or "none")]
+    closed = [step.name for step in steps if isinstance(step, Transition) and step.pull is None]
+    if closed:
+        said.append(PUT_DOWN.format(names=", ".join(closed)))
+    return " ".join([*said, *dict.fromkeys(reader.covers for reader in readers if reader.covers)])
 
 
 def _passes(recording: Recording, name: str) -> bool:
@@ -163,18 +191,21 @@ def _passes(recording: Recording, name: str) -> bool:
 
 
 def _grid_from_unit(item: _Item, recording: Recording) -> Grid | None:
-    """Rows and columns of what a module returned: a map with as many channels as its last convolution, or that one's."""
+    """Rows and columns of what a module returned: a map as wide as its last convolution, or that one's."""
     layers = {name: part for name, part in item.module.named_modules() if isinstance(part, nn.Conv2d)}
     if not layers or item.name not in recording.calls:
         return None
     seen, width = recording.call(item.name).output.tensor, list(layers.values())[-1].out_channels
-    if seen.dim() == 4 and seen.shape[1] == width:
-        return int(seen.shape[-2]), int(seen.shape[-1])
-    if seen.dim() == 4 and seen.shape[-1] == width:
-        return int(seen.shape[1]), int(seen.shape[2])
     dotted = [f"{item.name}.{name}".rstrip(".") for name in layers]
-    last = [recording.call(name).output.tensor.shape[-2:] for name in dotted if name in recording.calls][-1:]
-    return (int(last[0][0]), int(last[0][1])) if last else None
+    maps = [recording.call(name).output.tensor for name in dotted if name in recording.calls]
+    last = (int(maps[-1].shape[-2]), int(maps[-1].shape[-1])) if maps else None
+    if seen.dim() != 4:
+        return last
+    found = [(int(rows), int(columns)) for rows, columns in (seen.shape[-2:], seen.shape[1:3])]
+    fitting = [grid for grid, channels in zip(found, (seen.shape[1], seen.shape[-1]), strict=True) if channels == width]
+    # Where a map has as many rows as channels, its sides are in the proportion that the convolution left.
+    same = [grid for grid in fitting if last is not None and grid[0] * last[1] == grid[1] * last[0]]
+    return next(iter(same or fitting), last)
 
 
 def _normed(recording: Recording, norms: dict[str, nn.Module]) -> list[Tensor]:
@@ -189,14 +220,19 @@ def _normed(recording: Recording, norms: dict[str, nn.Module]) -> list[Tensor]:
 
 def _patch(image_size: tuple[int, int], grid: Grid) -> tuple[int, int]:
     """Pixels of a patch: a stride that makes so many rows and columns, a power of two if one does."""
-    height, width = (_pixels(pixels, cells) for pixels, cells in zip(image_size, grid, strict=True))
-    return height, width
+    sizes = [_strides(pixels, cells) for pixels, cells in zip(image_size, grid, strict=True)]
+    both = [size for size in sizes[0] if size in sizes[1]]
+    powers = [size for size in both if not size & (size - 1)]
+    if not both:
+        raise UnsupportedModelError(
+            f"{image_size[0]} x {image_size[1]} px became a grid of {grid[0]} x {grid[1]} tokens; expected one stride "
+            "for rows and columns that makes the one of the other"
+        )
+    return ((powers or both)[0],) * 2
 
 
-def _pixels(pixels: int, cells: int) -> int:
-    fitting = [size for size in range(1, pixels + 1) if cells in (pixels // size, -(-pixels // size))]
-    powers = [size for size in fitting if not size & (size - 1)]
-    return (powers or fitting or [max(1, round(pixels / cells))])[0]
+def _strides(pixels: int, cells: int) -> list[int]:
+    return [size for size in range(1, pixels + 1) if cells in (pixels // size, -(-pixels // size))]
 
 
 def _inside(name: str, module: str) -> bool:

@@ -161,10 +161,10 @@ def _shortcut(block: nn.Module, parts: BlockParts, stride: int) -> Callable[[Ten
 
 
 def _largest(norm: Any, linear: Any, stride: int, x: Tensor) -> Tensor:
-    """What the stream becomes that the pooled attention is added to; without a Linear, largest and mean side by side."""
+    """What the pooled attention is added to; without a Linear, largest and mean side by side."""
     if linear is not None:
         x = linear(norm(x))
-    pooled = x.unflatten(1, (stride, -1))
+    pooled = x.reshape(len(x), stride, -1, x.shape[-1])
     return pooled.amax(1) if linear is not None else torch.cat([pooled.amax(1), pooled.mean(1)], -1)
 
 
