@@ -78,8 +78,9 @@ def check_size(image: Tensor, model: nn.Module, entrance: str, *, direct: bool) 
             f"inputs are {image.shape[-2]} x {image.shape[-1]} pixels; {reason}. Resize them before you explain them, "
             "or build the model for this size (img_size=, or dynamic_img_size=True where timm has it)"
         )
-    convolution = getattr(embed, "proj", None)
-    if direct and isinstance(convolution, nn.Conv2d) and convolution.in_channels != image.shape[1]:
+    layers = () if embed is None else embed.modules()
+    convolution = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
+    if direct and convolution is not None and convolution.in_channels != image.shape[1]:
         raise ValueError(
             f"inputs have {image.shape[1]} channels; the model takes {convolution.in_channels}. Repeat or convert "
             "them, or build the model with in_chans="

@@ -21,7 +21,7 @@ from captum_lnstat.recording import Recorder, Recording
 from captum_lnstat.statistics import accumulation_dtype, stream
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.parts import looked_up_once
-from captum_lnstat.trace import Trace
+from captum_lnstat.trace import FixedPooling, Trace
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _read(
     if needs.covector and score is not None:
         u, constant = head_covector(scores, recording.stream_end)
         check_start(trace, u.spread(u.dense().ne(0).flatten(2).any(-1, keepdim=True))[..., 0])
-    elif not needs.graph:
+    elif not needs.graph and not (isinstance(trace.pooling, FixedPooling) and trace.pooling.seen):
         # What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be.
         read = score if score is not None else output.flatten(1)[:, 0] if output.dim() > 1 else output
         if read.requires_grad:

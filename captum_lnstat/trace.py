@@ -197,10 +197,17 @@ class Pooling(Protocol):
 
 @dataclass(frozen=True)
 class FixedPooling:
-    """Fixed weights: the class token, several prefix tokens, or the mean over the patches."""
+    """Fixed weights: the class token, several prefix tokens, or the mean over the patches.
+
+    Attributes:
+        name: Shown by ``describe``.
+        weights: The weight of every token, with a sum of one.
+        seen: They were read off the gradient of the head, not off the structure of the model.
+    """
 
     name: str
     weights: Float[Tensor, " token"]
+    seen: bool = False
 
     def start(self, batch: int, fusion: HeadFusion) -> Tensor:
         return self.weights.expand(batch, -1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
-# Captum's log_usage wraps every attribute, and torch's mode decorators wrap functions: neither is the caller's code.
-_MACHINERY = ("captum_lnstat", "captum", "torch")
+# Captum's log_usage wraps every attribute, and the decorators of torch and contextlib wrap functions: none is the caller's code.
+_MACHINERY = ("captum_lnstat", "captum", "torch", "contextlib")
 
 
 def warn_caller(message: str) -> None:

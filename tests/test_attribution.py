@@ -141,7 +141,8 @@ def test_users_hooks_stay_and_fire_once(make: Make) -> None:
         with untouched(model):
             attribution = make(model).attribute(images(), target=1)
         assert torch.equal(attribution, expected)
-        assert len(fired) == len(set(fired))
+        once = [name for name in fired if not name.startswith("backward")]
+        assert len(once) == len(set(once))
         assert {f"{when} {name}" for when in ("before", "after") for name in modules} <= set(fired)
 
 

@@ -266,8 +266,11 @@ def test_a_backward_hook_on_the_root(model: nn.Module, make: Make) -> None:
         getattr(make(model), "rule", None) == "gradient"
     )
     texts = [str(warning.message) for warning in caught]
-    assert ["Full backward hook is firing" in text for text in texts] == ([] if with_a_graph else [True])
-    assert len(fired) <= 1
+    # Where the pooling of the head is read off its gradient, the head is differentiated once more.
+    assert ["Full backward hook is firing" in text for text in texts] in (
+        [[]] if with_a_graph else [[True], [True, True]]
+    )
+    assert len(fired) <= 2
 
 
 # Several outputs.

@@ -176,7 +176,6 @@ def test_head_fusion_callable_is_checked(model: nn.Module) -> None:
         "test_resnet",
         "test_convnext",
         "levit_128s",
-        "pvt_v2_b0",
         "test_mambaout",
         "xcit_nano_12_p16_224",
     ],

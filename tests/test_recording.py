@@ -134,7 +134,7 @@ def test_heads_can_be_asked_for_one_by_one(case, monkeypatch):
     chunks = list(turns)
     assert queries == slice(0, L)
     assert [part.shape for _, part in chunks] == [(B, 1, L, S)] * H
-    assert torch.equal(torch.cat([part for _, part in chunks], 1), probabilities)
+    torch.testing.assert_close(torch.cat([part for _, part in chunks], 1), probabilities)
     assert torch.equal(torch.cat([site.values(heads) for heads, _ in chunks], 1), v)
     monkeypatch.setattr("captum_lnstat.sites.CHUNK", 2 * B * S)
     few = [(queries, torch.cat([part for _, part in turns], 1)) for queries, turns in site.chunks()]

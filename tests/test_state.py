@@ -62,7 +62,7 @@ class UserError(Exception):
 
 ERRORS = (UserError, RuntimeError, AssertionError, StopIteration, KeyboardInterrupt)
 ATTENTION = (F.scaled_dot_product_attention, torch.softmax, F.softmax, Tensor.softmax)
-NORMS = (F.layer_norm, torch.layer_norm)
+NORMS = (F.layer_norm, torch.layer_norm, torch.native_layer_norm)
 
 
 @cache

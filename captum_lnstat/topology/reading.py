@@ -68,7 +68,7 @@ def pooling_as_read(
     weights = slope.new_zeros(slope.shape[1])
     for group in groups:
         weights[group] = 1 / (len(groups) * len(group))
-    return FixedPooling(_name(groups, prefix), weights)
+    return FixedPooling(_name(groups, prefix), weights, seen=True)
 
 
 def _slope(recording: Recording, normed: Sequence[Tensor]) -> Tensor:
@@ -78,10 +78,16 @@ def _slope(recording: Recording, normed: Sequence[Tensor]) -> Tensor:
             "the scores have no gradient at the transformer's tokens, so what the head reads cannot be seen; expected "
             "a forward_func that returns the model's scores as they are (no no_grad, detach or argmax after it)"
         )
+    if not end.requires_grad:
+        raise RecordingError(
+            "the end of the stream is not in the graph of the scores, so what the head reads cannot be seen; expected a "
+            "model and forward_func without no_grad, detach or re-entrant checkpointing"
+        )
     # One number that every score takes part in, no two of them alike.
-    weights = torch.linspace(1, 2, scores.numel() // len(scores), dtype=torch.float64, device=scores.device)
     with torch.enable_grad():
-        mixed = (scores.reshape(len(scores), -1) * weights.to(scores.dtype)).sum()
+        each = scores.reshape(len(scores), -1) if scores.dim() else scores.reshape(1, 1)
+        weights = torch.linspace(1, 2, each.shape[1], dtype=torch.float64, device=scores.device)
+        mixed = (each * weights.to(scores.dtype)).sum()
     # A head may leave the norm unread, or read the stream beside it.
     *after, before = torch.autograd.grad(mixed, [*normed, end], retain_graph=True, allow_unused=True)
     seen = [slope for slope in (_channels_last(slope, end) for slope in after) if slope is not None]
