@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, overload
 
 import torch
@@ -157,11 +157,7 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         # Relevance is computed in float32 whatever the caller's autocast makes of the model.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
             relevance = self._relevance(outcome)
-        if not bool(torch.isfinite(relevance.grid).all()):
-            raise RecordingError(
-                "the relevance is not finite: something in the forward pass overflowed. Expected activations whose "
-                "variance fits the model's dtype"
-            )
+        check_finite(relevance.grid)
         return relevance
 
     def relevance(
@@ -224,6 +220,16 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
                     deltas.append((relevance.total - outcome.score).to(relevance.total.dtype))
         is_tuple = _is_tuple(inputs)
         return _format_output(is_tuple, (joined(attributions),)), joined(deltas) if deltas else None
+
+
+def check_finite(grid: Tensor) -> Tensor:
+    """The relevance, if it is finite."""
+    if not bool(torch.isfinite(grid).all()):
+        raise RecordingError(
+            "the relevance is not finite: something in the forward pass overflowed. Expected activations whose "
+            "variance fits the model's dtype"
+        )
+    return grid
 
 
 def the_image(inputs: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -353,15 +359,68 @@ class LNStatAttribution(GridAttribution):
             return rules.perception(trace, settings)
         if outcome.output_gradients is not None:
             return rules.gradient(trace, outcome.output_gradients, settings, keep=False, normalized=self.normalized)
+        return self._gradient_free(outcome)[0]
+
+    def _gradient_free(self, outcome: Pass) -> tuple[Relevance, ...]:
+        """The relevance of every score, once its evidence is seen to add up."""
+        trace, settings = outcome.trace, self.settings
         assert outcome.u is not None
         assert outcome.constant is not None
         if self.rule == "evidence":
-            (evidence,) = (relevance,) = rules.evidence(trace, outcome.u, outcome.constant, settings)
+            evidence = relevance = rules.evidence(trace, outcome.u, outcome.constant, settings)
         else:
-            (relevance,), (evidence,) = rules.lnstat(trace, outcome.u, outcome.constant, settings)
-        assert outcome.score is not None
-        check_complete(evidence, trace, outcome.score)
+            relevance, evidence = rules.lnstat(trace, outcome.u, outcome.constant, settings)
+        for one, score in zip(evidence, outcome.scores, strict=True):
+            check_complete(one, trace, score)
         return relevance
+
+    def relevance_per_target(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        targets: Sequence[Target],
+        additional_forward_args: ForwardArgs = None,
+    ) -> Tensor:
+        """Relevance for many targets from one forward pass, at little more than the price of one.
+
+        Args:
+            inputs: Images, as for ``attribute``.
+            targets: The targets, each in any of Captum's forms: ``range(10)`` for the first ten classes.
+            additional_forward_args: As for ``attribute``.
+
+        Returns:
+            A ``(target, batch, rows, columns)`` tensor; ``[i]`` is ``relevance(inputs, targets[i])``.
+
+        Raises:
+            ValueError: No targets, or a rule that needs a backward pass for each (``"gradient"``), or none at all
+                (``"rollout"``).
+
+        Example:
+            >>> import torch
+            >>> from captum_lnstat import LNStatAttribution, zoo
+            >>> vit = zoo.load("vit-mini").model
+            >>> LNStatAttribution(vit).relevance_per_target(torch.rand(2, 3, 64, 64), range(10)).shape
+            torch.Size([10, 2, 8, 8])
+        """
+        targets = list(targets)
+        if self.rule not in ("lnstat", "evidence"):
+            raise ValueError(
+                f"rule={self.rule!r} has no maps of many targets in one pass; expected 'lnstat' or 'evidence'. "
+                + ("Its map is the same for every target" if self.rule == "rollout" else "Call attribute for each")
+            )
+        if not targets:
+            raise ValueError("targets is empty; expected at least one")
+        outcome = run(
+            self.forward_func,
+            self._transformer(),
+            the_image(inputs),
+            targets[0],
+            additional_forward_args,
+            self._needs(),
+            self.output,
+            targets[1:],
+        )
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
+            return check_finite(torch.stack([one.grid for one in self._gradient_free(outcome)]))
 
     @overload
     def attribute(

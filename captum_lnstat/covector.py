@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # So many units of rounding apart, two covectors are the same direction.
-SAME_DIRECTION = 32
+SAME_DIRECTION = 64
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,10 @@ class Covector:
         flat = u.flatten(2)
         longest = flat.square().sum(-1).argmax(1)
         one = flat[torch.arange(len(flat), device=u.device), longest]
-        length = one.square().sum(-1, keepdim=True)
-        scale = torch.where(length > 0, (flat @ one[..., None])[..., 0] / length, 0)
+        # In float64: the rounding of long sums would look like another direction.
+        exact = one.double()
+        length = exact.square().sum(-1, keepdim=True)
+        scale = torch.where(length > 0, (flat.double() @ exact[..., None])[..., 0] / length, 0).to(u.dtype)
         apart = (flat - scale[..., None] * one[:, None]).abs().amax(-1)
         allowed = SAME_DIRECTION * torch.finfo(u.dtype).eps * scale.abs() * one.abs().amax(-1, keepdim=True)
         if bool((apart > allowed).any()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,12 +50,16 @@ class Needs:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass gives a rule; fields that were not needed are ``None``."""
+    """What one forward pass gives a rule; fields that were not needed are ``None``.
+
+    With several targets ``u`` and ``constant`` are those of all of their ``scores``; ``score`` is the first.
+    """
 
     trace: Trace
     recording: Recording
     output: Tensor
     score: Tensor | None
+    scores: tuple[Tensor, ...]
     u: Covector | None
     constant: Tensor | None
     output_gradients: tuple[Tensor, ...] | None
@@ -71,6 +75,7 @@ def run(
     additional_forward_args: ForwardArgs,
     needs: Needs,
     output: Output = None,
+    more_targets: Sequence[Target] = (),
 ) -> Pass:
     """Run ``forward_func`` once and record it. Neither the model, the caller's grad mode nor ``image`` is changed."""
     topology = find_topology(eager(model))
@@ -102,7 +107,7 @@ def run(
     # The hook at the head has switched gradients on; leaving the context above has put the caller's mode back.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         recording = replace(recorder.recording, scores=scores)
-        return _read(topology, recording, scores, image, leaf, target, needs)
+        return _read(topology, recording, scores, image, leaf, (target, *more_targets), needs)
 
 
 def _read(
@@ -111,7 +116,7 @@ def _read(
     output: Tensor,
     image: Tensor,
     leaf: Tensor,
-    target: Target,
+    targets: Sequence[Target],
     needs: Needs,
 ) -> Pass:
     if recording.stream_end is None:
@@ -121,23 +126,24 @@ def _read(
         )
     if not bool(torch.isfinite(output).all()):
         raise RecordingError("the model's output is not finite: a NaN or an overflow on the way makes every map wrong")
-    score = u = constant = output_gradients = input_times_gradient = None
+    u = constant = output_gradients = input_times_gradient = None
+    scores: tuple[Tensor, ...] = ()
     if needs.contrastive:
-        score = contrast(output, target)
-    elif needs.target or target is not None:
-        score = target_score(output, target)
+        scores = tuple(contrast(output, target) for target in targets)
+    elif needs.target or targets[0] is not None:
+        scores = tuple(target_score(output, target) for target in targets)
+    score = scores[0] if scores else None
     with torch.no_grad():
         check_seen(recording.call(topology.entrance).input.tensor, image)
         trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
         trace = replace(trace, training=topology.model.training)
         check_stream(trace, recording.stream_end)
     if needs.covector and score is not None:
-        u, constant = head_covector([score], recording.stream_end)
+        u, constant = head_covector(scores, recording.stream_end)
         check_start(trace, u.spread(u.dense().ne(0).flatten(2).any(-1, keepdim=True))[..., 0])
     elif not needs.graph:
         # What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be.
-        first = output.flatten(1)[:, 0] if output.dim() > 1 else output
-        read = first if score is None else score
+        read = score if score is not None else output.flatten(1)[:, 0] if output.dim() > 1 else output
         if read.requires_grad:
             check_start(trace, _reads(gradients(read, [recording.stream_end])[0]))
     if needs.output_gradients and "gradient" not in trace.rules:
@@ -162,8 +168,9 @@ def _read(
         check_start(trace, _reads(slope))
         dtype = accumulation_dtype(leaf)
         input_times_gradient = leaf.detach().to(dtype) * gradient.to(dtype)
-    detached = None if score is None else score.detach()
-    return Pass(trace, recording, output.detach(), detached, u, constant, output_gradients, input_times_gradient)
+    known = tuple(score.detach() for score in scores)
+    first = known[0] if known else None
+    return Pass(trace, recording, output.detach(), first, known, u, constant, output_gradients, input_times_gradient)
 
 
 def _reads(slope: Tensor) -> Tensor:

@@ -106,30 +106,38 @@ def head_covector(
     The LayerNorms of the head were recorded with frozen statistics, so for a head of norms, pooling and linear layers
     this is exact. For any other head it is the first-order expansion, the remainder being part of the constant.
     """
-    slopes = [gradients(score, [stream_end], again=True)[0] for score in scores]
-    u = torch.stack([stream(slope) for slope in slopes], 2)
+    u = torch.stack([stream(slope) for slope in _slopes(scores, stream_end)], 2)
     covector = Covector.of(u)
     said = covector.read(stream(stream_end.detach())).sum(1)
     values = torch.stack([score.detach() for score in scores], 1)
     return covector, values.to(said.dtype) - said
 
 
-def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor], *, again: bool = False) -> tuple[Tensor, ...]:
-    """Gradient of every image's score; the parameters' ``.grad`` stays as it is.
+def _slopes(scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor) -> Sequence[Tensor]:
+    """The gradient of every score at the end of the stream; those of many scores in one backward pass."""
+    if len(scores) == 1:
+        return gradients(scores[0], [stream_end])
+    _check_differentiable(scores[0])
+    together = torch.stack([score.sum() for score in scores])
+    one_each = torch.eye(len(scores), dtype=together.dtype, device=together.device)
+    (slopes,) = torch.autograd.grad(together, [stream_end], one_each, is_grads_batched=True)
+    return list(slopes)
 
-    Args:
-        score: One value an image.
-        at: Where.
-        again: Keep the graph for a further call.
-    """
+
+def _check_differentiable(score: Tensor) -> None:
     if not score.requires_grad:
         raise RecordingError(
             "the score has no gradient at the transformer's tokens: forward_func leaves the graph after the model "
             "(no_grad, inference_mode, detach, numpy, argmax or re-entrant checkpointing). Let it return the model's "
             "scores as they are"
         )
+
+
+def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradient of every image's score; the parameters' ``.grad`` stays as it is."""
+    _check_differentiable(score)
     try:
-        return torch.autograd.grad(score.sum(), list(at), retain_graph=again)
+        return torch.autograd.grad(score.sum(), list(at))
     except RuntimeError as error:
         if "not have been used in the graph" not in str(error):
             raise

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Up to so many directions in u, what values said is summed over the queries before it is read, not after.
 FEW = 4
+# With many scores what is read is wider than a window is large up to so many directions.
+FEW_OF_MANY_SCORES = 16
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class _Reader:
         self.constant = constant.sum(1)
         batch, heads = len(u.scale), block.site.shape[1]
         self._dense: Tensor | None = None
-        if u.kinds <= FEW:
+        if u.kinds <= (FEW if u.scores == 1 else FEW_OF_MANY_SCORES):
             one_hot = F.one_hot(pulled.kind, pulled.kinds).to(u.scale.dtype)
             self.columns = pulled.spread(pulled.scale[..., None] * one_hot)
             directions = pulled.directions.reshape(batch, pulled.kinds * u.scores, heads, -1)

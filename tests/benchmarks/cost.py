@@ -1,0 +1,308 @@
+"""What an explanation costs: time and memory against one plain forward pass, as a table and two figures.
+
+    python tests/benchmarks/cost.py            # everything, about half an hour on one core
+    python tests/benchmarks/cost.py --only swin_tiny_patch4_window7_224@224x4 --pairs 5
+
+Time: CPU seconds of this process, one thread, methods taken in turns in one process, medians of the ratios to the
+forward pass of the same turn. Memory: the largest resident size of a process of its own, over that with the model and
+the images loaded. Results are kept in ``docs/cost.json``, so that parts can be measured again, and written as a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from captum.attr import IntegratedGradients, LayerGradCam, Occlusion, Saliency
+from torch import Tensor, nn
+
+from captum_lnstat import (
+    AttentionRollout,
+    FrozenLayerNorm,
+    GenericAttention,
+    LNStatAttribution,
+    RawAttention,
+)
+
+ROOT = Path(__file__).parents[2]
+RECORD, PAGE = ROOT / "docs" / "cost.json", ROOT / "docs" / "cost.md"
+
+VIT, DINO, SWIN = "vit_small_patch16_224", "vit_small_patch14_dinov2", "swin_tiny_patch4_window7_224"
+# Model, pixels, images a batch.
+SETTINGS = [
+    (VIT, 224, 4),
+    (VIT, 224, 1),
+    (SWIN, 224, 4),
+    (SWIN, 224, 1),
+    (DINO, 518, 2),
+    (SWIN, 448, 1),
+    (SWIN, 896, 1),
+]
+MEMORY = [*SETTINGS, (VIT, 448, 1), (VIT, 1024, 1)]
+TARGET = 1
+
+
+def build(name: str, pixels: int) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"num_classes": 1000} if "dinov2" in name else {}
+    return timm.create_model(name, img_size=pixels, **options).eval()
+
+
+def _last_norm(model: nn.Module) -> nn.Module:
+    blocks = model.blocks if hasattr(model, "blocks") else model.layers[-1].blocks
+    return blocks[-1].norm1
+
+
+def _grad_cam(model: nn.Module) -> Callable[[Tensor], object]:
+    from pytorch_grad_cam import GradCAM
+
+    def reshape(tokens: Tensor) -> Tensor:
+        if tokens.dim() == 3:
+            side = int((tokens.shape[1] - 1) ** 0.5)
+            tokens = tokens[:, 1:].unflatten(1, (side, side))
+        return tokens.permute(0, 3, 1, 2)
+
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    cam = GradCAM(model, [_last_norm(model)], reshape_transform=reshape)
+    return lambda x: cam(x, [ClassifierOutputTarget(TARGET)] * len(x))
+
+
+def _methods() -> dict[str, Callable[[nn.Module], Callable[[Tensor], object]]]:
+    def forward(model: nn.Module) -> Callable[[Tensor], object]:
+        def run(x: Tensor) -> object:
+            with torch.no_grad():
+                return model(x)
+
+        return run
+
+    def captum(
+        method: Callable[[nn.Module], object], **options: object
+    ) -> Callable[[nn.Module], Callable[[Tensor], object]]:
+        def make(model: nn.Module) -> Callable[[Tensor], object]:
+            made = method(model)
+            return lambda x: made.attribute(x.requires_grad_(False).clone(), target=TARGET, **options)
+
+        return make
+
+    def occlusion(model: nn.Module) -> Callable[[Tensor], object]:
+        made = Occlusion(model)
+        return lambda x: made.attribute(x, sliding_window_shapes=(3, 64, 64), strides=(3, 32, 32), target=TARGET)
+
+    def hundred(model: nn.Module) -> Callable[[Tensor], object]:
+        made = LNStatAttribution(model)
+        return lambda x: made.relevance_per_target(x, range(100))
+
+    found: dict[str, Callable[[nn.Module], Callable[[Tensor], object]]] = {"plain forward": forward}
+    for rule in ("lnstat", "evidence", "rollout", "gradient"):
+        found[f"LNStatAttribution, {rule}"] = captum(lambda model, rule=rule: LNStatAttribution(model, rule=rule))
+    for kind in (RawAttention, AttentionRollout, GenericAttention, FrozenLayerNorm):
+        found[kind.__name__] = captum(kind)
+    found["LNStatAttribution, 100 classes"] = hundred
+    found["Captum Saliency"] = captum(Saliency)
+    found["Captum LayerGradCam"] = captum(lambda model: LayerGradCam(model, _last_norm(model)))
+    if importlib.util.find_spec("pytorch_grad_cam"):
+        found["pytorch-grad-cam GradCAM"] = _grad_cam
+    found["Captum IntegratedGradients, 50 steps"] = captum(IntegratedGradients, n_steps=50, internal_batch_size=4)
+    found["Captum Occlusion, 64 px, stride 32"] = occlusion
+    return found
+
+
+SLOW = ("Captum IntegratedGradients, 50 steps", "Captum Occlusion, 64 px, stride 32")
+METHODS = _methods()
+
+
+def _key(name: str, pixels: int, batch: int) -> str:
+    return f"{name}@{pixels}x{batch}"
+
+
+def _seconds(run: Callable[[Tensor], object], x: Tensor) -> float:
+    begin = time.process_time()
+    run(x)
+    return time.process_time() - begin
+
+
+def time_setting(name: str, pixels: int, batch: int, pairs: int) -> dict[str, dict[str, float]]:
+    """Ratios to a plain forward pass: median, lowest and highest."""
+    model, x = build(name, pixels), torch.randn(batch, 3, pixels, pixels)
+    runs: dict[str, Callable[[Tensor], object]] = {}
+    ratios: dict[str, list[float]] = {}
+    for method, make in METHODS.items():
+        if method in SLOW and (pixels > 224 or batch > 1):
+            continue
+        run = make(model)
+        try:
+            run(x)
+        except Exception as error:  # a rival that cannot: the row says so
+            print(f"  {method}: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
+            continue
+        runs[method], ratios[method] = run, []
+    forwards = []
+    for turn in range(pairs):
+        base = _seconds(runs["plain forward"], x)
+        forwards.append(base)
+        for method, run in runs.items():
+            if method == "plain forward" or (method in SLOW and turn):
+                continue
+            # The forward pass right before: what else the machine does changes within one turn.
+            base = _seconds(runs["plain forward"], x)
+            ratios[method].append(_seconds(run, x) / base)
+    result = {m: {"median": statistics.median(r), "low": min(r), "high": max(r)} for m, r in ratios.items() if r}
+    return {**result, "plain forward": {"seconds": statistics.median(forwards)}}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure_memory(name: str, pixels: int, batch: int, method: str) -> float:
+    """MiB over the loaded model, of this process: run in one of its own."""
+    model, x = build(name, pixels), torch.randn(batch, 3, pixels, pixels)
+    METHODS[method](build(VIT, 32))(torch.randn(1, 3, 32, 32))  # libraries, and what they load when first used
+    before = _peak()
+    METHODS[method](model)(x)
+    return _peak() - before
+
+
+def memory_setting(name: str, pixels: int, batch: int) -> dict[str, float]:
+    result = {}
+    for method in METHODS:
+        if method in SLOW or "100" in method:
+            continue
+        arguments = [sys.executable, __file__, "--memory-of", name, str(pixels), str(batch), method]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            result[method] = float(done.stdout.split()[-1])
+    return result
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def page(record: dict) -> str:
+    times, memory = record["time"], record["memory"]
+    lines = [
+        "# What an explanation costs",
+        "",
+        "Written by `python tests/benchmarks/cost.py`. One thread of a shared two-core machine "
+        f"({record['machine']}); CPU seconds; methods in turns in one process. Each entry: the median of "
+        "the ratios to a plain forward pass without gradients, in brackets the lowest and the highest of the turns. "
+        "Random weights (they do not change the cost). Integrated gradients and occlusion once.",
+        "",
+    ]
+    columns = [key for key in (_key(*setting) for setting in SETTINGS) if key in times]
+    lines += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    seconds = [f"{times[key]['plain forward']['seconds']:.2f} s" for key in columns]
+    lines.append("| plain forward, seconds | " + " | ".join(seconds) + " |")
+    for method in METHODS:
+        if method == "plain forward":
+            continue
+        cells = []
+        for key in columns:
+            row = times[key].get(method)
+            cells.append("" if row is None else f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+        if any(cells):
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    turns = ", ".join(f"{key}: {record['pairs'][key]}" for key in columns)
+    lines += ["", f"Columns: model@pixels x images. Turns: {turns}.", ""]
+    columns = [key for key in (_key(*setting) for setting in MEMORY) if key in memory]
+    lines += ["Largest resident memory over the loaded model, MiB, each in a process of its own:", ""]
+    lines += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method in METHODS:
+        cells = [_number(memory[key].get(method), ".0f") for key in columns]
+        if any(cells):
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "![Cost of the methods](pictures/cost-methods.png)",
+        "",
+        "![Memory against the size of the image](pictures/cost-size.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def figures(record: dict) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    times, memory, folder = record["time"], record["memory"], ROOT / "docs" / "pictures"
+    keys = [key for key in (_key(VIT, 224, 4), _key(SWIN, 224, 4)) if key in times]
+    names = [method for method in METHODS if method != "plain forward" and any(method in times[key] for key in keys)]
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for shift, key in zip((-0.2, 0.2), keys, strict=False):
+        values = [times[key].get(name, {}).get("median", 0) for name in names]
+        axes.barh([i + shift for i in range(len(names))], values, 0.38, label=key)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("cost in plain forward passes")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "cost-methods.png", dpi=110)
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    for model, sizes in ((VIT, (224, 448, 1024)), (SWIN, (224, 448, 896))):
+        for method, style in (
+            ("plain forward", ":"),
+            ("LNStatAttribution, lnstat", "-"),
+            ("LNStatAttribution, gradient", "--"),
+        ):
+            points = [(s, memory.get(_key(model, s, 1), {}).get(method)) for s in sizes]
+            points = [(s, value) for s, value in points if value is not None]
+            color = "tab:blue" if model == VIT else "tab:orange"
+            axes.plot(
+                *zip(*points, strict=True), style, marker="o", color=color, label=f"{model}: {method}"
+            ) if points else None
+    axes.set_xlabel("pixels a side, one image")
+    axes.set_ylabel("MiB over the model")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(folder / "cost-size.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="settings, such as vit_small_patch16_224@224x4")
+    parser.add_argument("--pairs", type=int, default=9, help="turns")
+    parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--skip-time", action="store_true")
+    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.memory_of:
+        name, pixels, batch, method = arguments.memory_of
+        print(measure_memory(name, int(pixels), int(batch), method))
+        return
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {"time": {}, "memory": {}, "pairs": {}}
+    record["machine"] = f"{platform.machine()}, torch {torch.__version__.split('+')[0]}, timm {timm.__version__}"
+    for setting in MEMORY:
+        key = _key(*setting)
+        if arguments.only and key not in arguments.only:
+            continue
+        print(key, flush=True)
+        if setting in SETTINGS and not arguments.skip_time:
+            record["time"][key] = time_setting(*setting, arguments.pairs)
+            record["pairs"][key] = arguments.pairs
+        if not arguments.skip_memory:
+            record["memory"][key] = memory_setting(*setting)
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    figures(record)
+    PAGE.write_text(page(record))
+
+
+if __name__ == "__main__":
+    main()
