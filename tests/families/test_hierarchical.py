@@ -56,6 +56,12 @@ MODELS: dict[str, tuple[Callable[[Size], Any], Size, Size, str]] = {
     "maxvit_tiny_rw": (lambda s: maxxvit("maxvit_tiny_rw", s, (32, 32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
     "maxvit_tiny_tf": (lambda s: maxxvit("maxvit_tiny_tf", s, (32, 32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
     "maxvit_rmlp": (lambda s: maxxvit("maxvit_rmlp_pico_rw", s, (32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
+    "maxvit_as_many_channels_as_rows": (
+        lambda s: maxxvit("maxvit_tiny_rw", s, (16, 32), **PARTS),
+        (64, 64),
+        (16, 16),
+        "tokens",
+    ),
     "maxxvit": (lambda s: maxxvit("maxxvit_rmlp_nano_rw", s, WIDE, **PARTS), (64, 96), (16, 24), "tokens"),
     "maxxvit_v2": (lambda s: maxxvit("maxxvitv2_nano_rw", s, WIDE, **PARTS), (64, 96), (16, 24), "tokens"),
     "coatnet_rw": (lambda s: maxxvit("coatnet_nano_rw", s), (64, 96), (8, 12), "tokens"),
