@@ -144,7 +144,7 @@ TABLE: dict[str, Rows] = {
         1,
         UnsupportedModelError,
         r"TransformerEncoderLayer .* not where .*\nseen: 1 MultiheadAttention \(first at 'self_attn'\); LayerNorms: 2",
-        r"known families:\n  plain: patch_embed.*register_topology",
+        r"known families:\n.*  plain: patch_embed.*register_topology",
     ),
     "two transformers": (
         TwoSideBySide,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,8 @@ def cells(grid: Grid, after: Grid, stride: Grid, device: torch.device | None = N
     """The tokens of a grid that lie under each token of a coarser one.
 
     A stride of ``s`` makes ``n / s`` tokens of ``n``, rounded up or down. Rounded up, the last has fewer tokens under
-    it; rounded down, tokens beyond the last cell are under none.
+    it; rounded down, tokens beyond the last cell are under none. What a convolution reads beyond its cell is left out:
+    cells alone keep an even map even, while overlapping kernels at the borders would gather relevance in a corner.
 
     Args:
         grid: Rows and columns before.
@@ -58,82 +58,19 @@ def cells(grid: Grid, after: Grid, stride: Grid, device: torch.device | None = N
     return Groups(ids.reshape(after[0] * after[1], -1), grid[0] * grid[1])
 
 
-def footprints(
-    grid: Grid, after: Grid, stride: Grid, centre: tuple[float, float], device: torch.device | None = None
-) -> Groups:
-    """The tokens under each token of a coarser grid whose convolution or pooling reads beyond its cell.
-
-    Each token covers ``stride`` tokens around the middle of what it reads, so that all together cover every token
-    evenly. A token covered by half is named once, one that is covered whole twice.
-
-    Args:
-        grid: Rows and columns before.
-        after: Rows and columns after.
-        stride: Rows and columns that a token covers.
-        centre: Where the middle of what the first token reads lies, in tokens before.
-        device: Where the index lives.
+def strides_of(module: nn.Module) -> Grid:
+    """The strides of the convolutions and poolings of a module that runs them one after another, multiplied.
 
     Example:
-        >>> footprints((1, 4), (1, 2), (1, 2), (0.0, 0.0)).index.tolist()
-        [[-1, 0, 0, 1], [1, 2, 2, 3]]
-        >>> footprints((1, 4), (1, 2), (1, 2), (0.0, 0.5)).index.tolist()
-        [[0, 1], [2, 3]]
+        >>> strides_of(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(1, 1, 3, stride=(1, 2), padding=1)))
+        (2, 4)
     """
-    if all(middle == (step - 1) / 2 for middle, step in zip(centre, stride, strict=True)):
-        return cells(grid, after, stride, device)
-    cells(grid, after, stride)  # raises if the one is not made of the other
-    rows, columns = (
-        _covered(count, later, step, middle, device)
-        for count, later, step, middle in zip(grid, after, stride, centre, strict=True)
-    )
-    ids = rows[:, None, :, None] * grid[1] + columns[None, :, None, :]
-    real = (rows >= 0)[:, None, :, None] & (columns >= 0)[None, :, None, :]
-    return Groups(torch.where(real, ids, PADDING).reshape(after[0] * after[1], -1), grid[0] * grid[1])
-
-
-def _covered(count: int, after: int, stride: int, centre: float, device: torch.device | None) -> Tensor:
-    """Along one side, the token at each half step under each token after it; padding beyond the sides."""
-    if centre == (stride - 1) / 2:
-        steps, size = torch.arange(stride, device=device) - (stride - 1) / 2, stride
-    else:
-        steps, size = (torch.arange(2 * stride, device=device) + 0.5) / 2 - stride / 2, 2 * stride
-    places = (torch.arange(after, device=device) * stride + centre)[:, None] + steps
-    tokens = places.round().long().reshape(after, size)
-    return torch.where((tokens >= 0) & (tokens < count), tokens, PADDING)
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What modules that ran one after another read for each token: how far apart, and around where."""
-
-    stride: Grid
-    centre: tuple[float, float]
-
-
-def reach_of(module: nn.Module) -> Reach:
-    """Strides of the convolutions and poolings of a module multiplied, and the middle of what the first token reads.
-
-    Example:
-        >>> reach_of(nn.Conv2d(1, 1, 3, stride=2, padding=1))
-        Reach(stride=(2, 2), centre=(0.0, 0.0))
-        >>> reach_of(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(1, 1, 1)))
-        Reach(stride=(2, 2), centre=(0.5, 0.5))
-    """
-    stride, centre = [1, 1], [0.0, 0.0]
+    rows, columns = 1, 1
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d):
-            for axis in (0, 1):
-                kernel, step, dilation = (_of(part, what, axis, 1) for what in ("kernel_size", "stride", "dilation"))
-                padding = (kernel - 1) * dilation / 2 if part.padding == "same" else _of(part, "padding", axis, 0)
-                centre[axis] += ((kernel - 1) * dilation / 2 - padding) * stride[axis]
-                stride[axis] *= step
-    return Reach((stride[0], stride[1]), (centre[0], centre[1]))
-
-
-def _of(part: nn.Module, what: str, axis: int, default: int) -> int:
-    value = getattr(part, what, default)
-    pair = value if isinstance(value, tuple | list) else (value, value)
-    return default if isinstance(value, str) else int(pair[axis])
+            stride = part.stride if isinstance(part.stride, tuple | list) else (part.stride, part.stride)
+            rows, columns = rows * int(stride[0]), columns * int(stride[1])
+    return rows, columns
 
 
 def adaptive_cells(grid: Grid, after: Grid, device: torch.device | None = None) -> Groups:

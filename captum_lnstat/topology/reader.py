@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.layout import Groups
 from captum_lnstat.recording import Recording
-from captum_lnstat.topology.geometry import Grid, footprints, reach_of
+from captum_lnstat.topology.geometry import Grid, cells, strides_of
 from captum_lnstat.topology.units import Stream
 from captum_lnstat.trace import RULES, Block, Update
 
@@ -65,5 +65,4 @@ class Reader(ABC):
 
 def under(module: nn.Module, grid: Grid, after: Grid, device: torch.device) -> Groups:
     """The tokens under each token that a convolution or pooling makes, or several one after another."""
-    reach = reach_of(module)
-    return footprints(grid, after, reach.stride, reach.centre, device)
+    return cells(grid, after, strides_of(module), device)

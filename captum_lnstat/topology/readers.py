@@ -37,7 +37,12 @@ class ResidualReader(Reader):
 
     @classmethod
     def reads(cls, module: nn.Module) -> bool:
-        return find_parts(module) is not None
+        parts = find_parts(module)
+        if parts is None:
+            return False
+        # An MLP may hold a convolution; one more is something that is done to the stream before.
+        others = [child for name, child in module.named_children() if name != parts.attention]
+        return sum(any(isinstance(part, nn.Conv2d) for part in child.modules()) for child in others) < 2
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)

@@ -20,7 +20,7 @@ from captum_lnstat.frozen import FrozenNorm
 from captum_lnstat.layout import PADDING, Groups
 from captum_lnstat.recording import ModuleCall, Recording
 from captum_lnstat.topology.affine import Layout, is_affine, pull_by_autograd
-from captum_lnstat.topology.geometry import Grid, Reach, channels_first, channels_last, footprints, reach_of
+from captum_lnstat.topology.geometry import Grid, cells, channels_first, channels_last, strides_of
 from captum_lnstat.trace import Transition, Update
 
 
@@ -176,8 +176,8 @@ def _position(returned: Tensor, after: Stream, positions: Sequence[Tensor]) -> t
 def _transition(
     name: str, module: nn.Module, call: ModuleCall, before: Stream, after: Stream, layout: Layout
 ) -> Transition:
-    reach = Reach((1, 1), (0.0, 0.0)) if before.grid == after.grid else reach_of(module)
-    groups = footprints(before.grid, after.grid, reach.stride, reach.centre, after.tokens.device)
+    strides = (1, 1) if before.grid == after.grid else strides_of(module)
+    groups = cells(before.grid, after.grid, strides, after.tokens.device)
     groups = _in_order(groups, before.order, after.order)
     pull = None
     if is_affine(module):

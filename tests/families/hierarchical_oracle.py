@@ -102,18 +102,14 @@ def variance(x: Tensor) -> Tensor:
     return ((x - x.mean(-1, keepdim=True)) ** 2).mean(-1)
 
 
-def box_share(grid: tuple[int, int], after: tuple[int, int], stride: int, centre: float) -> Tensor:
-    """By how much a box of ``stride`` tokens around the middle of what each token reads covers the tokens before."""
-    sides = []
-    for count, later in zip(grid, after, strict=True):
-        side = torch.zeros(later, count, dtype=torch.float64)
-        for i in range(later):
-            low, high = centre + stride * i - stride / 2, centre + stride * i + stride / 2
-            for t in range(count):
-                side[i, t] = max(0.0, min(high, t + 0.5) - max(low, t - 0.5))
-        sides.append(side)
-    both = torch.einsum("ac,bd->abcd", *sides).reshape(after[0] * after[1], grid[0] * grid[1])
-    return both / both.sum(-1, keepdim=True)
+def cell_share(grid: tuple[int, int], after: tuple[int, int], stride: int) -> Tensor:
+    """What a token gives to each of the tokens in its cell of ``stride`` by ``stride``: the same."""
+    share = torch.zeros(after[0] * after[1], grid[0] * grid[1], dtype=torch.float64)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            if row // stride < after[0] and column // stride < after[1]:  # a stride rounded down leaves some unread
+                share[row // stride * after[1] + column // stride, row * grid[1] + column] = 1
+    return share / share.sum(-1, keepdim=True)
 
 
 def one_hot(windows: Tensor, count: int) -> Tensor:
@@ -219,7 +215,7 @@ def _maxvit(model: Any, x: Tensor) -> tuple[nn.Module, list[Step]]:
             x_grid = _grid_after(model, block.conv, x)
             if grid is not None:
                 if x_grid != grid:
-                    steps.append(Step("tokens", share=box_share(grid, x_grid, 2, _centre(block.conv.shortcut.pool))))
+                    steps.append(Step("tokens", share=cell_share(grid, x_grid, 2)))
                 steps.append(Step("add", block.conv.conv3_1x1, seen={"width": block.conv.conv3_1x1.out_channels}))
             grid = x_grid
             for partition in (block.attn_block, block.attn_grid):
@@ -237,11 +233,6 @@ def _maxvit(model: Any, x: Tensor) -> tuple[nn.Module, list[Step]]:
     return first, steps
 
 
-def _centre(pool: Any) -> float:
-    kernel, padding = (n if isinstance(n, int) else n[0] for n in (pool.kernel_size, pool.padding))
-    return (kernel - 1) / 2 - padding
-
-
 def _grid_after(model: nn.Module, module: nn.Module, x: Tensor) -> tuple[int, int]:
     seen: list[tuple[int, int]] = []
     handle = module.register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape[-2:])))
@@ -256,7 +247,7 @@ def _pvt(model: Any, x: Tensor) -> tuple[nn.Module, list[Step]]:
     for number, stage in enumerate(model.stages):
         if number:
             later = _grid_after(model, stage.downsample.proj, x)
-            steps.append(Step("tokens", share=box_share(grid, later, 2, _centre(stage.downsample.proj))))
+            steps.append(Step("tokens", share=cell_share(grid, later, 2)))
             grid, norms = later, norms + 1
         for block in stage.blocks:
             count = grid[0] * grid[1]
@@ -266,7 +257,7 @@ def _pvt(model: Any, x: Tensor) -> tuple[nn.Module, list[Step]]:
                 keys = _averaged(block.attn.pool, grid)
             elif reduced:
                 small = grid[0] // block.attn.sr.stride[0], grid[1] // block.attn.sr.stride[0]
-                keys = box_share(grid, small, block.attn.sr.stride[0], (block.attn.sr.kernel_size[0] - 1) / 2)[None]
+                keys = cell_share(grid, small, block.attn.sr.stride[0])[None]
             steps.append(
                 Step(
                     "attention",

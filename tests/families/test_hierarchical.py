@@ -56,6 +56,12 @@ MODELS: dict[str, tuple[Callable[[Size], Any], Size, Size, str]] = {
     "maxvit_tiny_rw": (lambda s: maxxvit("maxvit_tiny_rw", s, (32, 32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
     "maxvit_tiny_tf": (lambda s: maxxvit("maxvit_tiny_tf", s, (32, 32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
     "maxvit_rmlp": (lambda s: maxxvit("maxvit_rmlp_pico_rw", s, (32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
+    "maxvit_as_many_channels_as_rows": (
+        lambda s: maxxvit("maxvit_tiny_rw", s, (16, 32), **PARTS),
+        (64, 64),
+        (16, 16),
+        "tokens",
+    ),
     "maxxvit": (lambda s: maxxvit("maxxvit_rmlp_nano_rw", s, WIDE, **PARTS), (64, 96), (16, 24), "tokens"),
     "maxxvit_v2": (lambda s: maxxvit("maxxvitv2_nano_rw", s, WIDE, **PARTS), (64, 96), (16, 24), "tokens"),
     "coatnet_rw": (lambda s: maxxvit("coatnet_nano_rw", s), (64, 96), (8, 12), "tokens"),
@@ -227,6 +233,17 @@ def test_windows_are_those_that_the_code_of_the_model_cuts(name):
     assert checked > 2
 
 
+@pytest.mark.parametrize("build", [pvt_v2, lambda: maxxvit("maxvit_tiny_rw", **PARTS), mvit_v2, tiny_vit, nest])
+def test_what_is_even_stays_even(build):
+    """No transition gathers relevance at a border or in a corner of the image."""
+    steps = _steps(lively(build()), images(1, 64))
+    under = [step.skip if isinstance(step, Block) else getattr(step, "groups", None) for step in steps]
+    groups = [one for one in under if one is not None]
+    assert groups
+    for one in groups:
+        assert one.index.flatten().sort().values.tolist() == list(range(one.count))
+
+
 def test_nest_blocks_are_those_that_its_code_cuts():
     model = lively(nest())
     trace = LNStatAttribution(model)._pass(images(1, 64), 1, None, LNStatAttribution(model)._needs()).trace
@@ -238,8 +255,7 @@ def test_nest_blocks_are_those_that_its_code_cuts():
     below = [set(ids[row[row >= 0]].tolist()) for row in pool.groups.index]
     for token, under in zip(later.tolist(), below, strict=True):
         row, column = divmod(token, 8)
-        assert row * 32 + column * 2 in under
-        assert all(abs(t // 16 - 2 * row) <= 1 and abs(t % 16 - 2 * column) <= 1 for t in under)
+        assert under == {r * 16 + c for r in (2 * row, 2 * row + 1) for c in (2 * column, 2 * column + 1)}
 
 
 def test_pooled_keys_and_queries_lie_where_the_stimulus_is():
