@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from captum_lnstat import rules
 from captum_lnstat._compat import log_usage
 from captum_lnstat._typing import ForwardArgs, Target, TensorOrTuple
-from captum_lnstat.attribution import GridAttribution
 from captum_lnstat.engine import Needs, Pass
 from captum_lnstat.frozen import per_image
 from captum_lnstat.fusion import HeadFusion
+from captum_lnstat.grid_attribution import GridAttribution
 from captum_lnstat.interpolation import Interpolation
 from captum_lnstat.outputs import Output
 from captum_lnstat.rules import Relevance, Settings

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from captum_lnstat._compat import _format_output, _is_tuple, log_usage
 from captum_lnstat._typing import ForwardArgs, Target, TensorOrTuple
-from captum_lnstat.attribution import LNStatAttribution, check_choice, joined, the_image
+from captum_lnstat.attribution import LNStatAttribution
 from captum_lnstat.batching import chunks
 from captum_lnstat.checks import check_fits
 from captum_lnstat.compiled import eager
 from captum_lnstat.engine import Pass
 from captum_lnstat.fusion import HeadFusion
+from captum_lnstat.grid_attribution import check_choice, joined, the_image
 from captum_lnstat.outputs import Output
 from captum_lnstat.rules import Relevance
 from captum_lnstat.statistics import MergingShare, ResidualShare

@@ -22,6 +22,7 @@ from captum_lnstat.layout import WholeImage
 from captum_lnstat.sites import Queries
 from captum_lnstat.statistics import accumulation_dtype
 from captum_lnstat.trace import Block
+from captum_lnstat.wiring import Probe, Wiring, read_values
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -72,7 +73,7 @@ def hand_down(
     check_layout(block)
     site, keys, count = block.site, block.keys or block.layout, rows.shape[-1]
     reader = None if u is None else _Reader(block, u)
-    probe = None if wiring is None else _Probe(block)
+    probe = None if wiring is None else Probe(block)
     # What is multiplied with every head's map from the left, side by side.
     columns = [rows] + [part.columns for part in (reader, probe) if part is not None]
     wanted, grouped = _wanted(block, at, u), block.layout.gather(torch.cat(columns, -1)).transpose(-2, -1)
@@ -156,119 +157,6 @@ class _Reader:
             self.said += torch.einsum("ghmk,ghkms->gks", heard, read)
 
 
-def read_values(
-    values: Float[Tensor, "group head key channel"], directions: Float[Tensor, "batch head channel direction"]
-) -> Float[Tensor, "group head key direction"]:
-    """``p . v_j`` of every value with every direction of its image."""
-    per_image = values.reshape(len(directions), -1, *values.shape[1:])
-    if directions.shape[-1] == 1:
-        read = (per_image * directions[:, None, :, None, :, 0]).sum(-1, keepdim=True)
-    else:
-        read = per_image @ directions[:, None]
-    flat: Tensor = read.flatten(0, 1)
-    return flat
-
-
-# How far the updates may be from what the path makes of A v, in their own size.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-HALF_TOLERANCE = 0.2
-# So many channels of the stream are compared, others in every block.
-PROBED = 64
-
-
-def _scattered(count: int, like: Tensor) -> Tensor:
-    """Fixed numbers in which no structure of a model lies."""
-    n = torch.arange(count, device=like.device, dtype=like.dtype)
-    return torch.sin(0.7 * n * n + 1)
-
-
-class Wiring:
-    """Whether what each block adds to the stream is what its recorded attention makes of the values.
-
-    Every block's updates, weighted over the tokens and some of the channels with fixed numbers, are compared with the
-    same of ``A v``. The verdict is taken once, at the end, so that no device has to wait in between.
-    """
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._excess: list[Tensor] = []
-
-    def note(self, name: str, excess: Float[Tensor, " batch"]) -> None:
-        """How far a block is off, in units of what is allowed."""
-        self._names.append(name)
-        self._excess.append(excess.amax())
-
-    def verify(self) -> None:
-        """Raise if any block was found to do something else."""
-        if not self._excess:
-            return
-        worst = torch.stack(self._excess)
-        if bool((worst <= 1).all()):
-            return
-        index = int((~(worst <= 1)).nonzero()[0])
-        raise RecordingError(
-            f"what block {self._names[index]!r} adds to the stream is not its attention's output as recorded: off by "
-            f"{float(worst[index]):.2g} times what rounding explains. Its wiring is not one that is known, so no map "
-            "from it can be trusted"
-        )
-
-
-class _Probe:
-    """One block's updates against ``A v``: ``sum_i z_i <w, update_i>`` from both sides."""
-
-    def __init__(self, block: Block) -> None:
-        self._block = block
-        batch, tokens, channels = block.between.shape
-        # Which channels is a matter of the name, so that a stack of blocks has all of them compared.
-        first = sum(map(ord, block.name)) * PROBED % channels
-        self._channels = slice(min(first, max(0, channels - PROBED)), first + PROBED)
-        w = block.between.new_zeros(channels)
-        w[self._channels] = _scattered(len(w[self._channels]), w)
-        self._w, self._z = w, _scattered(tokens, w)
-        everywhere = torch.arange(tokens, device=w.device)
-        directions = w.expand(batch, 1, 1, channels)
-        u = Covector(everywhere, self._z.expand(batch, -1), directions, torch.zeros_like(everywhere), tokens)
-        self._u, self._constant = pull_through(block.path, u)
-        site = block.site
-        self._dense = self._u.kinds > 1
-        if self._dense:
-            self.columns = self._u.scale.new_zeros(batch, tokens, 0)
-            grouped = block.layout.gather(self._u.dense()[:, :, 0])
-            self._per_query = grouped.reshape(*grouped.shape[:2], site.shape[1], -1).transpose(1, 2)
-        else:
-            self.columns = self._u.scale[..., None]
-            split = self._u.directions.reshape(batch, 1, site.shape[1], -1).permute(0, 2, 3, 1)
-            self._read = read_values(site.values(slice(0, site.shape[1])), split)[..., 0]  # (group, head, key)
-        self._told = w.new_zeros(batch)
-
-    def add(self, queries: Queries, heads: slice, attention: Tensor, heard: Tensor) -> None:
-        if self._dense:
-            averaged = attention @ self._block.site.values(heads)
-            told = averaged * self._per_query[:, heads][:, :, queries]
-        else:
-            told = heard[:, :, 0] * self._read[:, heads]
-        self._told += told.reshape(len(self._told), -1).sum(1)
-
-    def excess(self, wanted: Tensor | None) -> Float[Tensor, " batch"]:
-        """How far the two sides are apart, in units of what rounding explains."""
-        block, w = self._block, self._w[self._channels]
-        taken = torch.zeros_like(self._z, dtype=torch.bool)
-        taken[slice(None) if wanted is None else wanted] = True
-        z = self._z * taken
-        asked = taken if block.layout.covered is None else taken & block.layout.covered
-        told = self._told + (self._constant[..., 0] * asked).sum(1)
-        terms = z * (block.between[..., self._channels] @ w - block.base[..., self._channels] @ w)
-        # The update is a difference of two streams, and a small one of large streams is known to their rounding only.
-        own, kind = block.statistics[0], torch.finfo(block.site.dtype)
-        size = kind.eps * (own.variance + own.mean.square()).sqrt() + kind.smallest_normal
-        # Each stream was rounded when it was added up, and each of the two products that read it rounds again.
-        rounding = 4 * w.norm() * (z * size).square().sum(1).sqrt()
-        tolerance = TOLERANCE.get(block.site.dtype, HALF_TOLERANCE)
-        expected, typical = terms.sum(1), terms.square().sum(1).sqrt()
-        excess: Tensor = (told - expected).abs() / (tolerance * (typical + expected.abs()) + rounding)
-        return excess
-
-
 def check_layout(block: Block) -> None:
     """Attention has to be from token to token."""
     members = block.layout.gather(block.between[:1, :, :1]).shape[1]
@@ -297,7 +185,7 @@ def positive_gradient_attention(
         raise RecordingError(
             f"the output of {site.module!r} has {d_output.shape[1]} heads, its attention {site.shape[1]}"
         )
-    probe = None if wiring is None else _Probe(block)
+    probe = None if wiring is None else Probe(block)
     wanted, grouped = _wanted(block, at, None), block.layout.gather(rows)
     probing = None if probe is None else block.layout.gather(probe.columns).transpose(-2, -1)
     mixed = grouped.new_zeros(len(grouped), site.shape[3], grouped.shape[-1])

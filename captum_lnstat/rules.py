@@ -18,9 +18,10 @@ from captum_lnstat.covector import Covector, to_children
 from captum_lnstat.frozen import per_image, pull_through
 from captum_lnstat.fusion import HeadFusion
 from captum_lnstat.layout import Groups, even_shares
-from captum_lnstat.relation import Handed, Wiring, hand_down, positive_gradient_attention
+from captum_lnstat.relation import Handed, hand_down, positive_gradient_attention
 from captum_lnstat.statistics import MergingShare, ResidualShare, merging_share
 from captum_lnstat.trace import Block, Merging, Trace, Transition, Update
+from captum_lnstat.wiring import Wiring
 
 if TYPE_CHECKING:
     from jaxtyping import Float

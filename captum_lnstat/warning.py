@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
-# Captum's log_usage wraps every attribute, and the decorators of torch and contextlib wrap functions: none is the caller's code.
+# Captum's log_usage wraps every attribute, and the decorators of torch and contextlib wrap functions: none of these is
+# the caller's code.
 _MACHINERY = ("captum_lnstat", "captum", "torch", "contextlib")
 
 

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution
-from captum_lnstat.attribution import GridAttribution
+from captum_lnstat.grid_attribution import GridAttribution
 from captum_lnstat.rules import Relevance
 
 CLASSES = 7

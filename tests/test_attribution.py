@@ -371,3 +371,14 @@ def test_random_state_is_left_alone(model: nn.Module, make: Make) -> None:
     torch.manual_seed(3)
     make(model).attribute(images(), target=1)
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_map_that_is_zero_everywhere_is_said_to_be() -> None:
+    model = vit()
+    for block in model.blocks:  # nothing is added to any token, so the class token keeps what it had
+        torch.nn.init.zeros_(block.attn.proj.weight)
+        torch.nn.init.zeros_(block.attn.proj.bias)
+    with pytest.warns(UserWarning, match="image 0, 1 of the batch is zero everywhere") as caught:
+        attribution = LNStatAttribution(model, rule="rollout").attribute(images())
+    assert not attribution.any()
+    assert caught[0].filename == __file__

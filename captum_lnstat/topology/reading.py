@@ -80,8 +80,8 @@ def _slope(recording: Recording, normed: Sequence[Tensor]) -> Tensor:
         )
     if not end.requires_grad:
         raise RecordingError(
-            "the end of the stream is not in the graph of the scores, so what the head reads cannot be seen; expected a "
-            "model and forward_func without no_grad, detach or re-entrant checkpointing"
+            "the end of the stream is not in the graph of the scores, so what the head reads cannot be seen; expected "
+            "a model and forward_func without no_grad, detach or re-entrant checkpointing"
         )
     # One number that every score takes part in, no two of them alike.
     with torch.enable_grad():

@@ -166,6 +166,6 @@ def _check_sum(name: str, expected: Tensor, seen: Tensor) -> None:
     if torch.isfinite(size) and error > 0.05 * size:
         raise RecordingError(
             f"block {name!r} does not return x + norm(attention(x)) + norm(mlp(x')), or the norm of it: off by "
-            f"{error:.3g} at values up to {size:.3g}. Either its wiring is neither pre-norm nor post-norm, or stochastic "
-            "depth dropped an update (train mode: call model.eval()); its relevance cannot be placed"
+            f"{error:.3g} at values up to {size:.3g}. Either its wiring is neither pre-norm nor post-norm, or "
+            "stochastic depth dropped an update (train mode: call model.eval()); its relevance cannot be placed"
         )

@@ -135,6 +135,8 @@ def test_evidence_is_that_of_the_oracle_and_complete(pool):
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("fusion", ["mean", "max", "min", lambda maps: maps.square().mean(1)])
 def test_every_rule_in_float32(kind, fusion):
+    if kind == "gradient" and fusion != "mean":
+        return  # it has a head fusion of its own
     model, x, target = (
         model_of("token", torch.float32),
         CASES["token"].images(3, torch.float32),
