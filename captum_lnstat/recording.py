@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from captum_lnstat.statistics import TokenStatistics, token_statistics
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 # What may stand between the softmax and the product with the values without being another quantity.
 _PASSING = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as, Tensor.contiguous, Tensor.float, Tensor.half}
+_JOINS = {torch.cat, torch.concat, torch.concatenate}
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -97,6 +98,7 @@ class Recording:
         sites: Attention sites, first to last.
         norms: LayerNorm and RMSNorm calls, first to last.
         stream_end: The residual stream where the head begins, in the head's graph, or ``None`` if none was marked.
+        joins: How many tokens each part had that was joined along the tokens, for each such call before the head.
         scores: What ``forward_func`` returned, in the same graph, once it has.
     """
 
@@ -104,6 +106,7 @@ class Recording:
     norms: tuple[NormCall, ...]
     calls: dict[str, tuple[ModuleCall, ...]]
     stream_end: Tensor | None
+    joins: tuple[tuple[int, ...], ...] = ()
     scores: Tensor | None = None
 
     def call(self, module: str) -> ModuleCall:
@@ -218,6 +221,7 @@ class Recorder(TorchFunctionMode):
         self._events: list[AttentionSite | _Softmax] = []
         self._softmaxes: dict[int, tuple[Tensor, _Softmax]] = {}
         self._norms: list[NormCall] = []
+        self._joins: list[tuple[int, ...]] = []
         self._calls: dict[str, list[ModuleCall]] = {}
         self._stream_end: Tensor | None = None
 
@@ -226,7 +230,7 @@ class Recorder(TorchFunctionMode):
         """What has been recorded; read it after the context has closed."""
         sites = tuple(event.finish() if isinstance(event, _Softmax) else event for event in self._events)
         calls = {name: tuple(calls) for name, calls in self._calls.items()}
-        return Recording(sites, tuple(self._norms), calls, self._stream_end)
+        return Recording(sites, tuple(self._norms), calls, self._stream_end, tuple(self._joins))
 
     def __enter__(self) -> Recorder:
         try:
@@ -321,6 +325,8 @@ class Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in LAYER_NORMS:
             return self._layer_norm(function, *args, **kwargs)
+        if function in _JOINS and self._stream_end is None:
+            self._join(*args, **kwargs)
         output = self._call(function, args, kwargs)
         if function is F.scaled_dot_product_attention:
             self._fused(output, *args, **kwargs)
@@ -366,6 +372,10 @@ class Recorder(TorchFunctionMode):
             if named[name] is not None:
                 named[name] = Kept.of(named[name])
         self._events.append(MultiHeadSite(self._running[-1], named, _in_graph(output)))
+
+    def _join(self, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
+        if all(isinstance(part, Tensor) and part.dim() == 3 for part in tensors) and dim in (1, -2):
+            self._joins.append(tuple(part.shape[1] for part in tensors))
 
     def _softmax(self, output: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> None:
         # Attention normalises over the keys, the last of at least three dimensions; the rest are other softmaxes.

@@ -78,3 +78,26 @@ def patch_of(
             "with a stride between them"
         )
     return height, width
+
+
+def check_prefix_first(recording: Recording, tokens: int, prefix: int, *, seen: bool) -> None:
+    """Tokens that are no patches have to be joined before the patches, where the prefix is looked for.
+
+    Args:
+        recording: The pass.
+        tokens: Number of tokens that the first block was given.
+        prefix: How many of them are no patches.
+        seen: The joining has to have been seen.
+
+    Raises:
+        UnsupportedModelError: They were joined in another order, or it cannot be seen how.
+    """
+    joined = [parts for parts in recording.joins if sum(parts) == tokens and len(parts) > 1]
+    if not prefix or (not joined and not seen):
+        return
+    if not joined or joined[-1][-1] != tokens - prefix:
+        how = f"joined in parts of {', '.join(map(str, joined[-1]))} tokens" if joined else "not joined by torch.cat"
+        raise UnsupportedModelError(
+            f"the first block saw {tokens} tokens, {tokens - prefix} of them patches, {how}; expected the patches last "
+            "and every other token before them. A model with another order needs a topology of its own"
+        )

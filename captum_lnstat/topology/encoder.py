@@ -15,7 +15,16 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Layout, WholeImage, windows
 from captum_lnstat.recording import Recording
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.embedding import LISTS, block_lists, convolutions, grid_of, named, patch_of, reads_images
+from captum_lnstat.topology.embedding import (
+    LISTS,
+    block_lists,
+    check_prefix_first,
+    convolutions,
+    grid_of,
+    named,
+    patch_of,
+    reads_images,
+)
 from captum_lnstat.topology.parts import has_heads
 from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, residual_block
@@ -79,6 +88,7 @@ class EncoderTopology(Topology):
                 f"the first block saw {tokens.shape[1]} tokens; expected a grid of {grid[0]} x {grid[1]} and prefix "
                 "tokens before it. Tokens that were dropped or merged cannot be placed on the image"
             )
+        check_prefix_first(recording, tokens.shape[1], prefix, seen=True)
         sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in self._blocks)]
         pooling = pooling_as_read(recording, prefix, self._normed(recording), sites, neck=bool(neck))
         return Trace(self.family, blocks, tokens, prefix, grid, patch, pooling)

@@ -11,7 +11,7 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import WholeImage
 from captum_lnstat.recording import Recording
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.embedding import convolutions, grid_of
+from captum_lnstat.topology.embedding import check_prefix_first, convolutions, grid_of
 from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
 from captum_lnstat.trace import AttentionPooling, FixedPooling, Pooling, Trace
 
@@ -72,6 +72,7 @@ class PlainTopology(Topology):
                 f"{grid[0]} x {grid[1]}. Tokens that were dropped or added (patch dropout, in train mode) cannot be "
                 "placed on the image"
             )
+        check_prefix_first(recording, tokens.shape[1], prefix, seen=False)
         pooling = self._pooling(recording, prefix, tokens)
         return Trace(self.family, blocks, tokens, prefix, grid, self._patch(), pooling)
 

@@ -10,6 +10,7 @@ import torch
 from contract_helpers import lively
 from models import rule
 from plain_models import CASES, CLASSES, HUGGING_FACE, WIDTH, Headed, Own, pooled
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
@@ -270,3 +271,39 @@ def test_parts_of_a_block():
     assert found.scale is block.gamma
     assert find_parts(nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 8))) is None
     assert find_parts(nn.MultiheadAttention(8, 2)) is None
+
+
+class _Joining(nn.Module):
+    """A user's ViT that joins its class token where it is told to."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+        self.patches = nn.Conv2d(3, 32, kernel_size=8, stride=8)
+        self.extra = nn.Parameter(torch.randn(1, 1, 32))
+        self.blocks = nn.ModuleList(Block(32, num_heads=2) for _ in range(2))
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(images).flatten(2).transpose(1, 2)
+        extra = self.extra.expand(len(images), -1, -1)
+        if self.order == "unseen":
+            tokens = patches.new_empty(len(images), patches.shape[1] + 1, 32)
+            tokens[:, :1], tokens[:, 1:] = extra, patches
+        else:
+            tokens = torch.cat([extra, patches] if self.order == "first" else [patches, extra], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(tokens)[:, -1 if self.order == "last" else 0])
+
+
+def test_tokens_joined_before_the_patches_are_the_prefix() -> None:
+    assert LNStatAttribution(_Joining("first").eval()).relevance(torch.randn(1, 3, 32, 32), 1).shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize(("order", "why"), [("last", "parts of 16, 1 tokens"), ("unseen", "not joined by torch.cat")])
+def test_tokens_joined_elsewhere_are_refused(order: str, why: str) -> None:
+    for kind in ("lnstat", "rollout", "gradient"):
+        with pytest.raises(UnsupportedModelError, match=why):
+            LNStatAttribution(_Joining(order).eval(), rule=kind).attribute(torch.randn(1, 3, 32, 32), target=1)
