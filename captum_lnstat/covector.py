@@ -16,7 +16,7 @@ from torch import Tensor
 from captum_lnstat.layout import PADDING, Groups
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 # So many units of rounding apart, two covectors are the same direction.
 SAME_DIRECTION = 64
@@ -94,8 +94,16 @@ class Covector:
         elif self.scores == 1:
             said = (x * self.directions[:, self.kind, 0]).sum(-1, keepdim=True)
         else:
-            said = torch.einsum("bnc,bnsc->bns", x, self.directions[:, self.kind])
+            said = x.new_empty(*x.shape[:2], self.scores)
+            for kind in range(self.kinds):
+                its = (self.kind == kind).nonzero()[:, 0]
+                said[:, its] = x[:, its] @ self.directions[:, kind].transpose(-2, -1)
         return self.scale[..., None] * said
+
+    def reads(self) -> Bool[Tensor, "batch token"]:
+        """Which tokens have one that is not zero, image by image."""
+        some = self.directions.ne(0).flatten(2).any(-1)[:, self.kind] & self.scale.ne(0)
+        return self.spread(some[..., None])[..., 0]
 
     def read_vector(self, b: Float[Tensor, " channel"]) -> Float[Tensor, "batch place score"]:
         """``<u_i, b>``: the same vector at every token, such as a bias."""

@@ -140,7 +140,7 @@ def _read(
         check_stream(trace, recording.stream_end)
     if needs.covector and score is not None:
         u, constant = head_covector(scores, recording.stream_end)
-        check_start(trace, u.spread(u.dense().ne(0).flatten(2).any(-1, keepdim=True))[..., 0])
+        check_start(trace, u.reads())
     elif not needs.graph and not (isinstance(trace.pooling, FixedPooling) and trace.pooling.seen):
         # What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be.
         read = score if score is not None else output.flatten(1)[:, 0] if output.dim() > 1 else output

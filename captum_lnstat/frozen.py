@@ -106,6 +106,7 @@ class FrozenLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         deviation, weight = ctx.saved_tensors
-        scaled = gradient if weight is None else gradient * weight
-        centred = scaled - scaled.mean(ctx.dims, keepdim=True)
-        return (centred / deviation).to(gradient.dtype), None, None, None, None
+        # With many scores at once this is large: no more copies of it than the one.
+        scaled = gradient / deviation
+        scaled = scaled if weight is None else scaled.mul_(weight)
+        return scaled.sub_(scaled.mean(ctx.dims, keepdim=True)).to(gradient.dtype), None, None, None, None

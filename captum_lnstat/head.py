@@ -106,22 +106,25 @@ def head_covector(
     The LayerNorms of the head were recorded with frozen statistics, so for a head of norms, pooling and linear layers
     this is exact. For any other head it is the first-order expansion, the remainder being part of the constant.
     """
-    u = torch.stack([stream(slope) for slope in _slopes(scores, stream_end)], 2)
+    slopes = _slopes(scores, stream_end)
+    u = stream(slopes.flatten(0, 1)).reshape(*slopes.shape[:2], -1, slopes.shape[-1]).movedim(0, 2)
     covector = Covector.of(u)
     said = covector.read(stream(stream_end.detach())).sum(1)
     values = torch.stack([score.detach() for score in scores], 1)
     return covector, values.to(said.dtype) - said
 
 
-def _slopes(scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor) -> Sequence[Tensor]:
+def _slopes(
+    scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor
+) -> Float[Tensor, "score batch *tokens channel"]:
     """The gradient of every score at the end of the stream; those of many scores in one backward pass."""
     if len(scores) == 1:
-        return gradients(scores[0], [stream_end])
+        return gradients(scores[0], [stream_end])[0][None]
     _check_differentiable(scores[0])
     together = torch.stack([score.sum() for score in scores])
     one_each = torch.eye(len(scores), dtype=together.dtype, device=together.device)
-    (slopes,) = torch.autograd.grad(together, [stream_end], one_each, is_grads_batched=True)
-    return list(slopes)
+    slopes: Tensor = torch.autograd.grad(together, [stream_end], one_each, is_grads_batched=True)[0]
+    return slopes
 
 
 def _check_differentiable(score: Tensor) -> None:

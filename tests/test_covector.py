@@ -83,3 +83,9 @@ def test_a_joined_covector_taken_apart(kind: str, scores: int, grid: tuple[int, 
     torch.testing.assert_close(children.spread(children.dense()), expected, rtol=1e-12, atol=1e-12)
     if kind == "parallel":
         assert children.kinds == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_tokens_are_read(kind: str) -> None:
+    u = _u(kind, 2)
+    assert torch.equal(Covector.of(u).reads(), u.ne(0).flatten(2).any(-1))

@@ -93,13 +93,11 @@ def find_topology(model: nn.Module) -> Topology:
     level = [model]
     while level:
         level = [eager(module) for module in level]
-        found = [(module, family) for module in level for family in _FAMILIES if family.matches(module)]
-        models = {id(module) for module, _ in found}
-        if len(models) > 1:
-            side_by_side = list({id(module): module for module, _ in found}.values())
-            raise UnsupportedModelError(several_models(model, side_by_side))
-        if found:
-            module, family = found[0]
+        first = ((module, next((family for family in _FAMILIES if family.matches(module)), None)) for module in level)
+        found = {id(module): (module, family) for module, family in first if family is not None}
+        if len(found) > 1:
+            raise UnsupportedModelError(several_models(model, [module for module, _ in found.values()]))
+        for module, family in found.values():
             return family(module)
         level = [child for module in level for child in module.children()]
     known = {family.family: family.expects for family in reversed(_FAMILIES)}
