@@ -162,6 +162,9 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
                 tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1)
                 grid = relevance.grid.shape[1:]
                 channel = 1 if len(shape) == 4 and shape[2:] == grid != shape[1:3] else len(shape) - 1
+                # Prefix tokens that join the stream later are not among the block's own (CaiT).
+                own = shape.numel() // (shape[0] * shape[channel])
+                tokens = tokens[:, tokens.shape[1] - own :]
                 values = check_fits((tokens / shape[channel]).to(image.dtype))
                 values = values.reshape(*shape[:channel], *shape[channel + 1 :])
                 spread.append(values.unsqueeze(channel).expand(shape).contiguous())

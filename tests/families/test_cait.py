@@ -13,7 +13,7 @@ from plain_oracle import Oracle, Step
 from timm.models.cait import Cait
 from torch import Tensor, nn
 
-from captum_lnstat import LNStatAttribution, UnsupportedModelError
+from captum_lnstat import LayerLNStat, LNStatAttribution, UnsupportedModelError
 from captum_lnstat.topology import ClassAttentionTopology, find_topology
 
 RULES = ("rollout", "evidence", "lnstat", "gradient")
@@ -169,3 +169,11 @@ def test_a_layer_norm_more_is_refused():
     model.head_drop = nn.LayerNorm(24)
     with pytest.raises(UnsupportedModelError, match="LayerNorms outside the blocks"):
         LNStatAttribution(model).relevance(torch.randn(1, 3, 32, 48), 1)
+
+
+def test_the_layer_form_before_the_class_token_joins():
+    model, x = model_of("token", torch.float32), CASES["token"].images(2, torch.float32)
+    patches = LayerLNStat(model, model.blocks[0], rule="rollout").attribute(x, attribute_to_layer_input=True)
+    assert patches.shape == (2, 24, patches.shape[2])
+    expected = LNStatAttribution(model, rule="rollout").relevance(x)
+    torch.testing.assert_close(patches.sum(2), expected.flatten(1))
