@@ -88,7 +88,7 @@ def said(error: BaseException) -> str:
 
 def examine(row: Row) -> dict[str, Any]:
     """Everything about one row; what fails is recorded in its place and the rest goes on."""
-    found: dict[str, Any] = {"size": list(row.size), "rules": {}, "failed": {}}
+    found: dict[str, Any] = {"size": list(row.size), "margin": row.margin, "rules": {}, "failed": {}}
     try:
         model = wake(row.build()) if row.name != REFUSED[-1].name else row.build()
     except Exception as error:  # the library may be absent or of another version
@@ -125,14 +125,14 @@ def examine(row: Row) -> dict[str, Any]:
     measured("untouched", lambda: check_untouched(model, images, defined) is None)
     measured("sizes", lambda: {f"{h} x {w}": _at(model, (h, w)) for h, w in row.others})
     try:
-        place = ground(model, row.size)
+        place = ground(model, row.size, stimulus=row.stimulus, step=row.step, margin=row.margin)
     except Exception as error:
         found["failed"]["placement"] = said(error)
         return found
-    measured("layout", lambda: check_layout(model, *planted_images(place), place.regions))
+    measured("layout", lambda: check_layout(model, *planted_images(place), [r.grown(row.margin) for r in place.regions]))
 
     def placed() -> dict[str, list[float]]:
-        placement, (steps, loss) = check_placement(model, place, rules=defined, required=(), steps=250)
+        placement, (steps, loss) = check_placement(model, place, rules=defined, required=(), steps=row.steps)
         found["training"] = [steps, round(loss, 4)]
         return {rule: [p.hits, p.regions, round(min(p.margin, 1e6), 2)] for rule, p in placement.items()}
 
