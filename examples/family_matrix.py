@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -81,9 +82,8 @@ def key(row: Row) -> str:
 
 
 def said(error: BaseException) -> str:
-    """The first line of an error, short enough for a table."""
-    text = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
-    return text if len(text) <= 220 else text[:217] + "..."
+    """The first line of an error."""
+    return " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
 
 
 def examine(row: Row) -> dict[str, Any]:
@@ -129,7 +129,8 @@ def examine(row: Row) -> dict[str, Any]:
     except Exception as error:
         found["failed"]["placement"] = said(error)
         return found
-    measured("layout", lambda: check_layout(model, *planted_images(place), [r.grown(row.margin) for r in place.regions]))
+    regions = [region.grown(row.margin) for region in place.regions]
+    measured("layout", lambda: check_layout(model, *planted_images(place), regions))
 
     def placed() -> dict[str, list[float]]:
         placement, (steps, loss) = check_placement(model, place, rules=defined, required=(), steps=row.steps)
@@ -216,6 +217,7 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
         found.get("family", ""),
         " x ".join(map(str, found.get("size", ()))) if "grid" in found else "",
         " x ".join(map(str, found.get("grid", ()))),
+        str(found.get("margin", 0)) if "grid" in found else "",
         str(len(found["rules"])) + " of 4" if found.get("rules") else "",
         number(found.get("mass")) if "mass" in found else "",
         number(found.get("completeness")) if "completeness" in found else "",
@@ -228,10 +230,34 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
 
 
 HEADER = (
-    "| model | verdict | family | px | grid | rules | mass | complete | batch | layout | "
+    "| model | verdict | family | px | grid | margin | rules | mass | complete | batch | layout | "
     + " | ".join(f"peak {rule}" for rule in RULES)
     + " | other sizes |"
 )
+
+
+LAYOUT = re.compile(
+    r"rows (-?\d+) to (-?\d+), columns (-?\d+) to (-?\d+) changes the values of '(\S+)' .*"
+    r"most at row (\d+), column (\d+)"
+)
+COVERS = re.compile(r"The grid is that of the first attention block: .* \((.*?)\) .* it to\.\s*")
+
+
+def in_words(what: str, why: str, margin: int) -> str:
+    """What a check said, cut to what a reader needs."""
+    seen = LAYOUT.search(why)
+    if seen:
+        (top, bottom, left, right), (y, x) = map(int, seen.group(1, 2, 3, 4)), map(int, seen.group(6, 7))
+        beside = max(top + margin - y, y - bottom + margin, left + margin - x, x - right + margin)
+        return (
+            f"layout: a stimulus at rows {top + margin} to {bottom - margin}, columns {left + margin} to "
+            f"{right - margin} changes the values of `{seen.group(5)}` most {beside} px beside it."
+        )
+    if "Give more steps" in why:
+        return f"placement: not measured, the small model did not learn to tell the stimulus: {why.split(', ', 1)[1]}."
+    if "UnsupportedModelError: " in why:
+        why = why.split("UnsupportedModelError: ", 1)[1]
+    return f"{what}: {why}."
 
 
 def exceptions(results: dict[str, Any]) -> list[str]:
@@ -239,25 +265,38 @@ def exceptions(results: dict[str, Any]) -> list[str]:
     lines = []
     for row in ROWS:
         found = results.get(key(row))
+        if row.refused and (found is None or "refused" in found):
+            continue
         if found is None:
             lines.append(f"- **{key(row)}**: not run.")
             continue
         for name in ("unavailable", "refused"):
             if name in found:
                 lines.append(f"- **{key(row)}**: {'not run' if name == 'unavailable' else name}: {found[name]}")
-        lines += (
-            [f"- **{key(row)}**: {what}: {why}" for what, why in found["failed"].items()] if "failed" in found else []
-        )
-        if found.get("covers"):
-            lines.append(f"- **{key(row)}** covers: {found['covers']}")
+        margin = found.get("margin", 0)
+        lines += [f"- **{key(row)}**: {in_words(what, why, margin)}" for what, why in found.get("failed", {}).items()]
         for rule, (hits, regions, _) in found.get("placed", {}).items():
             if rule in PEAKS and hits < regions:
-                lines.append(
-                    f"- **{key(row)}**: the peak of `{rule}` lies on the stimulus in {hits} of {regions} regions."
-                )
+                where = f"at most {margin} px beside the stimulus" if margin else "on the stimulus"
+                lines.append(f"- **{key(row)}**: the peak of `{rule}` lies {where} in {hits} of {regions} regions.")
         lines += [
-            f"- **{key(row)}** at {size}: {what}" for size, what in found.get("sizes", {}).items() if what != "ok"
-        ]  # fmt: skip
+            f"- **{key(row)}** at {size}: {what}." for size, what in found.get("sizes", {}).items() if what != "ok"
+        ]
+    return lines
+
+
+def covered(results: dict[str, Any]) -> list[str]:
+    """What maps do not tell apart, one line a model that says so."""
+    lines = []
+    for row in ROWS:
+        found = results.get(key(row)) or {}
+        text = found.get("covers", "")
+        if not text:
+            continue
+        below = COVERS.match(text)
+        names = ", ".join(f"`{name}`" for name in below.group(1).split(", ")) if below else "see right"
+        rest = COVERS.sub("", text).strip()
+        lines.append(f"| {key(row)} | {names} | {rest} |")
     return lines
 
 
@@ -294,6 +333,9 @@ def page(results: dict[str, Any]) -> str:
         "  seconds to score images by whether the stimulus is in them. `lnstat` and `evidence` have to find it;",
         "  `rollout` and `gradient` show what the model looks at and what its attention carries, which need not peak",
         "  there.",
+        "- **margin**: so many pixels beside the stimulus still count as on it, in layout and peak. None where patches",
+        "  are cut apart. Where convolutions make the tokens, a token is made of more than the patch it stands for and",
+        "  sees the stimulus from beside it; 8 px at most.",
         "- **other sizes**: image sizes, besides the first one, on which `lnstat`, `rollout` and completeness held.",
         "",
         "`ok`: everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",
@@ -311,8 +353,18 @@ def page(results: dict[str, Any]) -> str:
     for row in REFUSED:
         found = results.get(key(row)) or {}
         parts.append(f"| {row.name} | {verdict(row, found or None)} | {found.get('refused', '').replace('|', '/')} |")
-    wanted = [entry for entry in exceptions(results) if not any(f"**{key(row)}**" in entry for row in REFUSED)]
-    parts += ["", "## Exceptions", "", *wanted]
+    parts += ["", "## Exceptions", "", *(exceptions(results) or ["None."])]
+    parts += [
+        "",
+        "## What a map does not tell apart",
+        "",
+        "The grid of these is that of the first attention block: what the convolutions below it did is not told apart.",
+        "What convolutions between the blocks added is counted at the token that they added it to.",
+        "",
+        "| model | below the grid | besides |",
+        "|---|---|---|",
+        *covered(results),
+    ]
     full = [(row, results[key(row)]["default"]) for row in ROWS if "default" in (results.get(key(row)) or {})]
     if full:
         parts += ["", "## At full size", "", "One image, random weights, process time of one core in seconds.", ""]
