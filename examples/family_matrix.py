@@ -89,6 +89,8 @@ def said(error: BaseException) -> str:
 def examine(row: Row) -> dict[str, Any]:
     """Everything about one row; what fails is recorded in its place and the rest goes on."""
     found: dict[str, Any] = {"size": list(row.size), "margin": row.margin, "rules": {}, "failed": {}}
+    if row.stimulus is not None:
+        found["stimulus"] = list(row.stimulus)
     try:
         model = wake(row.build()) if row.name != REFUSED[-1].name else row.build()
     except Exception as error:  # the library may be absent or of another version
@@ -207,6 +209,11 @@ def number(value: object) -> str:
     return "" if value is None else f"{value:.0e}" if isinstance(value, float) and value > 0 else "0"
 
 
+def _margin(found: dict[str, Any]) -> str:
+    size = " x ".join(map(str, found.get("stimulus", ())))
+    return f"{found.get('margin', 0)}{size and f', stimulus {size}'}"
+
+
 def line(row: Row, found: dict[str, Any] | None) -> str:
     found = found or {}
     peaks = {rule: f"{p[0]}/{p[1]}" for rule, p in found.get("placed", {}).items()}
@@ -217,7 +224,7 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
         found.get("family", ""),
         " x ".join(map(str, found.get("size", ()))) if "grid" in found else "",
         " x ".join(map(str, found.get("grid", ()))),
-        str(found.get("margin", 0)) if "grid" in found else "",
+        _margin(found) if "grid" in found else "",
         str(len(found["rules"])) + " of 4" if found.get("rules") else "",
         number(found.get("mass")) if "mass" in found else "",
         number(found.get("completeness")) if "completeness" in found else "",
@@ -335,7 +342,8 @@ def page(results: dict[str, Any]) -> str:
         "  there.",
         "- **margin**: so many pixels beside the stimulus still count as on it, in layout and peak. None where patches",
         "  are cut apart. Where convolutions make the tokens, a token is made of more than the patch it stands for and",
-        "  sees the stimulus from beside it; 8 px at most.",
+        "  sees the stimulus from beside it; 8 px at most. The stimulus is as large as a token of the last block,",
+        "  or of the size that stands here.",
         "- **other sizes**: image sizes, besides the first one, on which `lnstat`, `rollout` and completeness held.",
         "",
         "`ok`: everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",

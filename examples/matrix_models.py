@@ -281,7 +281,7 @@ ONWARD: list[Row] = [
     Row("mvitv2_tiny", "timm", _mvit, (128, 128),
         default=(partial(_timm_default, "mvitv2_tiny"), (224, 224)), margin=4),
     replace(maxxvit_row("maxxvit_rmlp_nano_rw_256", "maxxvit_rmlp_nano_rw", WIDE, (32, 64, 128), 256, **PARTS),
-        margin=4),
+        margin=4, steps=800),
     replace(maxxvit_row("coatnet_0_rw_224", "coatnet_0_rw", (128, 160), (32, 32, 48, 64), 224), margin=8),
     replace(timm_row("tiny_vit_5m_224", WIDE, window_sizes=(3, 3, 4), **PYRAMID), margin=8),
     replace(timm_row("efficientvit_m0", (224, 224)), margin=8),
