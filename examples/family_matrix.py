@@ -247,28 +247,33 @@ LAYOUT = re.compile(
     r"rows (-?\d+) to (-?\d+), columns (-?\d+) to (-?\d+) changes the values of '(\S+)' .*"
     r"most at row (\d+), column (\d+)"
 )
+LEARNT = re.compile(
+    r"after (\d+) steps, loss (\S+), the score does not tell .*falls by (\S+) when .*let it fall by ([\d.]+)\."
+)
 COVERS = re.compile(r"The grid is that of the first attention block: .* \((.*?)\) .* it to\.\s*")
 
 
-def in_words(what: str, why: str, margin: int) -> str:
+def in_words(what: str, why: str, found: dict[str, Any]) -> str:
     """What a check said, cut to what a reader needs."""
+    margin = found.get("margin", 0)
     seen = LAYOUT.search(why)
     if seen:
         (top, bottom, left, right), (y, x) = map(int, seen.group(1, 2, 3, 4)), map(int, seen.group(6, 7))
         beside = max(top + margin - y, y - bottom + margin, left + margin - x, x - right + margin)
+        size = " x ".join(str(-(-side // cells)) for side, cells in zip(found["size"], found["grid"], strict=True))
+        return f"the values of `{seen.group(5)}` change most {beside} px beside a stimulus (patches of {size} px)"
+    learnt = LEARNT.search(why)
+    if learnt:
+        steps, loss, drop, wanted = learnt.groups()
         return (
-            f"layout: a stimulus at rows {top + margin} to {bottom - margin}, columns {left + margin} to "
-            f"{right - margin} changes the values of `{seen.group(5)}` most {beside} px beside it."
+            f"peaks not measured: after {steps} steps, at a loss of {loss}, the small model's score falls by {drop} "
+            f"when the stimulus is covered, not by {wanted}"
         )
-    if "Give more steps" in why:
-        return f"placement: not measured, the small model did not learn to tell the stimulus: {why.split(', ', 1)[1]}."
-    if "UnsupportedModelError: " in why:
-        why = why.split("UnsupportedModelError: ", 1)[1]
-    return f"{what}: {why}."
+    return f"{what}: {why.split('UnsupportedModelError: ', 1)[-1]}"
 
 
 def exceptions(results: dict[str, Any]) -> list[str]:
-    """What is not as it should be, or not all of it, in words."""
+    """What is not as it should be, or not all of it, in words: one line a model."""
     lines = []
     for row in ROWS:
         found = results.get(key(row))
@@ -277,18 +282,17 @@ def exceptions(results: dict[str, Any]) -> list[str]:
         if found is None:
             lines.append(f"- **{key(row)}**: not run.")
             continue
-        for name in ("unavailable", "refused"):
-            if name in found:
-                lines.append(f"- **{key(row)}**: {'not run' if name == 'unavailable' else name}: {found[name]}")
+        said_of = [f"not run: {found['unavailable']}"] if "unavailable" in found else []
+        said_of += [f"refused: {found['refused']}"] if "refused" in found else []
+        said_of += [in_words(what, why, found) for what, why in found.get("failed", {}).items()]
         margin = found.get("margin", 0)
-        lines += [f"- **{key(row)}**: {in_words(what, why, margin)}" for what, why in found.get("failed", {}).items()]
         for rule, (hits, regions, _) in found.get("placed", {}).items():
             if rule in PEAKS and hits < regions:
-                where = f"at most {margin} px beside the stimulus" if margin else "on the stimulus"
-                lines.append(f"- **{key(row)}**: the peak of `{rule}` lies {where} in {hits} of {regions} regions.")
-        lines += [
-            f"- **{key(row)}** at {size}: {what}." for size, what in found.get("sizes", {}).items() if what != "ok"
-        ]
+                where = f"within {margin} px of the stimulus" if margin else "on the stimulus"
+                said_of.append(f"the peak of `{rule}` lies {where} in {hits} of {regions} regions")
+        said_of += [f"at {size}: {what}" for size, what in found.get("sizes", {}).items() if what != "ok"]
+        if said_of:
+            lines.append(f"- **{key(row)}**: {'; '.join(said_of)}.")
     return lines
 
 
@@ -301,7 +305,7 @@ def covered(results: dict[str, Any]) -> list[str]:
         if not text:
             continue
         below = COVERS.match(text)
-        names = ", ".join(f"`{name}`" for name in below.group(1).split(", ")) if below else "see right"
+        names = ", ".join(f"`{name}`" for name in below.group(1).split(", ")) if below else ""
         rest = COVERS.sub("", text).strip()
         lines.append(f"| {key(row)} | {names} | {rest} |")
     return lines
@@ -347,7 +351,7 @@ def page(results: dict[str, Any]) -> str:
         "- **other sizes**: image sizes, besides the first one, on which `lnstat`, `rollout` and completeness held.",
         "",
         "`ok`: everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",
-        "`RecordingError`, listed below, and no map.",
+        "`RecordingError`, listed below, and no map; `refused, as it must be` where a map would mean nothing.",
     ]
     for title, rows in (
         ("timm", "timm"),
@@ -366,8 +370,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         "## What a map does not tell apart",
         "",
-        "The grid of these is that of the first attention block: what the convolutions below it did is not told apart.",
-        "What convolutions between the blocks added is counted at the token that they added it to.",
+        "The grid of these is that of the first attention block: what the convolutions named here, below it, did is",
+        "not told apart. What convolutions between the blocks added is counted at the token that they added it to.",
         "",
         "| model | below the grid | besides |",
         "|---|---|---|",
