@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -81,14 +82,15 @@ def key(row: Row) -> str:
 
 
 def said(error: BaseException) -> str:
-    """The first line of an error, short enough for a table."""
-    text = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
-    return text if len(text) <= 220 else text[:217] + "..."
+    """The first line of an error."""
+    return " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
 
 
 def examine(row: Row) -> dict[str, Any]:
     """Everything about one row; what fails is recorded in its place and the rest goes on."""
-    found: dict[str, Any] = {"size": list(row.size), "rules": {}, "failed": {}}
+    found: dict[str, Any] = {"size": list(row.size), "margin": row.margin, "rules": {}, "failed": {}}
+    if row.stimulus is not None:
+        found["stimulus"] = list(row.stimulus)
     try:
         model = wake(row.build()) if row.name != REFUSED[-1].name else row.build()
     except Exception as error:  # the library may be absent or of another version
@@ -125,14 +127,15 @@ def examine(row: Row) -> dict[str, Any]:
     measured("untouched", lambda: check_untouched(model, images, defined) is None)
     measured("sizes", lambda: {f"{h} x {w}": _at(model, (h, w)) for h, w in row.others})
     try:
-        place = ground(model, row.size)
+        place = ground(model, row.size, stimulus=row.stimulus, step=row.step, margin=row.margin)
     except Exception as error:
         found["failed"]["placement"] = said(error)
         return found
-    measured("layout", lambda: check_layout(model, *planted_images(place), place.regions))
+    regions = [region.grown(row.margin) for region in place.regions]
+    measured("layout", lambda: check_layout(model, *planted_images(place), regions))
 
     def placed() -> dict[str, list[float]]:
-        placement, (steps, loss) = check_placement(model, place, rules=defined, required=(), steps=250)
+        placement, (steps, loss) = check_placement(model, place, rules=defined, required=(), steps=row.steps)
         found["training"] = [steps, round(loss, 4)]
         return {rule: [p.hits, p.regions, round(min(p.margin, 1e6), 2)] for rule, p in placement.items()}
 
@@ -206,6 +209,11 @@ def number(value: object) -> str:
     return "" if value is None else f"{value:.0e}" if isinstance(value, float) and value > 0 else "0"
 
 
+def _margin(found: dict[str, Any]) -> str:
+    size = " x ".join(map(str, found.get("stimulus", ())))
+    return f"{found.get('margin', 0)}{size and f', stimulus {size}'}"
+
+
 def line(row: Row, found: dict[str, Any] | None) -> str:
     found = found or {}
     peaks = {rule: f"{p[0]}/{p[1]}" for rule, p in found.get("placed", {}).items()}
@@ -216,6 +224,7 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
         found.get("family", ""),
         " x ".join(map(str, found.get("size", ()))) if "grid" in found else "",
         " x ".join(map(str, found.get("grid", ()))),
+        _margin(found) if "grid" in found else "",
         str(len(found["rules"])) + " of 4" if found.get("rules") else "",
         number(found.get("mass")) if "mass" in found else "",
         number(found.get("completeness")) if "completeness" in found else "",
@@ -228,36 +237,77 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
 
 
 HEADER = (
-    "| model | verdict | family | px | grid | rules | mass | complete | batch | layout | "
+    "| model | verdict | family | px | grid | margin | rules | mass | complete | batch | layout | "
     + " | ".join(f"peak {rule}" for rule in RULES)
     + " | other sizes |"
 )
 
 
+LAYOUT = re.compile(
+    r"rows (-?\d+) to (-?\d+), columns (-?\d+) to (-?\d+) changes the values of '(\S+)' .*"
+    r"most at row (\d+), column (\d+)"
+)
+LEARNT = re.compile(
+    r"after (\d+) steps, loss (\S+), the score does not tell .*falls by (\S+) when .*let it fall by ([\d.]+)\."
+)
+COVERS = re.compile(r"The grid is that of the first attention block: .* \((.*?)\) .* it to\.\s*")
+
+
+def in_words(what: str, why: str, found: dict[str, Any]) -> str:
+    """What a check said, cut to what a reader needs."""
+    margin = found.get("margin", 0)
+    seen = LAYOUT.search(why)
+    if seen:
+        (top, bottom, left, right), (y, x) = map(int, seen.group(1, 2, 3, 4)), map(int, seen.group(6, 7))
+        beside = max(top + margin - y, y - bottom + margin, left + margin - x, x - right + margin)
+        size = " x ".join(str(-(-side // cells)) for side, cells in zip(found["size"], found["grid"], strict=True))
+        return f"the values of `{seen.group(5)}` change most {beside} px beside a stimulus (patches of {size} px)"
+    learnt = LEARNT.search(why)
+    if learnt:
+        steps, loss, drop, wanted = learnt.groups()
+        return (
+            f"peaks not measured: after {steps} steps, at a loss of {loss}, the small model's score falls by {drop} "
+            f"when the stimulus is covered, not by {wanted}"
+        )
+    return f"{what}: {why.split('UnsupportedModelError: ', 1)[-1]}"
+
+
 def exceptions(results: dict[str, Any]) -> list[str]:
-    """What is not as it should be, or not all of it, in words."""
+    """What is not as it should be, or not all of it, in words: one line a model."""
     lines = []
     for row in ROWS:
         found = results.get(key(row))
+        if row.refused and (found is None or "refused" in found):
+            continue
         if found is None:
             lines.append(f"- **{key(row)}**: not run.")
             continue
-        for name in ("unavailable", "refused"):
-            if name in found:
-                lines.append(f"- **{key(row)}**: {'not run' if name == 'unavailable' else name}: {found[name]}")
-        lines += (
-            [f"- **{key(row)}**: {what}: {why}" for what, why in found["failed"].items()] if "failed" in found else []
-        )
-        if found.get("covers"):
-            lines.append(f"- **{key(row)}** covers: {found['covers']}")
+        said_of = [f"not run: {found['unavailable']}"] if "unavailable" in found else []
+        said_of += [f"refused: {found['refused']}"] if "refused" in found else []
+        said_of += [in_words(what, why, found) for what, why in found.get("failed", {}).items()]
+        margin = found.get("margin", 0)
         for rule, (hits, regions, _) in found.get("placed", {}).items():
             if rule in PEAKS and hits < regions:
-                lines.append(
-                    f"- **{key(row)}**: the peak of `{rule}` lies on the stimulus in {hits} of {regions} regions."
-                )
-        lines += [
-            f"- **{key(row)}** at {size}: {what}" for size, what in found.get("sizes", {}).items() if what != "ok"
-        ]  # fmt: skip
+                where = f"within {margin} px of the stimulus" if margin else "on the stimulus"
+                said_of.append(f"the peak of `{rule}` lies {where} in {hits} of {regions} regions")
+        said_of += [f"at {size}: {what}" for size, what in found.get("sizes", {}).items() if what != "ok"]
+        if said_of:
+            lines.append(f"- **{key(row)}**: {'; '.join(said_of)}.")
+    return lines
+
+
+def covered(results: dict[str, Any]) -> list[str]:
+    """What maps do not tell apart, one line a model that says so."""
+    lines = []
+    for row in ROWS:
+        found = results.get(key(row)) or {}
+        text = found.get("covers", "")
+        if not text:
+            continue
+        below = COVERS.match(text)
+        names = ", ".join(f"`{name}`" for name in below.group(1).split(", ")) if below else ""
+        rest = COVERS.sub("", text).strip()
+        lines.append(f"| {key(row)} | {names} | {rest} |")
     return lines
 
 
@@ -294,10 +344,14 @@ def page(results: dict[str, Any]) -> str:
         "  seconds to score images by whether the stimulus is in them. `lnstat` and `evidence` have to find it;",
         "  `rollout` and `gradient` show what the model looks at and what its attention carries, which need not peak",
         "  there.",
+        "- **margin**: so many pixels beside the stimulus still count as on it, in layout and peak. None where patches",
+        "  are cut apart. Where convolutions make the tokens, a token is made of more than the patch it stands for and",
+        "  sees the stimulus from beside it; 8 px at most. The stimulus is as large as a token of the last block,",
+        "  or of the size that stands here.",
         "- **other sizes**: image sizes, besides the first one, on which `lnstat`, `rollout` and completeness held.",
         "",
         "`ok`: everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",
-        "`RecordingError`, listed below, and no map.",
+        "`RecordingError`, listed below, and no map; `refused, as it must be` where a map would mean nothing.",
     ]
     for title, rows in (
         ("timm", "timm"),
@@ -311,8 +365,18 @@ def page(results: dict[str, Any]) -> str:
     for row in REFUSED:
         found = results.get(key(row)) or {}
         parts.append(f"| {row.name} | {verdict(row, found or None)} | {found.get('refused', '').replace('|', '/')} |")
-    wanted = [entry for entry in exceptions(results) if not any(f"**{key(row)}**" in entry for row in REFUSED)]
-    parts += ["", "## Exceptions", "", *wanted]
+    parts += ["", "## Exceptions", "", *(exceptions(results) or ["None."])]
+    parts += [
+        "",
+        "## What a map does not tell apart",
+        "",
+        "The grid of these is that of the first attention block: what the convolutions named here, below it, did is",
+        "not told apart. What convolutions between the blocks added is counted at the token that they added it to.",
+        "",
+        "| model | below the grid | besides |",
+        "|---|---|---|",
+        *covered(results),
+    ]
     full = [(row, results[key(row)]["default"]) for row in ROWS if "default" in (results.get(key(row)) or {})]
     if full:
         parts += ["", "## At full size", "", "One image, random weights, process time of one core in seconds.", ""]

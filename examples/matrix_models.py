@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,10 @@ class Row:
         default: Makes the model as its name gives it, and the size of its images.
         refused: The model is one that has to be refused.
         output: Which of several outputs is explained.
+        margin: A stimulus may be found so many pixels beside it, where convolutions make tokens of more than a patch.
+        stimulus: Height and width of the stimulus; as large as a token of the last block by default.
+        step: Regions lie at multiples of so many pixels; of the stimulus by default.
+        steps: Steps of training at most.
     """
 
     name: str
@@ -40,6 +44,10 @@ class Row:
     default: tuple[Callable[[], nn.Module], Size] | None = None
     refused: bool = False
     output: Any = None
+    margin: int = 0
+    stimulus: Size | None = None
+    step: Size | None = None
+    steps: int = 250
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
@@ -52,6 +60,27 @@ def _timm_default(name: str) -> nn.Module:
 
 def _class(module: str, name: str, **options: Any) -> nn.Module:
     return getattr(importlib.import_module(f"timm.models.{module}"), name)(**options)
+
+
+def _maxxvit(name: str, size: Size, widths: tuple[int, ...], **attention: Any) -> nn.Module:
+    """A named configuration with one block a stage and as many stages as widths, which have to grow."""
+    maxxvit = importlib.import_module("timm.models.maxxvit")
+    config = maxxvit.model_cfgs[name]
+    config = replace(
+        config,
+        embed_dim=widths,
+        depths=(1,) * len(widths),
+        block_type=config.block_type[: len(widths)],
+        stem_width=widths[0] if isinstance(config.stem_width, int) else (16, widths[0]),
+        head_hidden_size=64 if config.head_hidden_size else None,
+        transformer_cfg=replace(config.transformer_cfg, dim_head=16, **attention),
+    )
+    return maxxvit.MaxxVit(config, img_size=size, num_classes=10)
+
+
+def maxxvit_row(name: str, config: str, size: Size, widths: tuple[int, ...], native: int, **attention: Any) -> Row:
+    default = partial(_timm_default, name), (native, native)
+    return Row(name, "timm", partial(_maxxvit, config, size, widths, **attention), size, default=default)
 
 
 def _mvit() -> nn.Module:
@@ -146,19 +175,32 @@ def _scripted() -> nn.Module:
     return torch.jit.trace(_timm("vit_tiny_patch16_224", img_size=64, **VIT).eval(), torch.rand(1, 3, 64, 64))
 
 
+PYRAMID = {"depths": (1, 2, 2), "num_heads": (1, 2, 3), "embed_dims": (16, 32, 48)}
+TWINS = {**PYRAMID, "depths": (2, 1, 2), "sr_ratios": (4, 2, 1), "mlp_ratios": (2, 2, 2)}
+HIERA = {"embed_dim": 16, "num_heads": 1, "stages": (1, 2, 2), "mask_unit_size": (4, 4), "q_pool": 2}
+PARTS = {"window_size": (2, 2), "grid_size": (2, 2)}
 HF_PVT = {
-    "image_size": 128,
-    "hidden_sizes": [16, 32, 32, 48],
-    "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 2, 2],
+    "image_size": 64,
+    "hidden_sizes": [16, 32, 48],
+    "depths": [1, 2, 2],
+    "num_attention_heads": [1, 2, 3],
+    "mlp_ratios": [2, 2, 2],
+    "num_encoder_blocks": 3,
 }
-HF_HIERA = {"image_size": [128, 128], "embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4]}
+HF_HIERA = {
+    "image_size": [64, 64],
+    "embed_dim": 16,
+    "depths": [1, 2, 2],
+    "num_heads": [1, 2, 4],
+    "masked_unit_size": [4, 4],
+    "num_query_pool": 2,
+}
 TV_MAXVIT = {
-    "input_size": (128, 128),
+    "input_size": (64, 64),
     "stem_channels": 16,
-    "partition_size": 4,
+    "partition_size": 2,
     "block_channels": [16, 32, 32],
-    "block_layers": [1, 1, 1],
+    "block_layers": [1, 2, 1],
     "head_dim": 8,
     "stochastic_depth_prob": 0.0,
     "num_classes": 10,
@@ -183,10 +225,10 @@ FIFTEEN: list[Row] = [
     vit_row("vit_small_patch14_reg4_dinov2", 14, 518),
     timm_row("swin_tiny_patch4_window7_224", WIDE, img_size=WIDE, **SWIN),
     timm_row("swinv2_tiny_window8_256", WIDE, 256, img_size=WIDE, **SWIN),
-    timm_row("maxvit_tiny_tf_224", (224, 224), embed_dim=(32, 64), depths=(1, 1), img_size=224),
-    timm_row("pvt_v2_b0", (128, 160), others=((160, 160), (140, 172)), **STAGES4),
+    replace(maxxvit_row("maxvit_tiny_tf_224", "maxvit_tiny_tf", WIDE, (32, 32, 48), 224, **PARTS), margin=4),
+    replace(timm_row("pvt_v2_b0", (128, 160), others=((160, 160), (140, 172)), **STAGES4), margin=4),
     vit_row("eva02_tiny_patch14_224", 14),
-    timm_row("hiera_tiny_224", (128, 160), img_size=(128, 160), embed_dim=24, num_heads=1, stages=(1, 1, 2, 1)),
+    replace(timm_row("hiera_tiny_224", WIDE, img_size=WIDE, head_init_scale=1.0, **HIERA), margin=4),
     vit_row("vit_base_patch16_siglip_224"),
     torchvision_row("vit_b_16", SQUARE, image_size=64),
     torchvision_row("swin_t", WIDE, (ODD, (96, 96))),
@@ -218,8 +260,8 @@ ONWARD: list[Row] = [
     Row("vit_tiny_patch16_224, dynamic size", "timm",
         partial(_timm, "vit_tiny_patch16_224", img_size=(64, 96), dynamic_img_size=True, dynamic_img_pad=True, **VIT),
         (64, 96), ((128, 96), (70, 101), (48, 48))),
-    vit_row("vit_small_r26_s32_224", 32),
-    vit_row("vit_small_resnet26d_224", 16),
+    replace(vit_row("vit_small_r26_s32_224", 32), margin=8),
+    replace(vit_row("vit_small_resnet26d_224", 32), margin=8),
     timm_row("naflexvit_base_patch16_gap", (64, 96), 384, ((96, 96), (128, 64)), **VIT),
     vit_row("samvit_base_patch16_224", window_size=4, global_attn_indexes=(1,)),
     vit_row("cait_xxs24_224"),
@@ -228,22 +270,28 @@ ONWARD: list[Row] = [
     Row("swin_tiny_patch4_window7_224, any size", "timm",
         partial(_timm, "swin_tiny_patch4_window7_224", img_size=WIDE, strict_img_size=False, **SWIN), WIDE,
         ((96, 96), ODD, (32, 64))),
-    timm_row("twins_pcpvt_small", (128, 160), others=((160, 160),), img_size=(128, 160), **STAGES4),
-    timm_row("twins_svt_small", (128, 160), others=((160, 160),), img_size=(128, 160), wss=(4, 4, 4, 4), **STAGES4),
-    timm_row("nest_tiny", SQUARE, img_size=64),
+    replace(timm_row("twins_pcpvt_small", WIDE, others=((96, 96),), img_size=WIDE, **TWINS), margin=4),
+    replace(timm_row("twins_svt_small", WIDE, others=((96, 96),), img_size=WIDE, wss=(3, 3, 3), **TWINS), margin=4),
+    Row("nest_tiny", "timm", partial(_class, "nest", "Nest", img_size=64, **{**PYRAMID, "depths": (2, 1, 2)},
+        mlp_ratio=2.0, num_classes=10), SQUARE, default=(partial(_timm_default, "nest_tiny"), (224, 224)),
+        margin=8, stimulus=(32, 32), step=(16, 16)),
     Row("gcvit_xxtiny", "timm", partial(_class, "gcvit", "GlobalContextVit", img_size=(96, 128),
         embed_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 2, 2, 2), num_classes=10), (96, 128),
-        default=(partial(_timm_default, "gcvit_xxtiny"), (224, 224))),
-    Row("mvitv2_tiny", "timm", _mvit, (128, 128), default=(partial(_timm_default, "mvitv2_tiny"), (224, 224))),
-    timm_row("maxxvit_rmlp_nano_rw_256", (128, 192), 256, img_size=(128, 192), embed_dim=(64, 64), depths=(1, 1)),
-    timm_row("coatnet_0_rw_224", (96, 96), img_size=96, embed_dim=(64, 64, 64, 64), depths=(1, 1, 1, 1)),
-    timm_row("tiny_vit_5m_224", (96, 128), window_sizes=(4, 4, 4, 4), **STAGES4),
-    timm_row("efficientvit_m0", (224, 224)),
-    timm_row("pvt_v2_b2_li", (128, 160), **STAGES4),
+        default=(partial(_timm_default, "gcvit_xxtiny"), (224, 224)), margin=4),
+    Row("mvitv2_tiny", "timm", _mvit, (128, 128),
+        default=(partial(_timm_default, "mvitv2_tiny"), (224, 224)), margin=4),
+    Row("maxvit_tiny_tf_224, two stages", "timm",
+        partial(_timm, "maxvit_tiny_tf_224", embed_dim=(32, 64), depths=(1, 1), img_size=224), (224, 224)),
+    replace(maxxvit_row("maxxvit_rmlp_nano_rw_256", "maxxvit_rmlp_nano_rw", WIDE, (32, 64, 128), 256, **PARTS),
+        margin=4, steps=800),
+    replace(maxxvit_row("coatnet_0_rw_224", "coatnet_0_rw", (128, 160), (32, 32, 48, 64), 224), margin=8),
+    replace(timm_row("tiny_vit_5m_224", WIDE, window_sizes=(3, 3, 4), **PYRAMID), margin=8),
+    replace(timm_row("efficientvit_m0", (224, 224)), margin=8),
+    replace(timm_row("pvt_v2_b2_li", (128, 160), **STAGES4), margin=4),
     torchvision_row("swin_v2_t", WIDE, (ODD, (96, 96)), 256),
     torchvision_row("vit_b_32", (128, 128), image_size=128, patch_size=32),
     torchvision_row("vit_l_16", (96, 96), image_size=96),
-    torchvision_row("maxvit_t", (128, 128), **TV_MAXVIT),
+    replace(torchvision_row("maxvit_t", SQUARE, **TV_MAXVIT), margin=4, steps=800),
     *hf_rows("ViT", "ViTConfig", HF_VIT, SQUARE)[1:],
     *hf_rows("Swin", "SwinConfig", HF_SWIN, SQUARE, (*HF_OTHERS, ODD))[1:],
     *hf_rows("SwinV2", "Swinv2Config", HF_SWIN, SQUARE, (*HF_OTHERS, ODD))[1:],
@@ -255,9 +303,14 @@ ONWARD: list[Row] = [
     *hf_rows("BEiT", "BeitConfig", HF_VIT, SQUARE),
     *hf_rows("CLIP vision tower, own head", "CLIPVisionConfig", HF_VIT, SQUARE, tower="CLIPVisionModel"),
     *hf_rows("SigLIP vision tower, own head", "SiglipVisionConfig", HF_VIT, SQUARE, tower="SiglipVisionModel"),
-    *hf_rows("PVT", "PvtConfig", HF_PVT, (128, 128))[1:],
-    *hf_rows("PVTv2", "PvtV2Config", HF_PVT, (128, 128))[1:],
-    *hf_rows("Hiera", "HieraConfig", HF_HIERA, (128, 128))[1:],
+    *(
+        replace(row, margin=4)
+        for row in (
+            *hf_rows("PVT", "PvtConfig", {**HF_PVT, "sequence_reduction_ratios": [4, 2, 1]}, SQUARE)[1:],
+            *hf_rows("PVTv2", "PvtV2Config", {**HF_PVT, "sr_ratios": [4, 2, 1]}, WIDE)[1:],
+            *hf_rows("Hiera", "HieraConfig", HF_HIERA, SQUARE)[1:],
+        )
+    ),
 ]  # fmt: skip
 
 REFUSED: list[Row] = [
