@@ -181,7 +181,7 @@ class LNStatAttribution(GridAttribution):
 
         Args:
             inputs: Images, as for ``attribute``.
-            targets: The targets, each in any of Captum's forms: ``range(10)`` for the first ten classes.
+            targets: The targets, each in any of Captum's forms: ``range(7)`` for the first seven classes.
             additional_forward_args: As for ``attribute``.
 
         Returns:
@@ -195,8 +195,8 @@ class LNStatAttribution(GridAttribution):
             >>> import torch
             >>> from captum_lnstat import LNStatAttribution, zoo
             >>> vit = zoo.load("vit-mini").model
-            >>> LNStatAttribution(vit).relevance_per_target(torch.rand(2, 3, 64, 64), range(10)).shape
-            torch.Size([10, 2, 8, 8])
+            >>> LNStatAttribution(vit).relevance_per_target(torch.rand(2, 3, 64, 64), range(7)).shape
+            torch.Size([7, 2, 8, 8])
         """
         targets = list(targets)
         if self.rule not in ("lnstat", "evidence"):

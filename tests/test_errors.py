@@ -332,8 +332,6 @@ AFFINE_WIRINGS = (
     "mlp first",
     "reversed",
     "gate after the softmax",
-    "channel attention",
-    "channel attention, square",
 )
 
 

@@ -183,6 +183,7 @@ def break_it(model: nn.Module, failure: dict[str, Any], stack: ExitStack) -> Non
         stack.enter_context(FailAt(functions, failure["number"], error))
 
 
+@pytest.mark.filterwarnings("ignore:.*zero everywhere")
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", EVERY_METHOD)
 def test_nothing_is_left_behind(name: str, point: str) -> None:
