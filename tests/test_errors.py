@@ -337,7 +337,7 @@ AFFINE_WIRINGS = (
 )
 
 
-# Attention over channels: no patch says a word to the class token, so that the map of FrozenLayerNorm is zero, and says so.
+# Attention over channels: no patch says a word to the class token. The map of FrozenLayerNorm is zero, and says so.
 @pytest.mark.filterwarnings("ignore:.*zero everywhere")
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("wiring", WIRINGS)
