@@ -206,6 +206,11 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def _sizes(record: dict) -> bool:
+    """Whether memory was measured at more than one size of one model."""
+    return all(_key(VIT, size, 1) in record["memory"] for size in (224, 1024))
+
+
 def page(record: dict) -> str:
     times, memory = record["time"], record["memory"]
     lines = [
@@ -243,9 +248,9 @@ def page(record: dict) -> str:
         "",
         "![Cost of the methods](pictures/cost-methods.png)",
         "",
-        "![Memory against the size of the image](pictures/cost-size.png)",
-        "",
     ]
+    if _sizes(record):
+        lines += ["![Memory against the size of the image](pictures/cost-size.png)", ""]
     return "\n".join(lines)
 
 
@@ -269,6 +274,8 @@ def figures(record: dict) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(folder / "cost-methods.png", dpi=110)
+    if not _sizes(record):
+        return
     figure, axes = plt.subplots(figsize=(7, 3.6))
     for model, sizes in ((VIT, (224, 448, 1024)), (SWIN, (224, 448, 896))):
         for method, style in (
