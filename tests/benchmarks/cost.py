@@ -206,6 +206,12 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def _known(record: dict) -> list[str]:
+    """The methods in order, those that were measured where a rival was installed included."""
+    measured = [method for part in ("time", "memory") for row in record[part].values() for method in row]
+    return [*METHODS, *sorted(set(measured) - set(METHODS))]
+
+
 def _sizes(record: dict) -> bool:
     """Whether memory was measured at more than one size of one model."""
     return all(_key(VIT, size, 1) in record["memory"] for size in (224, 1024))
@@ -226,7 +232,7 @@ def page(record: dict) -> str:
     lines += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     seconds = [f"{times[key]['plain forward']['seconds']:.2f} s" for key in columns]
     lines.append("| plain forward, seconds | " + " | ".join(seconds) + " |")
-    for method in METHODS:
+    for method in _known(record):
         if method == "plain forward":
             continue
         cells = []
@@ -240,7 +246,7 @@ def page(record: dict) -> str:
     columns = [key for key in (_key(*setting) for setting in MEMORY) if key in memory]
     lines += ["Largest resident memory over the loaded model, MiB, each in a process of its own:", ""]
     lines += ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for method in METHODS:
+    for method in _known(record):
         cells = [_number(memory[key].get(method), ".0f") for key in columns]
         if any(cells):
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
@@ -262,7 +268,9 @@ def figures(record: dict) -> None:
 
     times, memory, folder = record["time"], record["memory"], ROOT / "docs" / "pictures"
     keys = [key for key in (_key(VIT, 224, 4), _key(SWIN, 224, 4)) if key in times]
-    names = [method for method in METHODS if method != "plain forward" and any(method in times[key] for key in keys)]
+    names = [
+        method for method in _known(record) if method != "plain forward" and any(method in times[key] for key in keys)
+    ]
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for shift, key in zip((-0.2, 0.2), keys, strict=False):
         values = [times[key].get(name, {}).get("median", 0) for name in names]
