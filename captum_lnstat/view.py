@@ -24,6 +24,8 @@ Box = tuple[float, float, float, float]
 _STRAIGHT = 2.0
 # The outer part of the model's image, where resizing filters see the border.
 _BORDER = 0.06
+# Pixels.
+_SNAP = 0.75
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ def measure(transform: Callable[[Image.Image], Tensor], size: tuple[int, int]) -
     if columns is None or rows is None:
         return view
     (left, right), (top, bottom) = columns, rows
-    return View(view.mean, view.std, (left * size[0], top * size[1], right * size[0], bottom * size[1]))
+    edges = zip((left * size[0], top * size[1], right * size[0], bottom * size[1]), (0, 0, *size), strict=True)
+    # What ends less than a pixel from the border ends there: 8 bits measure no better.
+    box = tuple(float(border) if abs(edge - border) < _SNAP else edge for edge, border in edges)
+    return View(view.mean, view.std, box)  # type: ignore[arg-type]
 
 
 def _through(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> Float[np.ndarray, "channel row column"]:

@@ -140,7 +140,7 @@ def _left(column: int, cell: float) -> float:
 
 def _draw_row(figure: Figure, row: Row, top: float, cell: float, height: float) -> None:
     middle = top - 0.5 * height
-    label = textwrap.fill(row.label, int(_LABEL * (_LETTERS - 1.5)))
+    label = textwrap.fill(row.label, int(_LABEL * (_LETTERS - 1.5)), break_long_words=False)
     note = textwrap.fill(row.note, int(_LABEL * _SMALL_LETTERS)) if row.note else ""
     below = 0.5 * (label.count("\n") + 1) * _LINE * 1.1
     _write(figure, _MARGIN, middle + (0.5 * _LINE if note else 0), label, 9.5, ha="left")

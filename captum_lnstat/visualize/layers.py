@@ -64,7 +64,7 @@ def layer_sheet(
             tuple(variances),
             Bar(STATISTIC, "least", "most"),
             "at the first LayerNorm, powers of ten",
-            tuple(f"{10 ** each.min():.1g} to {10 ** each.max():.1g}" for each in spread),
+            tuple(f"{10 ** each.min():.2g} to {10 ** each.max():.2g}" for each in spread),
         ),
     ]
     note = "from the head (left) to the image (right)" + _left_out(blocks, shown)
@@ -85,21 +85,11 @@ def head_sheet(blocks: Sequence[HeadRelevance], image: Picture, title: str, *, m
     for block in shown:
         maps = [_array(head) for head in block.heads]
         scale = Scale.of(maps)
-        share = [float(each.sum()) for each in maps]
-        total = sum(share) or 1.0
         cells = tuple(overlay(image, _enlarged(each, block.cell, image), scale=scale) for each in maps)
-        rows.append(
-            Row(block.name, cells, Bar.of(scale), "share, a token", tuple(f"{part / total:.0%}" for part in share))
-        )
-    note = (
-        "rows from the head of the model to the image, one scale a row; above each map: its part of what the heads of "
-    )
-    return draw_rows(
-        rows,
-        title,
-        titles=[f"head {number}" for number in range(max(len(row.cells) for row in rows))],
-        note=note + "the block hand to patches" + _left_out(blocks, shown),
-    )
+        rows.append(Row(block.name, cells, Bar.of(scale), "share, a token"))
+    note = "from the head of the model (above) to the image (below), one scale a row" + _left_out(blocks, shown)
+    count = max(len(row.cells) for row in rows)
+    return draw_rows(rows, title, titles=[f"head {number}" for number in range(count)], note=note)
 
 
 def _spaced(blocks: Sequence[_Record], most: int) -> list[_Record]:

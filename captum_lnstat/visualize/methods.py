@@ -91,7 +91,7 @@ METHODS: dict[str, Method] = {
     "attention-rollout": Method("attention rollout", _ours(AttentionRollout), unit="share, a pixel"),
     "raw-attention": Method("attention of the last block", _ours(RawAttention), unit="share, a pixel"),
     "frozen-layernorm": Method("frozen LayerNorm", _ours(FrozenLayerNorm), True, "of the score, a pixel"),
-    "ig": Method("IntegratedGradients", _integrated, True, "of the score, a pixel"),
+    "ig": Method("Integrated Gradients", _integrated, True, "of the score, a pixel"),
     "inputxgradient": Method("input x gradient", _captum(InputXGradient), True, "of the score, a pixel"),
     "saliency": Method("gradient, absolute", _captum(Saliency), unit="a pixel"),
 }
