@@ -1,15 +1,24 @@
-"""Explain vision transformers inside Captum, from attention and the statistics of tokens at the LayerNorms."""
+"""Explain vision transformers inside Captum, from attention and the statistics of tokens at the LayerNorms.
 
-from captum_lnstat import zoo
+A name is imported when it is first used (PEP 562): Captum alone brings matplotlib's pyplot with it, and the command's
+``--help`` needs neither.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from captum_lnstat._version import __version__
-from captum_lnstat.attribution import LNStatAttribution
-from captum_lnstat.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
-from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.feature_mask import patch_feature_mask
-from captum_lnstat.layer import LayerLNStat
-from captum_lnstat.quantus import quantus_explain_func
-from captum_lnstat.recording import Recorder, Recording
-from captum_lnstat.topology import Topology, register_topology
+
+if TYPE_CHECKING:
+    from captum_lnstat import zoo
+    from captum_lnstat.attribution import LNStatAttribution
+    from captum_lnstat.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
+    from captum_lnstat.errors import RecordingError, UnsupportedModelError
+    from captum_lnstat.feature_mask import patch_feature_mask
+    from captum_lnstat.layer import LayerLNStat
+    from captum_lnstat.quantus import quantus_explain_func
+    from captum_lnstat.recording import Recorder, Recording
+    from captum_lnstat.topology import Topology, register_topology
 
 __all__ = [
     "AttentionRollout",
@@ -29,3 +38,34 @@ __all__ = [
     "register_topology",
     "zoo",
 ]
+
+# The module that each name is defined in, or the module itself.
+_HOMES = {
+    "AttentionRollout": "baselines",
+    "FrozenLayerNorm": "baselines",
+    "GenericAttention": "baselines",
+    "LNStatAttribution": "attribution",
+    "LayerLNStat": "layer",
+    "RawAttention": "baselines",
+    "Recorder": "recording",
+    "Recording": "recording",
+    "RecordingError": "errors",
+    "Topology": "topology",
+    "UnsupportedModelError": "errors",
+    "patch_feature_mask": "feature_mask",
+    "quantus_explain_func": "quantus",
+    "register_topology": "topology",
+    "zoo": "zoo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_HOMES[name]}")
+    found = globals()[name] = getattr(module, name, module)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
