@@ -16,7 +16,7 @@ import captum_lnstat
 ROOT = Path(__file__).parent.parent
 INIT = ROOT / "captum_lnstat" / "__init__.py"
 
-# What only an extra brings, or a tool that a user may have for other work. torchvision comes with timm, tqdm with Captum.
+# What only an extra brings, or a tool of a user's own. torchvision comes with timm, tqdm with Captum.
 OPTIONAL = (
     "transformers", "gradio", "torchmetrics", "scipy", "sklearn", "pandas", "pyarrow", "h5py", "pycocotools", "quantus",
     "jaxtyping", "hypothesis", "pytest", "selenium", "sphinx", "IPython", "cv2", "skimage",
