@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from captum_lnstat._near import near as near
 from captum_lnstat.errors import SourceError
 
 FIRST_WORD, NEXT_WORD = 2.0, 10.0  # seconds until progress is shown, and between its lines

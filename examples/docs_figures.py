@@ -79,9 +79,7 @@ class Sheet:
     def cell(self, row: int, column: int, title: str = "", values: np.ndarray | None = None, **options: object):
         left = self._left + column * (CELL + 0.08)
         below = self._height - row * (CELL + self._above + 0.06) - self._above - CELL
-        axes = self.figure.add_axes(
-            (left / self._width, below / self._height, CELL / self._width, CELL / self._height)
-        )
+        axes = self.figure.add_axes((left / self._width, below / self._height, CELL / self._width, CELL / self._height))
         axes.set_axis_off()
         axes.set_title(title, fontsize=7.5, color=INK, pad=2.5)
         if values is not None:
@@ -91,7 +89,13 @@ class Sheet:
     def row(self, row: int, name: str) -> None:
         middle = self._height - row * (CELL + self._above + 0.06) - self._above - CELL / 2
         self.figure.text(
-            (self._left - 0.08) / self._width, middle / self._height, name, ha="right", va="center", fontsize=8, color=INK
+            (self._left - 0.08) / self._width,
+            middle / self._height,
+            name,
+            ha="right",
+            va="center",
+            fontsize=8,
+            color=INK,
         )
 
     def save(self, name: str) -> None:
@@ -215,7 +219,9 @@ def swin_blocks() -> None:
         name = block.name.replace("layers.", "stage ").replace(".blocks.", ", block ")
         sheet.cell(0, column, f"{name}\n{variance.min():.2f} to {variance.max():.2f}", on_grid(variance, 0))
         sheet.cell(1, column, f"{columns.min():.2f} to {columns.max():.1f}", on_grid(columns, 0))
-        sheet.cell(2, column, f"{share.min():.2f} to {share.max():.2f}", on_grid(share, 0), vmin=0, vmax=1, cmap="viridis")
+        sheet.cell(
+            2, column, f"{share.min():.2f} to {share.max():.2f}", on_grid(share, 0), vmin=0, vmax=1, cmap="viridis"
+        )
     sheet.save("swin-blocks.png")
 
 
@@ -271,7 +277,9 @@ def print_swin_figures(count: int = 240) -> None:
         pixels = tokens.repeat_interleave(4, 1).repeat_interleave(4, 2)
         print(f"| {name} | {pointing(pixels, masks).float().mean():.3f} |")
     print(f"\n{names[0]}: mean residual share {torch.cat(shares).mean():.3f}; the token that is attended to most takes")
-    print(f"{torch.cat(ratios).median():.1f} times the median (median over the scenes); correlation of what is attended")
+    print(
+        f"{torch.cat(ratios).median():.1f} times the median (median over the scenes); correlation of what is attended"
+    )
     print(f"to there with the rollout map: {np.mean(agreement):.2f}")
 
 

@@ -10,11 +10,13 @@ from captum_lnstat.visualize.colors import Scale, colored, overlay, scaled
 from captum_lnstat.visualize.compare import ComparedImage, compare_sheet, comparison
 from captum_lnstat.visualize.layers import head_sheet, layer_sheet
 from captum_lnstat.visualize.maps import to_map, to_picture
-from captum_lnstat.visualize.methods import METHODS, Method
+from captum_lnstat.visualize.methods import INTEGRATED_BATCH, INTEGRATED_STEPS, METHODS, Method
 from captum_lnstat.visualize.sheet import Panel, draw_sheet
 from captum_lnstat.visualize.writing import write_figure, write_sheet
 
 __all__ = [
+    "INTEGRATED_BATCH",
+    "INTEGRATED_STEPS",
     "METHODS",
     "Bar",
     "ComparedImage",
