@@ -108,11 +108,12 @@ def test_prefix_tokens_are_not_on_the_maps():
 
 
 def test_tokens_in_another_order_are_refused():
-    model = timm.create_model(
-        "hiera_tiny_224", img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 1), q_pool=1, num_classes=3
-    ).eval()
+    model = timm.models.Hiera(
+        img_size=(64, 64), embed_dim=16, stages=(1, 2, 2), mask_unit_size=(4, 4), q_pool=2, head_init_scale=1.0,
+        num_classes=3,
+    ).eval()  # fmt: skip
     inputs = torch.rand(1, 3, 64, 64)
-    assert np.isfinite(LNStatAttribution(model).relevance(inputs, 0)).all()
+    assert np.isfinite(LNStatAttribution(model, rule="rollout").relevance(inputs).detach()).all()
     for refused in (lambda: descend(model, inputs), lambda: descend_heads(model, inputs)):
         with pytest.raises(UnsupportedModelError, match="not in the order of the image's rows"):
             refused()

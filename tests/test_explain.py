@@ -130,7 +130,10 @@ def test_images_of_several_sizes_are_explained_each_at_its_own(swin):
         img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=1, num_classes=2, dynamic_img_size=True
     ).eval()
     found = explain(
-        model, [torch.rand(3, 32, 32), torch.rand(3, 48, 32), torch.rand(3, 48, 32)], transform=swin.transform
+        model,
+        [torch.rand(3, 32, 32), torch.rand(3, 48, 32), torch.rand(3, 48, 32)],
+        transform=swin.transform,
+        rule="evidence",
     )
     assert [each.grid.shape for each in found] == [(2, 2), (3, 2), (3, 2)]
 
@@ -162,7 +165,7 @@ def test_a_hot_patch_is_hot_at_its_pixels_of_the_original(vit, photo):
 
 
 def test_the_whole_image_is_seen_if_asked_for(vit, photo):
-    found = explain(vit, photo, whole=True)
+    found = explain(vit, photo, whole=True, rule="evidence")
     assert found.box == (0, 0, 320, 200)
     assert found.image.size == (64, 64)
 
@@ -193,6 +196,7 @@ def test_what_is_not_certain_is_warned_of(photo, monkeypatch):
     bare = Bare(img_size=224, patch_size=56, embed_dim=16, depth=1, num_heads=1, num_classes=2).eval()
     with pytest.warns(UserWarning, match="Bare does not say how its images were prepared; the usual one for ImageNet"):
         explain(bare, photo, rule="evidence")
+    bare.pretrained_cfg = {"input_size": (3, 224, 224)}
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: bare)
     with pytest.warns(UserWarning, match="weights of deit_tiny_patch16_224 are random") as caught:
         explain("deit_tiny_patch16_224", photo, rule="evidence")
