@@ -17,8 +17,6 @@ html_extra_path = ["llms.txt"]
 html_show_sourcelink = False
 
 myst_heading_anchors = 3
-# A page that is not there yet is no fault of the others.
-suppress_warnings = ["toc.empty_glob"]
 
 # The notebooks are run anew for every build, and a cell that raises fails it.
 nb_execution_mode = "force"
