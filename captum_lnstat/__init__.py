@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from captum_lnstat import zoo
     from captum_lnstat.attribution import LNStatAttribution
     from captum_lnstat.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
-    from captum_lnstat.errors import RecordingError, UnsupportedModelError
+    from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError
+    from captum_lnstat.explaining import explain
+    from captum_lnstat.explanation import Explanation, Explanations
     from captum_lnstat.feature_mask import patch_feature_mask
     from captum_lnstat.layer import LayerLNStat
     from captum_lnstat.quantus import quantus_explain_func
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttentionRollout",
+    "Explanation",
+    "Explanations",
     "FrozenLayerNorm",
     "GenericAttention",
     "LNStatAttribution",
@@ -30,9 +34,11 @@ __all__ = [
     "Recorder",
     "Recording",
     "RecordingError",
+    "SourceError",
     "Topology",
     "UnsupportedModelError",
     "__version__",
+    "explain",
     "patch_feature_mask",
     "quantus_explain_func",
     "register_topology",
@@ -42,6 +48,8 @@ __all__ = [
 # The module that each name is defined in, or the module itself.
 _HOMES = {
     "AttentionRollout": "baselines",
+    "Explanation": "explanation",
+    "Explanations": "explanation",
     "FrozenLayerNorm": "baselines",
     "GenericAttention": "baselines",
     "LNStatAttribution": "attribution",
@@ -50,8 +58,10 @@ _HOMES = {
     "Recorder": "recording",
     "Recording": "recording",
     "RecordingError": "errors",
+    "SourceError": "errors",
     "Topology": "topology",
     "UnsupportedModelError": "errors",
+    "explain": "explaining",
     "patch_feature_mask": "feature_mask",
     "quantus_explain_func": "quantus",
     "register_topology": "topology",
