@@ -14,8 +14,12 @@ import click
 FIRST_WORD, NEXT_WORD = 2.0, 10.0  # seconds until progress is shown, and between its lines
 
 
+# Exit codes: something was left out, or a model is refused; nothing could be done; Ctrl-C, as shells count it.
+INCOMPLETE, FAILED, INTERRUPTED = 1, 2, 130
+
+
 class Failure(click.ClickException):
-    exit_code = 2
+    exit_code = FAILED
 
 
 class OneLineGroup(click.Group):
@@ -26,8 +30,12 @@ class OneLineGroup(click.Group):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line_errors():
-            return super().invoke(ctx)
+        try:
+            with _one_line_errors():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 @contextmanager

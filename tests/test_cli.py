@@ -16,6 +16,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 import captum_lnstat
 from captum_lnstat import LNStatAttribution, RecordingError, _console, cli, sources, visualize, zoo
+from captum_lnstat.commands import explain
 
 VIT = "vit_tiny_patch16_224"
 
@@ -33,7 +34,7 @@ def _folder(tmp_path, monkeypatch):
 def drawn(monkeypatch):
     """What the command gives to ``write_sheet``: path, image, panels and title of every sheet."""
     calls = []
-    monkeypatch.setattr(cli, "write_sheet", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(explain, "write_sheet", lambda *arguments: calls.append(arguments))
     return calls
 
 
@@ -85,13 +86,13 @@ def test_without_arguments_a_bundled_scene_is_explained():
     result = run("explain")
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""
-    reference, scene = zoo.load("swin-mini"), zoo.scenes()[cli.DEFAULT_SCENE]
+    reference, scene = zoo.load("swin-mini"), zoo.scenes()[explain.DEFAULT_SCENE]
     confidence = reference.model(reference.transform(scene.image)[None]).softmax(1)[0].detach()
     best = int(confidence.argmax())
     names = " and ".join(reference.class_names[label] for label in scene.labels)
     outcome = f"{reference.class_names[best]} ({best}), confidence {float(confidence[best]):.1%}"
     assert said(result) == {
-        "image": f"bundled scene {cli.DEFAULT_SCENE}: {names}",
+        "image": f"bundled scene {explain.DEFAULT_SCENE}: {names}",
         "model": "swin-mini",
         "prediction": outcome,
         "target": outcome,
@@ -107,7 +108,7 @@ def test_without_arguments_a_bundled_scene_is_explained():
 
 
 def test_the_default_scene_is_one_that_teaches_something():
-    scene = zoo.scenes()[cli.DEFAULT_SCENE]
+    scene = zoo.scenes()[explain.DEFAULT_SCENE]
     reference = zoo.load("swin-mini")
     inputs = reference.transform(scene.image)[None]
     assert len(scene.labels) == 2
@@ -133,7 +134,7 @@ def test_the_module_runs_as_a_program(tmp_path):
 
 def test_a_target_that_the_model_rules_out_is_said_to_be_one(drawn):
     reference = zoo.load("swin-mini")
-    inputs = reference.transform(zoo.scenes()[cli.DEFAULT_SCENE].image)[None]
+    inputs = reference.transform(zoo.scenes()[explain.DEFAULT_SCENE].image)[None]
     confidence = reference.model(inputs).softmax(-1)[0]
     assert confidence.min() < 0.01 < confidence.max()
     assert "all but rules this target out" in run("explain", "--target", int(confidence.argmin())).stderr
@@ -147,7 +148,7 @@ def test_a_target_is_a_name_or_an_index(drawn, target):
     ((path, _, panels, title),) = drawn
     assert str(path) == "there.pdf"
     reference = zoo.load("swin-mini")
-    inputs = reference.transform(zoo.scenes()[cli.DEFAULT_SCENE].image)[None]
+    inputs = reference.transform(zoo.scenes()[explain.DEFAULT_SCENE].image)[None]
     expected = LNStatAttribution(reference.model, rule="rollout").attribute(inputs, 1)[0].sum(0)
     np.testing.assert_allclose(panels[0].relevance, expected, atol=1e-6)
     confidence = reference.model(inputs).softmax(1)[0].detach()
@@ -159,8 +160,8 @@ def test_a_target_is_a_name_or_an_index(drawn, target):
 
 
 def test_a_tiny_confidence_is_not_printed_as_zero():
-    assert cli._percent(torch.tensor(0.0004)) == "below 0.1%"
-    assert cli._percent(torch.tensor(0.0014)) == "0.1%"
+    assert explain._percent(torch.tensor(0.0004)) == "below 0.1%"
+    assert explain._percent(torch.tensor(0.0014)) == "0.1%"
 
 
 def test_a_timm_model_with_a_checkpoint_of_another_number_of_classes(drawn, vit_file, photo):
@@ -202,7 +203,7 @@ def test_a_zoo_model_takes_a_checkpoint_too(drawn, tmp_path):
     save_file(other.state_dict(), tmp_path / "three.safetensors")
     result = run("explain", "--checkpoint", tmp_path / "three.safetensors")
     assert result.exit_code == 0, result.stderr
-    best = int(other(zoo.load("swin-mini").transform(zoo.scenes()[cli.DEFAULT_SCENE].image)[None]).argmax())
+    best = int(other(zoo.load("swin-mini").transform(zoo.scenes()[explain.DEFAULT_SCENE].image)[None]).argmax())
     assert said(result)["prediction"].startswith(f"class {best}, confidence ")
     assert len(drawn) == 1
 
@@ -282,8 +283,8 @@ def test_names_of_classes_are_not_made_up(vit_file):
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_out_first(monkeypatch):
-    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)  # root may write anywhere
-    monkeypatch.setattr(cli, "read_subject", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(explain.os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(explain, "read_subject", lambda *_: pytest.fail("the model was loaded first"))
     assert refused() == "Error: the folder '.' cannot be written to\n"
 
 
@@ -304,7 +305,7 @@ def test_an_explanation_that_is_refused_is_one_line(monkeypatch):
     def refuse(*arguments, **options):
         raise RecordingError("the pass\ndid not add up")
 
-    monkeypatch.setattr(cli.LNStatAttribution, "describe", refuse)
+    monkeypatch.setattr(explain.LNStatAttribution, "describe", refuse)
     assert refused() == "Error: swin-mini cannot be explained: the pass did not add up\n"
 
 
