@@ -263,7 +263,7 @@ class _Worker:
         except Exception as error:  # whatever a method, or the user's own class, may raise
             if len(asked.framed) > 1:
                 return [values for row in range(len(asked.framed)) for values in self._values(asked.of([row]), method)]
-            reason = f"{type(error).__name__}: {one_line(error)}"
+            reason = one_line(error) if isinstance(error, RunError) else f"{type(error).__name__}: {one_line(error)}"
             if not self.settings.skip_broken:
                 raise RunError(
                     f"method {method.name!r} failed on {asked.names[0]}: {reason}. To leave such images out and count "
@@ -282,7 +282,11 @@ class _Worker:
             if not rows:
                 continue
             chosen = maps if len(rows) == len(maps) else maps[rows]
-            for column, values in measure.compute(asked.of(rows), chosen, method).items():
+            try:
+                computed = measure.compute(asked.of(rows), chosen, method)
+            except Exception as error:
+                raise RunError(f"metric {measure.name!r}: {type(error).__name__}: {one_line(error)}") from error
+            for column, values in computed.items():
                 for row, value in zip(rows, values, strict=True):
                     if bool(value.isfinite()):
                         found[row][column] = _number(value)
