@@ -48,9 +48,7 @@ def batches(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ready(
-    block: Sequence[int], futures: list[Future[Framed | Broken]]
-) -> tuple[Sequence[int], list[Framed | Broken]]:
+def _ready(block: Sequence[int], futures: list[Future[Framed | Broken]]) -> tuple[Sequence[int], list[Framed | Broken]]:
     return block, [future.result() for future in futures]
 
 

@@ -217,7 +217,9 @@ class _Worker:
         for broken in loaded:
             if isinstance(broken, Broken):
                 if not self.settings.skip_broken:
-                    raise BrokenFileError(f"{broken.reason}. To leave such images out and count them, add --skip-broken")
+                    raise BrokenFileError(
+                        f"{broken.reason}. To leave such images out and count them, add --skip-broken"
+                    )
                 yield {"index": broken.index, "name": broken.name, "group": broken.name, "broken": broken.reason}
         if not good:
             return
@@ -301,5 +303,3 @@ class _Worker:
 def _number(value: Tensor) -> float:
     """As many digits as float32 has."""
     return float(f"{float(value):.8g}")
-
-

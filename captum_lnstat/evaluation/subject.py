@@ -164,9 +164,7 @@ def _transformers_frame(name: str, pretrained: bool, size: tuple[int, int]) -> F
     processor = import_module("transformers").AutoImageProcessor.from_pretrained(name)
     given = dict(processor.size or {})
     filters = Image.Resampling(int(processor.resample or Image.Resampling.BILINEAR))
-    frame = replace(
-        frame, mean=tuple(processor.image_mean), std=tuple(processor.image_std), interpolation=filters
-    )
+    frame = replace(frame, mean=tuple(processor.image_mean), std=tuple(processor.image_std), interpolation=filters)
     if "shortest_edge" in given and getattr(processor, "do_center_crop", False):
         cut = dict(processor.crop_size)
         edge = int(given["shortest_edge"])
