@@ -85,8 +85,8 @@ class Frame:
             resized = (round(height / ratio), round(width / ratio))
         if resized[0] < self.size[0] or resized[1] < self.size[1]:
             raise ValueError(
-                f"an image of {width} x {height} becomes {resized[1]} x {resized[0]}, smaller than the model's input of "
-                f"{self.size[1]} x {self.size[0]}; take --fit squash"
+                f"an image of {width} x {height} becomes {resized[1]} x {resized[0]}, smaller than the model's input "
+                f"of {self.size[1]} x {self.size[0]}; take --fit squash"
             )
         return resized, round((resized[0] - self.size[0]) / 2.0), round((resized[1] - self.size[1]) / 2.0)
 

@@ -124,6 +124,6 @@ class GradCam:
                 break
             rows, columns = -(-rows // 2), -(-columns // 2)
         raise ValueError(
-            f"layer {self.layer!r} has {tokens} tokens, which are neither the {found.grid[0]} x {found.grid[1]} patches "
+            f"layer {self.layer!r} has {tokens} tokens, neither the {found.grid[0]} x {found.grid[1]} patches "
             f"after {found.prefix_tokens} prefix tokens nor a stage of them; name another layer"
         )

@@ -80,8 +80,8 @@ def build(text: str, subject: Subject, batch_size: int = 32) -> tuple[Method, ..
     """The methods of a command line.
 
     Args:
-        text: Names separated by commas, each with options in brackets: ``lnstat,ig(n_steps=64),gradcam:blocks.3.norm1``.
-            A class of Captum or of anyone else goes by its import path: ``captum.attr:DeepLift``.
+        text: Names separated by commas, with options in brackets: ``lnstat,ig(n_steps=64),gradcam:blocks.3.norm1``. A
+            class of Captum or of anyone else goes by its import path: ``captum.attr:DeepLift``.
         subject: The model.
         batch_size: How many images methods of many passes put through the model at a time.
 

@@ -23,7 +23,7 @@ from captum_lnstat.evaluation.loading import Broken, Partners, batches
 from captum_lnstat.evaluation.measures import Asked, Measure
 from captum_lnstat.evaluation.methods import Method
 from captum_lnstat.evaluation.outputs import write_outputs
-from captum_lnstat.evaluation.records import Record, Records, ResumeError, check_manifest
+from captum_lnstat.evaluation.records import Record, Records, check_manifest
 from captum_lnstat.evaluation.subject import Subject
 from captum_lnstat.evaluation.team import Team
 
@@ -150,7 +150,7 @@ def _together(team: Team, work: Callable[[], Any]) -> Any:
 
 
 def _check_classes(settings: Settings, dataset: Dataset, subject: Subject) -> None:
-    if settings.batch_size < 1 or settings.limit is not None and settings.limit < 1:
+    if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
         raise ValueError(f"batch size is {settings.batch_size} and limit {settings.limit}; expected 1 or more")
     if settings.asked == "predicted":
         return

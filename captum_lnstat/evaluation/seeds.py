@@ -21,7 +21,7 @@ def seed_of(name: str, seed: int) -> int:
 
 @contextmanager
 def seeded(name: str, seed: int) -> Iterator[None]:
-    """torch's random state as it is for this image, and put back afterwards."""
+    """Torch's random state as it is for this image, and put back afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(name, seed))
         yield

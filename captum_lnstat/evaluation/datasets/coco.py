@@ -18,7 +18,6 @@ from captum_lnstat.evaluation.datasets.base import (
     DatasetError,
     Sample,
     read_image,
-    reading,
 )
 
 _EXPECTED = (

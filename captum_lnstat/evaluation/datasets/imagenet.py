@@ -34,8 +34,8 @@ class ImageNet(Dataset):
     ``ILSVRC2012_validation_ground_truth.txt``, one ILSVRC id a line, and ``meta.mat``, or, where scipy is not at hand,
     ``classes.txt``, the wnids in the order of the ILSVRC ids, one a line.
 
-    Boxes are read from ``ILSVRC2012_val_00000001.xml`` wherever they lie under ``PATH``. Without any there are no boxes;
-    if there are some, every image has to have its own.
+    Boxes are read from ``ILSVRC2012_val_00000001.xml`` wherever they lie under ``PATH``. If there are any,
+    every image has to have its own.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -105,7 +105,7 @@ def _ilsvrc_order(root: Path) -> list[str]:
         from scipy.io import loadmat
     except ImportError:
         raise DatasetError(
-            "meta.mat needs scipy; install it with pip install scipy, or write the wnids in the order of the ILSVRC ids "
+            "meta.mat needs scipy: pip install scipy, or write the wnids in the order of the ILSVRC ids "
             "to a classes.txt, one a line"
         ) from None
     rows = reading(meta, lambda path: loadmat(str(path), squeeze_me=True)["synsets"], "the development kit's synsets")

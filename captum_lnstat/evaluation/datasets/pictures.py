@@ -78,7 +78,7 @@ class Folder(_Pairs):
         parents = {Path(self.name(index)).parent.as_posix() for index in range(len(self))}
         if "." in parents and len(parents) > 1:
             raise DatasetError(
-                f"{str(self._images_root)!r} holds images both in folders and beside them; expected one folder a class, "
+                f"{str(self._images_root)!r} holds images in folders and beside them; expected one folder a class, "
                 "or no folders"
             )
         self.class_names = () if parents == {"."} else tuple(sorted(parents))
