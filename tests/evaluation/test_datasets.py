@@ -238,7 +238,7 @@ def test_compressed_run_lengths():
     mask[3:30, 5:50] = True
     mask[10:20, 20:30] = False
     mask[:, 55:57] = True
-    code = "[6k0=" + "0" * 28 + r"\OM33" + "MM33" * 9 + "a" + "0" * 42 + "U6e1VM"
+    code = "[6k0=" + "0" * 28 + r"\OM33" + "MM33" * 9 + "a" + "0" * 39 + "U6e1VM"
     assert np.array_equal(decode({"size": [40, 60], "counts": code}, (60, 40)), mask)
     with pytest.raises(ValueError, match="in the middle"):
         decode({"size": [40, 60], "counts": code[:-1]}, (60, 40))
