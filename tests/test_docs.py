@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,19 @@ def test_the_python_of_a_page_runs_in_order(name: str, tmp_path: Path, monkeypat
         if block.reason is None:
             # Blank lines before it, so that a traceback shows the line of the page.
             exec(compile("\n" * (block.line - 1) + block.code, str(DOCS / name), "exec"), names)
+
+
+@pytest.mark.parametrize("notebook", sorted((DOCS / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs_and_is_kept_without_its_outputs(
+    notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, which costs no kernel; the site's build runs it in one and shows what came out."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), f"{notebook.name}, cell {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("block", LEFT_OUT, ids=lambda block: f"{block.page}:{block.line}")
