@@ -69,16 +69,16 @@ class GradCam:
             seen.append(output)
 
         handle = self.module.register_forward_hook(keep)
-        try:
-            with torch.enable_grad():
+        with torch.enable_grad():
+            try:
                 scores = self.forward(images.detach().requires_grad_(True))
-        finally:
-            handle.remove()
+            finally:
+                handle.remove()
+            wanted = scores.gather(1, target.reshape(-1, 1)).sum()
         if len(seen) != 1 or not isinstance(seen[0], Tensor):
             raise ValueError(
                 f"layer {self.layer!r} ran {len(seen)} times, or does not return a tensor; expected one that runs once"
             )
-        wanted = scores.gather(1, target.reshape(-1, 1)).sum()
         (gradient,) = torch.autograd.grad(wanted, seen[0])
         activation, gradient = (self._channels_first(part.detach(), images) for part in (seen[0], gradient))
         grid = (gradient.mean((2, 3), keepdim=True) * activation).sum(1, keepdim=True).clamp(min=0)
