@@ -17,10 +17,25 @@ _COMMANDS = {
     "demo": Entry("captum_lnstat.demo.command:demo", "Serve a web page to try it on.", "demo"),
 }
 
+# The bytes \b keep click from running the lines together.
+_EPILOG = """\b
+Examples:
+  captum-lnstat explain
+  captum-lnstat explain cat.jpg --model vit_small_patch16_224 --pretrained --target "tabby cat"
+  captum-lnstat doctor torchvision:swin_t
+
+\b
+Completion in the shell, here bash (or zsh_source, fish_source):
+  eval "$(_CAPTUM_LNSTAT_COMPLETE=bash_source captum-lnstat)"
+
+Exit codes: 0 done; 1 done in part, or the model is refused; 2 nothing could be done; 130 interrupted.
+"""
+
 
 @click.group(
     cls=LazyGroup,
     entries=_COMMANDS,
+    epilog=_EPILOG,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

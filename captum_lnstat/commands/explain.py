@@ -2,57 +2,54 @@
 
 from __future__ import annotations
 
-import os
-import textwrap
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
-import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
-from torch import Tensor
+from tqdm import tqdm
 
-from captum_lnstat import zoo
-from captum_lnstat._console import fail, one_line, progress
-from captum_lnstat.attribution import RULES, LNStatAttribution, Rule
-from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.sources import Subject, class_index, read_image, read_subject
-from captum_lnstat.visualize import comparison, to_picture, write_sheet
-from captum_lnstat.zoo.models import CLASS_NAMES
+from captum_lnstat._console import INCOMPLETE, fail, one_line, progress
+from captum_lnstat.attribution import RULES, Rule
+from captum_lnstat.commands.options import (
+    EXIT_CODES,
+    bundled_scene,
+    check_folder,
+    check_output,
+    image_paths,
+    model_options,
+    read_file,
+    read_model,
+    warn_of,
+)
+from captum_lnstat.commands.pictures import KINDS, Kind, suffixes_of, write_picture
+from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError
+from captum_lnstat.explaining import Explainer
+from captum_lnstat.explanation import Explanation, percent, unique_names
+from captum_lnstat.images import Item
+from captum_lnstat.sources import class_index
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
 DEFAULT_SCENE = 264
 # Below this confidence a map of the target was seen to lie on background or on another object.
 FAINT_TARGET = 0.01
 
-
 # The bytes \b keep click from running the lines together.
-_EXAMPLES = """\b
+_EXAMPLES = f"""\b
 Examples:
   captum-lnstat explain
-  captum-lnstat explain --target trouser
+  captum-lnstat explain --target trouser --picture classes --against "t-shirt"
   captum-lnstat explain cat.jpg --model vit_small_patch16_224 --pretrained --output cat.png
+  captum-lnstat explain photos/ --model torchvision:swin_t --pretrained --json > maps.jsonl
+
+{EXIT_CODES}
 """
 
 
 @click.command(epilog=_EXAMPLES)
-@click.argument("image", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    "name",
-    default="swin-mini",
-    show_default=True,
-    metavar="NAME",
-    help='"swin-mini" or "vit-mini", trained models that come with the package, or any ViT or Swin that timm knows.',
-)
-@click.option("--pretrained", is_flag=True, help="Let timm download its weights for the model.")
-@click.option(
-    "--checkpoint",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Weights for the model: .safetensors, or .pth and .pt, of which only tensors are loaded.",
-)
+@click.argument("images", nargs=-1, metavar="[IMAGE | FOLDER]...", type=click.Path(path_type=Path))
+@model_options
 @click.option("--target", metavar="CLASS", help="Class to explain, by index or name.  [default: the predicted one]")
 @click.option(
     "--rule",
@@ -63,6 +60,15 @@ Examples:
     "whatever the class. gradient: Chefer's rule with token statistics.",
 )
 @click.option(
+    "--picture",
+    "kind",
+    type=click.Choice(KINDS),
+    help="sheet: beside attention rollout, Chefer's rule and IntegratedGradients. overlay: the map on what the model "
+    "saw. original: on the image itself, at its size. layers: how relevance descends block by block. heads: what "
+    "every attention head hands down. classes: two classes.  [default: sheet, of several images overlay]",
+)
+@click.option("--against", metavar="CLASS", help="The other class of --picture classes.  [default: the likeliest]")
+@click.option(
     "--scene",
     type=click.IntRange(0),
     metavar="N",
@@ -71,108 +77,174 @@ Examples:
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    default="lnstat.png",
-    show_default=True,
-    metavar="FILE",
-    help="Where the picture goes.",
+    metavar="PATH",
+    help="Where the picture goes; of several images, a folder.  [default: lnstat.png, of several images lnstat]",
 )
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for every image, with its map.")
 def explain(
-    image: Path | None,
+    images: tuple[Path, ...],
     name: str,
     pretrained: bool,
     checkpoint: Path | None,
+    whole: bool,
     target: str | None,
     rule: Rule,
+    kind: Kind | None,
+    against: str | None,
     scene: int | None,
-    output: Path,
+    output: Path | None,
+    as_json: bool,
 ) -> None:
-    """Explain one image: its map beside attention rollout, Chefer's rule and IntegratedGradients.
+    """Explain images: draw what the model looked at and what of it argued for a class.
 
-    Without IMAGE, a scene that comes with the package is explained.
+    Without IMAGE, a scene that comes with the package is explained. Of a FOLDER every image in it is; one that cannot
+    be read is named, skipped and counted.
     """
-    if pretrained and checkpoint is not None:
-        fail("--pretrained and --checkpoint exclude each other; give one of them")
-    if image is not None and scene is not None:
+    if images and scene is not None:
         fail("IMAGE and --scene exclude each other; give one of them")
-    _check_output(output)
-    if image is not None and output.resolve() == image.resolve():
+    paths = image_paths(images)
+    several = len(paths) > 1 or any(path.is_dir() for path in images)
+    drawn: Kind = kind or ("overlay" if several else "sheet")
+    if against is not None and drawn != "classes":
+        fail("--against is for --picture classes; give both, or leave it out")
+    if several:
+        output = output or Path("lnstat")
+        check_folder(output, paths)
+        _explain_all(
+            paths, output, drawn, against, _Request(name, pretrained, checkpoint, whole, target, rule, as_json)
+        )
+        return
+    output = output or Path("lnstat.png")
+    check_output(output, suffixes_of(drawn))
+    if paths and output.resolve() == paths[0].resolve():
         fail("--output is IMAGE itself; expected another file")
-    source, picture = (
-        _scene(DEFAULT_SCENE if scene is None else scene) if image is None else (str(image), read_image(image))
+    source, item = (
+        (str(paths[0]), read_file(paths[0])) if paths else bundled_scene(DEFAULT_SCENE if scene is None else scene)
     )
-    subject = read_subject(name, pretrained, checkpoint)
-    wanted = None if target is None else class_index(target, subject)
-    inputs = subject.transform(picture)[None]
+    request = _Request(name, pretrained, checkpoint, whole, target, rule, as_json)
+    _explain_one(source, item, output, drawn, against, request)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for, whatever the image."""
+
+    name: str
+    pretrained: bool
+    checkpoint: Path | None
+    whole: bool
+    target: str | None
+    rule: Rule
+    as_json: bool
+
+    def explainer(self) -> tuple[Explainer, int | None]:
+        subject = read_model(self.name, self.pretrained, self.checkpoint, self.whole)
+        wanted = None if self.target is None else class_index(self.target, subject)
+        return Explainer(subject, rule=self.rule), wanted
+
+
+def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str | None, request: _Request) -> None:
+    explainer, wanted = request.explainer()
+    subject = explainer.subject
     try:
         with progress("recording"):
-            description = LNStatAttribution(subject.model, rule=rule).describe(inputs)
-            with torch.no_grad():
-                confidence = subject.model(inputs).softmax(-1)[0]
-        best = int(confidence.argmax())
-        wanted = best if wanted is None else wanted
-        if not pretrained and checkpoint is None and name not in zoo.names():
-            click.echo(
-                f"Warning: the weights of {name} are random, and so is the explanation; give --pretrained or "
-                "--checkpoint",
-                err=True,
-            )
-        elif confidence[wanted] < FAINT_TARGET:
-            click.echo(
-                "Note: the model all but rules this target out; the map shows what little argued for it", err=True
-            )
-        _say("image", source)
-        _say("model", name)
-        _say("prediction", f"{subject.label(best)}, confidence {_percent(confidence[best])}")
-        _say("target", f"{subject.label(wanted)}, confidence {_percent(confidence[wanted])}")
-        for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
-            _say(heading, line)
-        panels = comparison(subject.model, inputs, wanted, rule=rule, during=progress)
-    except (UnsupportedModelError, RecordingError, ValueError) as error:
-        fail(f"{name} cannot be explained: {one_line(error)}")
-    title = (
-        f"predicted {_short(subject, best)} {_percent(confidence[best])}  |  "
-        f"target {_short(subject, wanted)} {_percent(confidence[wanted])}  |  rule {rule}"
-    )
-    try:
-        write_sheet(output, to_picture(inputs[0], *_normalisation(subject.transform)), panels, title)
+            prepared = explainer.prepare(item)
+            (explained,) = explainer.explain([prepared], [wanted])
+            description = explainer.lnstat.describe(explainer.placed(prepared.inputs[None]))
+        warn_of(subject)
+        _note_faint(explained, random=subject.random)
+        if not request.as_json:
+            _say("image", source)
+            _say("model", request.name)
+            _say("prediction", _outcome(explained, explained.prediction))
+            _say("target", _outcome(explained, explained.target))
+            for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
+                _say(heading, line)
+        write_picture(output, kind, explainer, prepared, explained, against)
+    except (UnsupportedModelError, RecordingError) as error:
+        _refuse(request.name, error)
+    except SourceError:
+        raise
+    except ValueError as error:
+        _refuse(request.name, error)
     except OSError as error:
         fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
-    _say("picture", str(output))
+    if request.as_json:
+        click.echo(json.dumps(_record(source, request.name, explained, output)))
+    else:
+        _say("picture", str(output))
+
+
+def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str | None, request: _Request) -> None:
+    """One picture after another, each written whole; an image that cannot be explained is named and counted."""
+    explainer, wanted = request.explainer()
+    warn_of(explainer.subject)
+    tally = _Tally(request.as_json)
+    names = unique_names([path.stem for path in paths])
+    for path, picture in zip(tqdm(paths, unit="image", disable=None), names, strict=True):
+        output = folder / f"{picture}.png"
+        try:
+            prepared = explainer.prepare(read_file(path))
+            (explained,) = explainer.explain([prepared], [wanted])
+            write_picture(output, kind, explainer, prepared, explained, against)
+        except UnsupportedModelError as error:  # of the model, so of every other image too
+            _refuse(request.name, error)
+        except OSError as error:
+            fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
+        except (RecordingError, ValueError) as error:
+            tally.skip(path, error)
+        else:
+            tally.write(path, request.name, explained, output)
+    tally.finish(len(paths))
+
+
+@dataclass
+class _Tally:
+    """What was written and what was skipped."""
+
+    as_json: bool
+    written: int = 0
+    skipped: list[Path] = field(default_factory=list)
+
+    def write(self, path: Path, model: str, explained: Explanation, output: Path) -> None:
+        self.written += 1
+        line = json.dumps(_record(str(path), model, explained, output)) if self.as_json else f"{explained}, {output}"
+        with tqdm.external_write_mode():
+            click.echo(line)
+
+    def skip(self, path: Path, error: Exception) -> None:
+        self.skipped.append(path)
+        with tqdm.external_write_mode():
+            click.echo(f"Skipped {path}: {one_line(error)}", err=True)
+            if self.as_json:
+                click.echo(json.dumps({"image": str(path), "error": one_line(error)}))
+
+    def finish(self, count: int) -> None:
+        if not self.written:
+            fail(f"none of {count} images could be explained")
+        if self.skipped:
+            click.echo(f"{len(self.skipped)} of {count} images skipped", err=True)
+            click.get_current_context().exit(INCOMPLETE)
+
+
+def _refuse(name: str, error: Exception) -> NoReturn:
+    fail(f"{name} cannot be explained: {one_line(error)}")
+
+
+def _note_faint(explained: Explanation, *, random: bool) -> None:
+    if not random and explained.confidence is not None and explained.confidence < FAINT_TARGET:
+        click.echo("Note: the model all but rules this target out; the map shows what little argued for it", err=True)
+
+
+def _record(source: str, model: str, explained: Explanation, output: Path) -> dict[str, Any]:
+    return {"image": source, "model": model, "picture": str(output), **explained.to_dict()}
+
+
+def _outcome(explained: Explanation, index: int) -> str:
+    if explained.probabilities is None:
+        return explained.label(index)
+    return f"{explained.label(index)}, confidence {percent(explained.probabilities[index])}"
 
 
 def _say(heading: str, text: str) -> None:
     click.echo(f"{heading:<12}{text}")
-
-
-def _percent(confidence: Tensor) -> str:
-    return f"{float(confidence):.1%}" if confidence >= 0.001 else "below 0.1%"
-
-
-def _short(subject: Subject, index: int) -> str:
-    return textwrap.shorten(subject.label(index).split(" (")[0], 28, placeholder="...")
-
-
-def _check_output(path: Path) -> None:
-    """Refuse what cannot be written before anything is computed."""
-    if path.exists() and not path.is_file():
-        fail(f"{str(path)!r} exists and is no file; expected a file to write the picture to")
-    if path.suffix[1:].lower() not in FigureCanvasAgg.get_supported_filetypes():
-        fail(f"the picture cannot be written as {path.name!r}; expected a name that ends in .png or .pdf, say")
-    if not path.parent.is_dir():
-        fail(f"there is no folder {str(path.parent)!r} to write the picture to")
-    if not os.access(path.parent, os.W_OK):
-        fail(f"the folder {str(path.parent)!r} cannot be written to")
-
-
-def _scene(number: int) -> tuple[str, Image.Image]:
-    scenes = zoo.scenes()
-    if number >= len(scenes):
-        fail(f"there is no scene {number}; expected 0 to {len(scenes) - 1}")
-    names = " and ".join(CLASS_NAMES[label] for label in scenes[number].labels)
-    return f"bundled scene {number}: {names}", scenes[number].image
-
-
-def _normalisation(transform: Any) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the channels that the transform's last step takes away."""
-    step = next((step for step in getattr(transform, "transforms", ()) if hasattr(step, "std")), None)
-    return ([0.0] * 3, [1.0] * 3) if step is None else ([float(m) for m in step.mean], [float(d) for d in step.std])

@@ -234,3 +234,14 @@ def test_an_unknown_metric_or_option_is_named(tmp_path, subject):
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path / "run", subject, metrics=metrics)
+
+
+def test_results_as_parquet(tmp_path, subject, small_scenes):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, which writes Parquet, is not installed")
+    run(tmp_path / "run", subject, small_scenes, metrics="pointing,two", limit=4)
+    run(tmp_path / "run", subject, small_scenes, metrics="pointing,two", limit=4, results="parquet")
+    table = parquet.read_table(tmp_path / "run" / "results.parquet").to_pylist()
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 8
+    for row, other in zip(rows, table, strict=True):
+        assert {key: "" if value is None else str(value) for key, value in other.items()} == row
