@@ -24,7 +24,7 @@ def last_first_norm(model: nn.Module) -> str:
     Raises:
         ValueError: No module is called like one.
     """
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _FIRST_NORMS]
+    names: list[str] = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _FIRST_NORMS]
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no module called {', '.join(_FIRST_NORMS)}; name a layer: gradcam:LAYER"
@@ -87,7 +87,7 @@ class GradCam:
     def _channels_first(self, values: Tensor, images: Tensor) -> Float[Tensor, "batch channel row column"]:
         if values.dim() == 3:
             rows, columns, prefix = self._grid(values.shape[1], images)
-            return values[:, prefix:].transpose(1, 2).unflatten(2, (rows, columns))
+            return values[:, prefix:].transpose(1, 2).reshape(len(values), -1, rows, columns)
         if values.dim() == 4:
             return values if self._is_channels_first(values.shape) else values.permute(0, 3, 1, 2)
         raise ValueError(
