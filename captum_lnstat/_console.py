@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import click
 
+from captum_lnstat._near import near as near
+from captum_lnstat.errors import SourceError
+
 FIRST_WORD, NEXT_WORD = 2.0, 10.0  # seconds until progress is shown, and between its lines
 
 
+# Exit codes: something was left out, or a model is refused; nothing could be done; Ctrl-C, as shells count it.
+INCOMPLETE, FAILED, INTERRUPTED = 1, 2, 130
+
+
 class Failure(click.ClickException):
-    exit_code = 2
+    exit_code = FAILED
 
 
 class OneLineGroup(click.Group):
@@ -26,8 +32,12 @@ class OneLineGroup(click.Group):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line_errors():
-            return super().invoke(ctx)
+        try:
+            with _one_line_errors():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            ctx.exit(INTERRUPTED)
 
 
 @contextmanager
@@ -36,6 +46,8 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except click.ClickException as error:
         raise Failure(one_line(error.format_message())) from None
+    except SourceError as error:
+        raise Failure(one_line(error)) from None
 
 
 def one_line(text: object) -> str:
@@ -44,13 +56,6 @@ def one_line(text: object) -> str:
 
 def fail(text: str) -> NoReturn:
     raise Failure(text)
-
-
-def near(name: str, known: Sequence[str], otherwise: str) -> str:
-    """The end of an error about an unknown name: what it may have been meant to be."""
-    folded = {other.casefold(): other for other in reversed(known)}
-    matches = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=3)]
-    return f"did you mean {' or '.join(map(repr, matches))}?" if matches else otherwise
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The two ways in which an explanation can be refused."""
+"""What is raised: explanations that are refused, and things asked for that are not there."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UnsupportedModelError(RuntimeError):
 
 class RecordingError(RuntimeError):
     """The forward pass did not leave a recording that adds up, so any picture made from it would be wrong."""
+
+
+class SourceError(ValueError):
+    """An image, a model, a checkpoint or a class that was asked for cannot be had; the message says why not."""

@@ -13,6 +13,7 @@ from contract_helpers import CLASSES, images, registers, swin, vit
 from torch import nn
 
 from captum_lnstat import LNStatAttribution, UnsupportedModelError, _console, cli, doctor
+from captum_lnstat.commands import doctor as doctor_command
 from captum_lnstat.doctor import examine
 
 
@@ -140,7 +141,7 @@ def test_a_name_that_means_nothing_is_one_line(name, says):
 def test_the_image_size_is_the_model_s_own(monkeypatch, name, size):
     sizes = []
     monkeypatch.setattr(
-        cli, "examine", lambda model, image_size: sizes.append(list(image_size)) or examine(vit(), (32, 32))
+        doctor_command, "examine", lambda model, image_size: sizes.append(list(image_size)) or examine(vit(), (32, 32))
     )
     assert run(name).exit_code == 0
     assert sizes == [size]
@@ -150,7 +151,9 @@ def test_transformers_are_made_from_their_configuration(monkeypatch):
     pytest.importorskip("transformers")
     seen = []
     monkeypatch.setattr(
-        cli, "examine", lambda model, image_size: seen.append((model, image_size)) or examine(vit(), (32, 32))
+        doctor_command,
+        "examine",
+        lambda model, image_size: seen.append((model, image_size)) or examine(vit(), (32, 32)),
     )
     assert run("hf:ViTConfig").exit_code == 0
     ((model, size),) = seen

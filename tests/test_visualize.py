@@ -8,8 +8,8 @@ from captum.attr import IntegratedGradients
 from matplotlib.figure import Figure
 from PIL import Image
 
-from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, visualize, zoo
-from captum_lnstat.visualize import Panel, colored, comparison, draw_sheet, overlay, scaled, to_map, to_picture
+from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, zoo
+from captum_lnstat.visualize import Panel, colored, comparison, draw_sheet, methods, overlay, scaled, to_map, to_picture
 from captum_lnstat.visualize import write_sheet as write
 
 GREEN = np.tile([0.1, 0.8, 0.1], (40, 60, 1))
@@ -116,7 +116,7 @@ def test_an_overlay_needs_a_map_as_large_as_the_image():
 
 
 def test_the_comparison_holds_every_method_on_the_same_target(monkeypatch):
-    monkeypatch.setattr(visualize, "INTEGRATED_STEPS", 4)
+    monkeypatch.setattr(methods, "INTEGRATED_STEPS", 4)
     reference = zoo.load("swin-mini")
     model, inputs = reference.model, reference.transform(zoo.scenes()[0].image)[None]
     seen = []
@@ -128,7 +128,7 @@ def test_the_comparison_holds_every_method_on_the_same_target(monkeypatch):
         seen.append(f"{title} ends")
 
     panels = comparison(model, inputs, 5, rule="evidence", during=during)
-    titles = ["rule evidence", "attention rollout", "Chefer et al. 2021", "IntegratedGradients"]
+    titles = ["rule evidence", "attention rollout", "Chefer et al. 2021", "Integrated Gradients"]
     assert [panel.title for panel in panels] == titles
     assert seen == [f"{title} {what}" for title in titles for what in ("begins", "ends")]
     assert [panel.signed for panel in panels] == [True, False, False, True]

@@ -1,4 +1,4 @@
-"""How well a map lies on the object it should be on; higher is better for all of them."""
+"""Where a map has its relevance: on the object it should be on, or elsewhere. Higher is better for all of them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from captum_lnstat.metrics.checks import check_masks, result_dtype
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
-
-
-def _check(maps: Tensor, masks: Tensor) -> None:
-    if maps.shape != masks.shape or maps.dim() != 3:
-        raise ValueError(
-            f"maps has shape {tuple(maps.shape)} and masks {tuple(masks.shape)}; expected both (batch, height, width)"
-        )
-    if masks.dtype != torch.bool:
-        raise TypeError(f"masks is of {masks.dtype}; expected bool")
 
 
 def pointing(
@@ -25,14 +18,17 @@ def pointing(
 ) -> Float[Tensor, " batch"]:
     """1 where the largest value of a map lies on the mask, else 0. Several equal largest values count by their share.
 
+    The pointing game of Zhang et al. 2016, without a tolerance around the mask.
+
     Example:
         >>> import torch
         >>> pointing(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[True, False]]]))
         tensor([0.])
     """
-    _check(maps, masks)
+    check_masks(maps, masks)
     peak = maps == maps.amax((1, 2), keepdim=True)
-    return (peak & masks).sum((1, 2)) / peak.sum((1, 2))
+    share = (peak & masks).sum((1, 2)).double() / peak.sum((1, 2))
+    return share.to(result_dtype(maps))
 
 
 def energy(
@@ -40,32 +36,28 @@ def energy(
 ) -> Float[Tensor, " batch"]:
     """Share of a map's positive relevance on the mask; the mask's share of the image if there is none.
 
+    The energy-based pointing game of Wang et al. 2020 (Score-CAM), section 4.3. A map that knows nothing gets the
+    mask's share of the image.
+
     Example:
         >>> import torch
         >>> energy(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[True, False]]]))
         tensor([0.2500])
     """
-    _check(maps, masks)
-    positive = maps.clamp(min=0)
+    check_masks(maps, masks)
+    positive = maps.double().clamp(min=0)
     total = positive.sum((1, 2))
-    chance = masks.to(maps.dtype).mean((1, 2))
-    return torch.where(total > 0, (positive * masks).sum((1, 2)) / total, chance)
+    chance = masks.double().mean((1, 2))
+    share = (positive * masks).sum((1, 2)) / total.where(total > 0, torch.ones_like(total))
+    return torch.where(total > 0, share, chance).to(result_dtype(maps))
 
 
-def iou(
-    maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]
-) -> Float[Tensor, " batch"]:
-    """Intersection over union of the mask and of where a map is above its own mean.
-
-    Example:
-        >>> import torch
-        >>> iou(torch.tensor([[[1.0, 3.0, 3.0, 0.0]]]), torch.tensor([[[False, True, False, False]]]))
-        tensor([0.5000])
-    """
-    _check(maps, masks)
-    above = maps > maps.mean((1, 2), keepdim=True)
-    union = (above | masks).sum((1, 2))
-    return (above & masks).sum((1, 2)) / union.clamp(min=1)
+def _on_both(maps: Tensor, asked: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive relevance on each of two objects."""
+    check_masks(maps, asked, "asked")
+    check_masks(maps, other, "other")
+    positive = maps.double().clamp(min=0)
+    return (positive * asked).sum((1, 2)), (positive * other).sum((1, 2))
 
 
 def asked_share(
@@ -81,9 +73,26 @@ def asked_share(
         >>> asked_share(torch.tensor([[[1.0, 3.0]]]), on, off)
         tensor([0.2500])
     """
-    _check(maps, asked)
-    _check(maps, other)
-    positive = maps.clamp(min=0)
-    first, second = (positive * asked).sum((1, 2)), (positive * other).sum((1, 2))
+    first, second = _on_both(maps, asked, other)
     total = first + second
-    return torch.where(total > 0, first / total, torch.full_like(total, 0.5))
+    share = first / total.where(total > 0, torch.ones_like(total))
+    return torch.where(total > 0, share, torch.full_like(total, 0.5)).to(result_dtype(maps))
+
+
+def two_object(
+    maps: Float[Tensor, "batch height width"],
+    asked: Bool[Tensor, "batch height width"],
+    other: Bool[Tensor, "batch height width"],
+) -> Float[Tensor, " batch"]:
+    """1 where the asked object has more positive relevance than the other one, 1/2 where both have as much, else 0.
+
+    A map that is the same for every class gets 1/2 on average when each object is asked for in turn.
+
+    Example:
+        >>> import torch
+        >>> on, off = torch.tensor([[[True, False]]]), torch.tensor([[[False, True]]])
+        >>> two_object(torch.tensor([[[1.0, 3.0]]]), on, off), two_object(torch.tensor([[[1.0, 3.0]]]), off, on)
+        (tensor([0.]), tensor([1.]))
+    """
+    first, second = _on_both(maps, asked, other)
+    return ((first > second).double() + 0.5 * (first == second).double()).to(result_dtype(maps))

@@ -98,5 +98,7 @@ def load(name: str) -> ReferenceModel:
     model = architecture(name)
     # Stored in fp16 to be half the size; load_state_dict casts back to float32.
     model.load_state_dict(load_tensors(files(__package__).joinpath("weights", f"{name}.safetensors").read_bytes()))
+    # What timm keeps for models of its own, so that the model alone says how images become its input.
+    model.pretrained_cfg = {**_DATA, "num_classes": len(CLASS_NAMES), "label_names": CLASS_NAMES}  # type: ignore[assignment]
     transform = create_transform(**resolve_data_config(_DATA))
     return ReferenceModel(name, model.eval(), transform, CLASS_NAMES)

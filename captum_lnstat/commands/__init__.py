@@ -1,0 +1,1 @@
+"""The commands of ``captum-lnstat``, one a file; each is imported when it is run."""

@@ -1,0 +1,182 @@
+"""``captum-lnstat compare``: several methods on several images, on one sheet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from tqdm import tqdm
+
+from captum_lnstat._console import INCOMPLETE, fail, one_line
+from captum_lnstat._near import near
+from captum_lnstat.commands.options import (
+    EXIT_CODES,
+    bundled_scene,
+    check_output,
+    image_paths,
+    model_options,
+    read_file,
+    read_model,
+    warn_of,
+)
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.explaining import Explainer
+from captum_lnstat.explanation import Explanation, percent
+from captum_lnstat.images import Item
+from captum_lnstat.sources import class_index
+from captum_lnstat.visualize import METHODS, ComparedImage, Method, compare_sheet, to_map, write_figure
+from captum_lnstat.visualize.compare import SCALES, ScaleOf
+
+DEFAULT_SCENES = (3, 120, 264, 300)
+DEFAULT_METHODS = "lnstat,evidence,attention-rollout,chefer,ig"
+# More columns are too many for a sheet.
+MOST = 16
+
+_EXAMPLES = f"""\b
+Examples:
+  captum-lnstat compare
+  captum-lnstat compare --scene 264 --scene 300 --target trouser --methods lnstat,chefer,ig
+  captum-lnstat compare cat.jpg dog.jpg --model swin_tiny_patch4_window7_224 --pretrained
+
+{EXIT_CODES}
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("images", nargs=-1, metavar="[IMAGE | FOLDER]...", type=click.Path(path_type=Path))
+@model_options
+@click.option("--target", metavar="CLASS", help="Class to explain, by index or name.  [default: the predicted one]")
+@click.option(
+    "--methods",
+    default=DEFAULT_METHODS,
+    show_default=True,
+    metavar="A,B,...",
+    help=f"The rows: {', '.join(METHODS)}.",
+)
+@click.option(
+    "--scale",
+    type=click.Choice(SCALES),
+    default="method",
+    show_default=True,
+    help="method: one scale a row. map: one for every map. shared: one for all, in multiples of each map's mean.",
+)
+@click.option(
+    "--scene", "scenes", multiple=True, type=click.IntRange(0), metavar="N", help="Without IMAGE: bundled scenes."
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default="compare.png",
+    show_default=True,
+    metavar="FILE",
+    help="Where the sheet goes.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Say what was drawn as one JSON object.")
+def compare(
+    images: tuple[Path, ...],
+    name: str,
+    pretrained: bool,
+    checkpoint: Path | None,
+    whole: bool,
+    target: str | None,
+    methods: str,
+    scale: ScaleOf,
+    scenes: tuple[int, ...],
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Compare methods on images: methods by rows, images by columns, with the scale of every row beside it.
+
+    Without IMAGE, scenes that come with the package are taken. Of a FOLDER every image in it is; one that cannot be
+    read is named, skipped and counted.
+    """
+    if images and scenes:
+        fail("IMAGE and --scene exclude each other; give one of them")
+    chosen = _methods(methods)
+    check_output(output, set(FigureCanvasAgg.get_supported_filetypes()))
+    paths = image_paths(images)
+    if max(len(paths), len(scenes)) > MOST:
+        fail(f"{max(len(paths), len(scenes))} images are too many for one sheet; expected at most {MOST}")
+    sources: list[Any] = list(paths) or list(scenes or DEFAULT_SCENES)
+    subject = read_model(name, pretrained, checkpoint, whole)
+    wanted = None if target is None else class_index(target, subject)
+    warn_of(subject)
+    explainer = Explainer(subject)
+    columns: list[ComparedImage] = []
+    records: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    with tqdm(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
+        for source in sources:
+            try:
+                item = read_file(source) if isinstance(source, Path) else bundled_scene(source)[1]
+                column, explained = _column(explainer, item, wanted, chosen, bar)
+            except UnsupportedModelError as error:
+                fail(f"{name} cannot be explained: {one_line(error)}")
+            except (RecordingError, ValueError) as error:
+                skipped.append({"image": str(source), "error": one_line(error)})
+                with tqdm.external_write_mode():
+                    click.echo(f"Skipped {source}: {one_line(error)}", err=True)
+            else:
+                columns.append(column)
+                records.append({"image": str(source), **_said(explained)})
+    if not columns:
+        fail(f"none of {len(sources)} images could be explained")
+    try:
+        write_figure(output, compare_sheet(columns, list(chosen.values()), name, scale=scale))
+    except OSError as error:
+        fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
+    if as_json:
+        record = {"model": name, "methods": list(chosen), "images": records, "skipped": skipped}
+        click.echo(json.dumps({**record, "picture": str(output)}))
+    else:
+        for each in records:
+            click.echo(f"{each['image']}: predicted {each['prediction']}, explained {each['target']}")
+        click.echo(f"picture: {output}")
+    if skipped:
+        click.echo(f"{len(skipped)} of {len(sources)} images skipped", err=True)
+        click.get_current_context().exit(INCOMPLETE)
+
+
+def _methods(text: str) -> dict[str, Method]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        fail(f"--methods is empty; expected some of {', '.join(METHODS)}")
+    for name in names:
+        if name not in METHODS:
+            fail(f"unknown method {name!r}; {near(name, list(METHODS), 'expected some of ' + ', '.join(METHODS))}")
+    return {name: METHODS[name] for name in names}
+
+
+def _column(
+    explainer: Explainer, item: Item, wanted: int | None, methods: dict[str, Method], bar: Any
+) -> tuple[ComparedImage, Explanation]:
+    prepared = explainer.prepare(item)
+    (explained,) = explainer.explain([prepared], [wanted])
+    inputs = explainer.placed(prepared.inputs[None])
+    maps = []
+    for name, method in methods.items():
+        if name == "lnstat":
+            maps.append(explained.relevance)
+        else:
+            attribute = method.make(explainer.subject.model, explainer.output)
+            maps.append(to_map(attribute(inputs, explained.target)[0]))
+        bar.update()
+    title = f"{item.name}\npredicted {_class(explained, explained.prediction)}"
+    if explained.target != explained.prediction:
+        title += f"\ntarget {_class(explained, explained.target)}"
+    image = np.asarray(prepared.image, np.float64) / 255
+    return ComparedImage(title, image, tuple(maps)), explained
+
+
+def _class(explained: Explanation, index: int) -> str:
+    name = explained.label(index).split(" (")[0]
+    return name if explained.probabilities is None else f"{name} {percent(explained.probabilities[index])}"
+
+
+def _said(explained: Explanation) -> dict[str, Any]:
+    names = {"prediction": explained.label(explained.prediction), "target": explained.label(explained.target)}
+    return {**names, "confidence": explained.confidence}

@@ -1,0 +1,250 @@
+"""``captum-lnstat explain``: what a model looked at in an image, and what of it argued for a class."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from tqdm import tqdm
+
+from captum_lnstat._console import INCOMPLETE, fail, one_line, progress
+from captum_lnstat.attribution import RULES, Rule
+from captum_lnstat.commands.options import (
+    EXIT_CODES,
+    bundled_scene,
+    check_folder,
+    check_output,
+    image_paths,
+    model_options,
+    read_file,
+    read_model,
+    warn_of,
+)
+from captum_lnstat.commands.pictures import KINDS, Kind, suffixes_of, write_picture
+from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError
+from captum_lnstat.explaining import Explainer
+from captum_lnstat.explanation import Explanation, percent, unique_names
+from captum_lnstat.images import Item
+from captum_lnstat.sources import class_index
+
+# Two objects well apart, both known to the model: another --target moves the map from one to the other.
+DEFAULT_SCENE = 264
+# Below this confidence a map of the target was seen to lie on background or on another object.
+FAINT_TARGET = 0.01
+
+# The bytes \b keep click from running the lines together.
+_EXAMPLES = f"""\b
+Examples:
+  captum-lnstat explain
+  captum-lnstat explain --target trouser --picture classes --against "t-shirt"
+  captum-lnstat explain cat.jpg --model vit_small_patch16_224 --pretrained --output cat.png
+  captum-lnstat explain photos/ --model torchvision:swin_t --pretrained --json > maps.jsonl
+
+{EXIT_CODES}
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("images", nargs=-1, metavar="[IMAGE | FOLDER]...", type=click.Path(path_type=Path))
+@model_options
+@click.option("--target", metavar="CLASS", help="Class to explain, by index or name.  [default: the predicted one]")
+@click.option(
+    "--rule",
+    type=click.Choice(RULES),
+    default="lnstat",
+    show_default=True,
+    help="lnstat: looked at, and counted for the class. evidence: for and against it. rollout: looked at, "
+    "whatever the class. gradient: Chefer's rule with token statistics.",
+)
+@click.option(
+    "--picture",
+    "kind",
+    type=click.Choice(KINDS),
+    help="sheet: beside attention rollout, Chefer's rule and IntegratedGradients. overlay: the map on what the model "
+    "saw. original: on the image itself, at its size. layers: how relevance descends block by block. heads: what "
+    "every attention head hands down. classes: two classes.  [default: sheet, of several images overlay]",
+)
+@click.option("--against", metavar="CLASS", help="The other class of --picture classes.  [default: the likeliest]")
+@click.option(
+    "--scene",
+    type=click.IntRange(0),
+    metavar="N",
+    help=f"Without IMAGE: number of the bundled scene.  [default: {DEFAULT_SCENE}]",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Where the picture goes; of several images, a folder.  [default: lnstat.png, of several images lnstat]",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for every image, with its map.")
+def explain(
+    images: tuple[Path, ...],
+    name: str,
+    pretrained: bool,
+    checkpoint: Path | None,
+    whole: bool,
+    target: str | None,
+    rule: Rule,
+    kind: Kind | None,
+    against: str | None,
+    scene: int | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Explain images: draw what the model looked at and what of it argued for a class.
+
+    Without IMAGE, a scene that comes with the package is explained. Of a FOLDER every image in it is; one that cannot
+    be read is named, skipped and counted.
+    """
+    if images and scene is not None:
+        fail("IMAGE and --scene exclude each other; give one of them")
+    paths = image_paths(images)
+    several = len(paths) > 1 or any(path.is_dir() for path in images)
+    drawn: Kind = kind or ("overlay" if several else "sheet")
+    if against is not None and drawn != "classes":
+        fail("--against is for --picture classes; give both, or leave it out")
+    if several:
+        output = output or Path("lnstat")
+        check_folder(output, paths)
+        _explain_all(
+            paths, output, drawn, against, _Request(name, pretrained, checkpoint, whole, target, rule, as_json)
+        )
+        return
+    output = output or Path("lnstat.png")
+    check_output(output, suffixes_of(drawn))
+    if paths and output.resolve() == paths[0].resolve():
+        fail("--output is IMAGE itself; expected another file")
+    source, item = (
+        (str(paths[0]), read_file(paths[0])) if paths else bundled_scene(DEFAULT_SCENE if scene is None else scene)
+    )
+    request = _Request(name, pretrained, checkpoint, whole, target, rule, as_json)
+    _explain_one(source, item, output, drawn, against, request)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for, whatever the image."""
+
+    name: str
+    pretrained: bool
+    checkpoint: Path | None
+    whole: bool
+    target: str | None
+    rule: Rule
+    as_json: bool
+
+    def explainer(self) -> tuple[Explainer, int | None]:
+        subject = read_model(self.name, self.pretrained, self.checkpoint, self.whole)
+        wanted = None if self.target is None else class_index(self.target, subject)
+        return Explainer(subject, rule=self.rule), wanted
+
+
+def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str | None, request: _Request) -> None:
+    explainer, wanted = request.explainer()
+    subject = explainer.subject
+    try:
+        with progress("recording"):
+            prepared = explainer.prepare(item)
+            (explained,) = explainer.explain([prepared], [wanted])
+            description = explainer.lnstat.describe(explainer.placed(prepared.inputs[None]))
+        warn_of(subject)
+        _note_faint(explained, random=subject.random)
+        if not request.as_json:
+            _say("image", source)
+            _say("model", request.name)
+            _say("prediction", _outcome(explained, explained.prediction))
+            _say("target", _outcome(explained, explained.target))
+            for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
+                _say(heading, line)
+        write_picture(output, kind, explainer, prepared, explained, against)
+    except (UnsupportedModelError, RecordingError) as error:
+        _refuse(request.name, error)
+    except SourceError:
+        raise
+    except ValueError as error:
+        _refuse(request.name, error)
+    except OSError as error:
+        fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
+    if request.as_json:
+        click.echo(json.dumps(_record(source, request.name, explained, output)))
+    else:
+        _say("picture", str(output))
+
+
+def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str | None, request: _Request) -> None:
+    """One picture after another, each written whole; an image that cannot be explained is named and counted."""
+    explainer, wanted = request.explainer()
+    warn_of(explainer.subject)
+    tally = _Tally(request.as_json)
+    names = unique_names([path.stem for path in paths])
+    for path, picture in zip(tqdm(paths, unit="image", disable=None), names, strict=True):
+        output = folder / f"{picture}.png"
+        try:
+            prepared = explainer.prepare(read_file(path))
+            (explained,) = explainer.explain([prepared], [wanted])
+            write_picture(output, kind, explainer, prepared, explained, against)
+        except UnsupportedModelError as error:  # of the model, so of every other image too
+            _refuse(request.name, error)
+        except OSError as error:
+            fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
+        except (RecordingError, ValueError) as error:
+            tally.skip(path, error)
+        else:
+            tally.write(path, request.name, explained, output)
+    tally.finish(len(paths))
+
+
+@dataclass
+class _Tally:
+    """What was written and what was skipped."""
+
+    as_json: bool
+    written: int = 0
+    skipped: list[Path] = field(default_factory=list)
+
+    def write(self, path: Path, model: str, explained: Explanation, output: Path) -> None:
+        self.written += 1
+        line = json.dumps(_record(str(path), model, explained, output)) if self.as_json else f"{explained}, {output}"
+        with tqdm.external_write_mode():
+            click.echo(line)
+
+    def skip(self, path: Path, error: Exception) -> None:
+        self.skipped.append(path)
+        with tqdm.external_write_mode():
+            click.echo(f"Skipped {path}: {one_line(error)}", err=True)
+            if self.as_json:
+                click.echo(json.dumps({"image": str(path), "error": one_line(error)}))
+
+    def finish(self, count: int) -> None:
+        if not self.written:
+            fail(f"none of {count} images could be explained")
+        if self.skipped:
+            click.echo(f"{len(self.skipped)} of {count} images skipped", err=True)
+            click.get_current_context().exit(INCOMPLETE)
+
+
+def _refuse(name: str, error: Exception) -> NoReturn:
+    fail(f"{name} cannot be explained: {one_line(error)}")
+
+
+def _note_faint(explained: Explanation, *, random: bool) -> None:
+    if not random and explained.confidence is not None and explained.confidence < FAINT_TARGET:
+        click.echo("Note: the model all but rules this target out; the map shows what little argued for it", err=True)
+
+
+def _record(source: str, model: str, explained: Explanation, output: Path) -> dict[str, Any]:
+    return {"image": source, "model": model, "picture": str(output), **explained.to_dict()}
+
+
+def _outcome(explained: Explanation, index: int) -> str:
+    if explained.probabilities is None:
+        return explained.label(index)
+    return f"{explained.label(index)}, confidence {percent(explained.probabilities[index])}"
+
+
+def _say(heading: str, text: str) -> None:
+    click.echo(f"{heading:<12}{text}")

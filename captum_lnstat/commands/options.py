@@ -1,0 +1,124 @@
+"""What the commands have in common: which model, which images, which class, and how a finished one is told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from captum_lnstat import zoo
+from captum_lnstat._console import fail
+from captum_lnstat.errors import SourceError
+from captum_lnstat.images import Item, image_files, read_image
+from captum_lnstat.preprocessing import Preprocessing
+from captum_lnstat.sources import Subject, read_subject
+from captum_lnstat.zoo.models import CLASS_NAMES
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXIT_CODES = "Exit codes: 0 done; 1 done, but some images were skipped; 2 nothing could be done; 130 interrupted."
+
+
+def model_options(command: Command) -> Command:
+    """``--model``, ``--pretrained``, ``--checkpoint``, ``--whole``."""
+    for option in (
+        click.option(
+            "--whole", is_flag=True, help="Squeeze the whole image to the model's size, instead of cutting off borders."
+        ),
+        click.option(
+            "--checkpoint",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Weights for the model: .safetensors, or .pth and .pt, of which only tensors are loaded.",
+        ),
+        click.option("--pretrained", is_flag=True, help="Take the library's weights; they are downloaded."),
+        click.option(
+            "--model",
+            "name",
+            default="swin-mini",
+            show_default=True,
+            metavar="NAME",
+            help='"swin-mini" or "vit-mini", trained models that come with the package; a ViT or Swin that timm knows; '
+            "torchvision:NAME; hf:NAME, a model of Hugging Face; package.module:function.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def read_model(name: str, pretrained: bool, checkpoint: Path | None, whole: bool) -> Subject:
+    """The model of the options; what is not certain about it is said on stderr."""
+    if pretrained and checkpoint is not None:
+        fail("--pretrained and --checkpoint exclude each other; give one of them")
+    subject = read_subject(name, pretrained, checkpoint)
+    if whole:
+        preprocessing: Preprocessing = subject.preprocessing.whole()
+        subject = Subject(subject.model, preprocessing, subject.class_names, subject.name, subject.random)
+    return subject
+
+
+def warn_of(subject: Subject) -> None:
+    """What the user should know about the model before believing a picture."""
+    if subject.random:
+        click.echo(
+            f"Warning: the weights of {subject.name} are random, and so is the explanation; give --pretrained or "
+            "--checkpoint",
+            err=True,
+        )
+    if subject.preprocessing.assumed:
+        click.echo(
+            f"Warning: {subject.name} does not say how its images were prepared; {subject.preprocessing.source} is "
+            "taken",
+            err=True,
+        )
+
+
+def image_paths(images: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Every file given, and for a folder the images in it."""
+    found: list[Path] = []
+    for path in images:
+        found += image_files(path) if path.is_dir() else [path]
+    return tuple(found)
+
+
+def read_file(path: Path) -> Item:
+    """The image of a file."""
+    return Item(path.stem, read_image(path), path=path)
+
+
+def bundled_scene(number: int) -> tuple[str, Item]:
+    """A scene of the package, and what it shows in words."""
+    scenes = zoo.scenes()
+    if number >= len(scenes):
+        raise SourceError(f"there is no scene {number}; expected 0 to {len(scenes) - 1}")
+    names = " and ".join(CLASS_NAMES[label] for label in scenes[number].labels)
+    return f"bundled scene {number}: {names}", Item(f"scene-{number}", scenes[number].image)
+
+
+def check_output(path: Path, suffixes: set[str]) -> None:
+    """Refuse a file that cannot be written before anything is computed."""
+    if path.exists() and not path.is_file():
+        fail(f"{str(path)!r} exists and is no file; expected a file to write the picture to")
+    if path.suffix[1:].lower() not in suffixes:
+        fail(f"the picture cannot be written as {path.name!r}; expected a name that ends in .png or .jpg, say")
+    if not path.parent.is_dir():
+        fail(f"there is no folder {str(path.parent)!r} to write the picture to")
+    if not os.access(path.parent, os.W_OK):
+        fail(f"the folder {str(path.parent)!r} cannot be written to")
+
+
+def check_folder(path: Path, images: tuple[Path, ...]) -> None:
+    """Refuse a folder of pictures that cannot be one; it is made if it is not there."""
+    if path.exists() and not path.is_dir():
+        fail(f"{str(path)!r} exists and is no folder; several images need a folder for their pictures")
+    if any(image.parent.resolve() == path.resolve() for image in images):
+        fail(f"the folder {str(path)!r} is that of the images; expected another one for their pictures")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"the folder {str(path)!r} cannot be made: {error.strerror}")
+    if not os.access(path, os.W_OK):
+        fail(f"the folder {str(path)!r} cannot be written to")

@@ -1,0 +1,274 @@
+"""The metrics that a run can ask, each a few lines around a function of ``captum_lnstat.metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from captum_lnstat import metrics
+from captum_lnstat.evaluation.frame import Framed
+from captum_lnstat.evaluation.measures import Asked, Measure, Quantity, Values
+from captum_lnstat.evaluation.methods import Method
+from captum_lnstat.evaluation.seeds import seed_of
+from captum_lnstat.evaluation.specs import Spec
+
+FILLS = ("black", "blur", "mean")
+
+
+def _options(spec: Spec, **known: Any) -> dict[str, Any]:
+    """The options of a metric over their defaults."""
+    for key in spec.options:
+        if key not in known:
+            expected = f"expected {' or '.join(known)}" if known else "it has none"
+            raise ValueError(f"metric {spec.name!r} has no option {key!r}; {expected}")
+    return {**known, **spec.options}
+
+
+def _one(spec: Spec, higher: bool) -> tuple[Quantity, ...]:
+    return (Quantity(spec.text, higher, ((spec.text, None),)),)
+
+
+# Whom a metric can be asked of.
+def _image(one: Framed, asked_true: bool) -> bool:
+    return not one.sample.only_two
+
+
+def _object(one: Framed, asked_true: bool) -> bool:
+    return not one.sample.only_two and (one.mask is not None or one.boxes is not None)
+
+
+def _masked(one: Framed, asked_true: bool) -> bool:
+    return not one.sample.only_two and one.mask is not None
+
+
+def _boxed(one: Framed, asked_true: bool) -> bool:
+    return not one.sample.only_two and one.boxes is not None
+
+
+def _two_objects(one: Framed, asked_true: bool) -> bool:
+    return asked_true and one.mask is not None and one.other_mask is not None
+
+
+def _in_grid(one: Framed, asked_true: bool) -> bool:
+    return asked_true and not one.sample.only_two and one.sample.target is not None
+
+
+def _annotated(one: Framed, asked_true: bool) -> bool:
+    return one.human is not None and bool(one.human.max() > one.human.min())
+
+
+def _on_region(function: Callable[..., Tensor], spec: Spec, **defaults: Any) -> Measure:
+    """A metric of maps and the object's region."""
+    options = _options(spec, **defaults)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        return {spec.text: function(maps, asked.region(), **options)}
+
+    return Measure(spec.text, _one(spec, higher=True), _object, compute)
+
+
+def _filled(asked: Asked, name: str | None, usual: str) -> Tensor:
+    """What replaces pixels: the metric's own option, the run's, or what is usual for the metric."""
+    name = name or asked.fill or usual
+    if name == "black":
+        frame = asked.subject.frame
+        return metrics.black(frame.mean, frame.std).to(asked.images)
+    if name == "mean":
+        return metrics.mean_colour(asked.images)
+    if name == "blur":
+        return metrics.blurred(asked.images)
+    raise ValueError(f"fill is {name!r}; expected one of {', '.join(FILLS)}")
+
+
+def _perturbation(spec: Spec, order: str) -> Measure:
+    options = _options(spec, fill=None)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        fill = _filled(asked, options["fill"], "black")
+        curve = metrics.perturbation_curve(asked.forward, asked.images, maps, asked.targets, order=order, fill=fill)
+        return {spec.text: curve.auc}
+
+    return Measure(spec.text, _one(spec, higher=order == "negative"), _image, compute)
+
+
+def _path(spec: Spec, function: Callable[..., Any], usual: str, higher: bool) -> Measure:
+    options = _options(spec, fill=None, steps=50)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        fill = _filled(asked, options["fill"], usual)
+        curve = function(asked.forward, asked.images, maps, asked.targets, fill=fill, steps=options["steps"])
+        return {spec.text: curve.auc}
+
+    return Measure(spec.text, _one(spec, higher=higher), _image, compute)
+
+
+def _two(spec: Spec) -> Measure:
+    _options(spec)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        mine, other = asked.stack([one.mask for one in asked.framed]), asked.stack([o.other_mask for o in asked.framed])
+        return {spec.text: metrics.two_object(maps, mine, other)}
+
+    return Measure(spec.text, _one(spec, higher=True), _two_objects, compute)
+
+
+def _grid(spec: Spec) -> Measure:
+    """Relevance in the right cell of a mosaic of images of different classes, shrunk to fit the model's input."""
+    options = _options(spec, rows=2, cols=2)
+    rows, cols = int(options["rows"]), int(options["cols"])
+
+    def mosaic(asked: Asked, one: Framed) -> tuple[Tensor, int] | None:
+        partners = asked.partners(one, rows * cols - 1)
+        if partners is None:
+            return None
+        height, width = one.image.shape[1:]
+        if height % rows or width % cols:
+            raise ValueError(f"an input of {height} x {width} px cannot be cut into {rows} x {cols} equal cells")
+        place = seed_of(f"{one.sample.name}/cell", asked.seed) % (rows * cols)
+        cells = [partner.image for partner in partners]
+        cells.insert(place, one.image)
+        small = interpolate(
+            torch.stack(cells), (height // rows, width // cols), mode="bilinear", align_corners=False, antialias=True
+        )
+        return metrics.grid_mosaic(small[None], rows, cols)[0], place
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        made = [mosaic(asked, one) for one in asked.framed]
+        able = [row for row, found in enumerate(made) if found is not None]
+        values = torch.full((len(made),), float("nan"))
+        if able:
+            images = torch.stack([found[0] for found in made if found is not None]).to(asked.images)
+            cells = torch.tensor([found[1] for found in made if found is not None])
+            part = asked.of(able)
+            found = method.maps(images, part.targets, part.names, asked.seed)
+            values[able] = metrics.grid_share(found, rows, cols, cells.to(found.device)).float().cpu()
+        return {spec.text: values}
+
+    return Measure(spec.text, _one(spec, higher=True), _in_grid, compute)
+
+
+def _segmentation(spec: Spec) -> Measure:
+    _options(spec)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        truth = []
+        for one in asked.framed:
+            assert one.mask is not None
+            labels = one.mask.long()
+            truth.append(labels if one.void is None else labels.masked_fill(one.void, -1))
+        stacked = torch.stack(truth).to(maps.device)
+        counts = metrics.segmentation_counts(maps, stacked)
+        return {
+            f"{spec.text}.correct": counts.correct,
+            f"{spec.text}.labelled": counts.labelled,
+            f"{spec.text}.background_intersection": counts.intersection[:, 0],
+            f"{spec.text}.background_union": counts.union[:, 0],
+            f"{spec.text}.object_intersection": counts.intersection[:, 1],
+            f"{spec.text}.object_union": counts.union[:, 1],
+            f"{spec.text}.ap": metrics.segmentation_average_precision(maps, stacked),
+        }
+
+    def ratio(above: str, below: str) -> tuple[str, str]:
+        return f"{spec.text}.{above}", f"{spec.text}.{below}"
+
+    overlaps = tuple(ratio(f"{part}_intersection", f"{part}_union") for part in ("background", "object"))
+    quantities = (
+        Quantity(f"{spec.text} accuracy", True, (ratio("correct", "labelled"),)),
+        Quantity(f"{spec.text} mAP", True, ((f"{spec.text}.ap", None),)),
+        Quantity(f"{spec.text} mIoU", True, overlaps),
+    )
+    return Measure(spec.text, quantities, _masked, compute)
+
+
+def _box(spec: Spec) -> Measure:
+    options = _options(spec, threshold=0.5)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        boxes = [one.boxes.to(maps.device) for one in asked.framed if one.boxes is not None]
+        found = {f"{spec.text}.iou": metrics.box_iou(maps, boxes, **options)}
+        labels = [one.sample.target for one in asked.framed]
+        right = [row for row, label in enumerate(labels) if label is not None]
+        values = torch.full((len(labels),), float("nan"))
+        if right:
+            known = torch.tensor([label for label in labels if label is not None])
+            predicted = asked.predicted.cpu()[right]
+            chosen = [boxes[row] for row in right]
+            values[right] = metrics.top1_localisation(maps[right], chosen, predicted, known, **options).float().cpu()
+        return {**found, f"{spec.text}.top1": values}
+
+    quantities = (
+        Quantity(f"{spec.text} IoU", True, ((f"{spec.text}.iou", None),)),
+        Quantity(f"{spec.text} top-1", True, ((f"{spec.text}.top1", None),)),
+    )
+    return Measure(spec.text, quantities, _boxed, compute)
+
+
+def _spearman(spec: Spec) -> Measure:
+    _options(spec)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        human = asked.stack([one.human for one in asked.framed])
+        return {spec.text: metrics.spearman(maps, human), f"{spec.text}.ceiling": metrics.spearman_ceiling(human)}
+
+    quantities = (
+        *_one(spec, higher=True),
+        Quantity(f"{spec.text} ceiling", None, ((f"{spec.text}.ceiling", None),)),
+    )
+    return Measure(spec.text, quantities, _annotated, compute)
+
+
+def _infidelity(spec: Spec) -> Measure:
+    options = _options(spec, fill=None, patch=None, share=0.2, draws=32, normalize=True)
+    rest = {key: value for key, value in options.items() if key != "fill"}
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        fill = _filled(asked, options["fill"], "black")
+        values = metrics.infidelity(
+            asked.forward, asked.images, maps, asked.targets, fill=fill, max_examples_per_batch=len(maps), **rest
+        )
+        return {spec.text: values}
+
+    return Measure(spec.text, _one(spec, higher=False), _image, compute)
+
+
+def _sensitivity(spec: Spec) -> Measure:
+    options = _options(spec, radius=0.02, draws=10)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        values = []
+        for row, name in enumerate(asked.names):  # one at a time: a method's randomness hangs on the image's name
+
+            def explain(images: Tensor, target: Tensor, name: str = name) -> Tensor:
+                return method.maps(images, target.expand(len(images)), [name] * len(images), asked.seed)
+
+            one = slice(row, row + 1)
+            values.append(metrics.sensitivity(explain, asked.images[one], asked.targets[one], **options))
+        return {spec.text: torch.cat(values)}
+
+    return Measure(spec.text, _one(spec, higher=False), _image, compute)
+
+
+MEASURES: dict[str, Callable[[Spec], Measure]] = {
+    "pointing": partial(_on_region, metrics.pointing),
+    "energy": partial(_on_region, metrics.energy),
+    "iou": partial(_on_region, metrics.iou, threshold="mean"),
+    "ap": partial(_on_region, metrics.average_precision),
+    "f1": partial(_on_region, metrics.f1, threshold="mean"),
+    "accuracy": partial(_on_region, metrics.pixel_accuracy, threshold="mean"),
+    "positive": partial(_perturbation, order="positive"),
+    "negative": partial(_perturbation, order="negative"),
+    "insertion": lambda spec: _path(spec, metrics.insertion, "blur", True),
+    "deletion": lambda spec: _path(spec, metrics.deletion, "black", False),
+    "two": _two,
+    "grid": _grid,
+    "segmentation": _segmentation,
+    "box": _box,
+    "spearman": _spearman,
+    "infidelity": _infidelity,
+    "sensitivity": _sensitivity,
+}

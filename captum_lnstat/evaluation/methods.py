@@ -1,0 +1,250 @@
+"""Attribution methods by name, as functions from images and classes to one map an image."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from captum import attr
+from torch import Tensor, nn
+
+from captum_lnstat import AttentionRollout, FrozenLayerNorm, GenericAttention, LNStatAttribution, RawAttention
+from captum_lnstat._console import near
+from captum_lnstat.evaluation.gradcam import GradCam
+from captum_lnstat.evaluation.seeds import seeded
+from captum_lnstat.evaluation.specs import Spec, parse
+from captum_lnstat.evaluation.subject import Subject
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+Attribute = Callable[[Tensor, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method on one model.
+
+    Attributes:
+        name: As it was asked for.
+        attribute: From images and classes to attributions of the images' shape, or ``(batch, 1, height, width)``.
+        alone: Explain one image at a time: for methods that draw random numbers, or that may mix the images of a batch.
+    """
+
+    name: str
+    attribute: Attribute
+    alone: bool = False
+
+    def maps(
+        self, images: Tensor, targets: Int64[Tensor, " batch"], names: list[str], seed: int = 0
+    ) -> Float[Tensor, "batch height width"]:
+        """One map an image, the sum over the channels, float32.
+
+        Args:
+            images: ``(batch, channel, height, width)``.
+            targets: The class of each.
+            names: What the randomness of each image hangs on, if the method has any.
+            seed: The run's.
+
+        Raises:
+            ValueError: What came back is no map of the image, or not finite.
+        """
+        if self.alone:
+            parts = []
+            for place, name in enumerate(names):
+                with seeded(name, seed):
+                    one = slice(place, place + 1)
+                    parts.append(self._checked(images[one], targets[one]))
+            return torch.cat(parts)
+        return self._checked(images, targets)
+
+    def _checked(self, images: Tensor, targets: Tensor) -> Tensor:
+        values = self.attribute(images, targets)
+        values = values[0] if isinstance(values, tuple) and len(values) == 1 else values
+        shape = tuple(images.shape)
+        if not isinstance(values, Tensor) or tuple(values.shape) not in (shape, (shape[0], 1, *shape[2:])):
+            got = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise ValueError(f"method {self.name!r} returned {got}; expected the images' shape, {shape}")
+        maps = values.detach().float().sum(1)
+        if not bool(maps.isfinite().all()):
+            raise ValueError(f"method {self.name!r} returned NaN or infinite values")
+        return maps
+
+
+def build(text: str, subject: Subject, batch_size: int = 32) -> tuple[Method, ...]:
+    """The methods of a command line.
+
+    Args:
+        text: Names separated by commas, with options in brackets: ``lnstat,ig(n_steps=64),gradcam:blocks.3.norm1``. A
+            class of Captum or of anyone else goes by its import path: ``captum.attr:DeepLift``.
+        subject: The model.
+        batch_size: How many images methods of many passes put through the model at a time.
+
+    Raises:
+        ValueError: A name is unknown, or a method does not take an option; the message says what is expected.
+
+    Example:
+        >>> import torch
+        >>> from captum_lnstat import zoo
+        >>> from captum_lnstat.evaluation.subject import read
+        >>> methods = build("lnstat,ig(n_steps=4),captum.attr:Saliency(abs=False)", read("vit-mini"))
+        >>> [tuple(method.maps(torch.rand(2, 3, 64, 64), torch.tensor([0, 1]), ["a", "b"]).shape) for method in methods]
+        [(2, 64, 64), (2, 64, 64), (2, 64, 64)]
+    """
+    methods = []
+    for spec in parse(text, "method"):
+        try:
+            methods.append(_method(spec, subject, batch_size))
+        except TypeError as error:
+            raise ValueError(f"method {spec.text!r} cannot be made: {error}") from error
+    return tuple(methods)
+
+
+def _method(spec: Spec, subject: Subject, batch_size: int) -> Method:
+    base, colon, rest = spec.name.partition(":")
+    if spec.name in _ON_ENGINE:
+        make, fixed = _ON_ENGINE[spec.name]
+        method = make(subject.forward, subject.model, **{**fixed, **spec.options})
+        return Method(spec.text, lambda images, targets: method.attribute(images, target=targets))
+    if base == "gradcam":
+        _expect(spec, ())
+        cam = GradCam(subject.forward, subject.model, rest or None)
+        return Method(spec.text, cam.attribute)
+    if spec.name in _CAPTUM:
+        return _CAPTUM[spec.name](spec, subject, batch_size)
+    if colon:
+        return _imported(spec, subject, base, rest)
+    raise ValueError(
+        f"unknown method {spec.name!r}; {near(spec.name, list(names()), 'expected one of ' + ', '.join(names()))} A "
+        "class goes by its import path, package.module:Class"
+    )
+
+
+_ON_ENGINE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lnstat": (LNStatAttribution, {}),
+    "lnstat-contrastive": (LNStatAttribution, {"contrastive": True}),
+    "evidence": (LNStatAttribution, {"rule": "evidence"}),
+    "rollout": (LNStatAttribution, {"rule": "rollout"}),
+    "gradient": (LNStatAttribution, {"rule": "gradient"}),
+    "chefer": (GenericAttention, {}),
+    "attention-rollout": (AttentionRollout, {}),
+    "raw-attention": (RawAttention, {}),
+    "frozen-layernorm": (FrozenLayerNorm, {}),
+}
+
+
+def _leaf(images: Tensor) -> Tensor:
+    """A copy: Captum's gradient methods set requires_grad, with a warning, and grad of what they are given."""
+    return images.detach().clone().requires_grad_()
+
+
+def _expect(spec: Spec, known: tuple[str, ...]) -> None:
+    for key in spec.options:
+        if key not in known:
+            expected = f"expected {' or '.join(known)}" if known else "it has none"
+            raise ValueError(f"method {spec.name!r} has no option {key!r}; {expected}")
+
+
+def _integrated(spec: Spec, subject: Subject, batch_size: int) -> Method:
+    _expect(spec, ("n_steps", "steps", "method"))
+    options = {"n_steps": spec.options.get("steps", 50), **spec.options}
+    options.pop("steps", None)
+    method = attr.IntegratedGradients(subject.forward)
+
+    def attribute(images: Tensor, targets: Tensor) -> Tensor:
+        return method.attribute(  # type: ignore[no-any-return]
+            images, target=targets, internal_batch_size=max(batch_size, len(images)), **options
+        )
+
+    return Method(spec.text, attribute)
+
+
+def _plain(make: Any, known: tuple[str, ...], spec: Spec, subject: Subject, batch_size: int) -> Method:
+    _expect(spec, known)
+    method = make(subject.forward)
+
+    def attribute(images: Tensor, targets: Tensor) -> Tensor:
+        return method.attribute(_leaf(images), target=targets, **spec.options)  # type: ignore[no-any-return]
+
+    return Method(spec.text, attribute)
+
+
+def _occlusion(spec: Spec, subject: Subject, batch_size: int) -> Method:
+    """Grey windows an eighth of the image wide, half a window apart, unless asked otherwise."""
+    _expect(spec, ("window", "stride"))
+    height, width = subject.frame.size
+    window = int(spec.options.get("window", max(1, min(height, width) // 8)))
+    stride = int(spec.options.get("stride", max(1, window // 2)))
+    if not 1 <= stride <= window <= min(height, width):
+        raise ValueError(f"method {spec.text!r}: expected 1 <= stride <= window <= {min(height, width)}")
+    method = attr.Occlusion(subject.forward)
+
+    def attribute(images: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            return method.attribute(  # type: ignore[no-any-return]
+                images, target=targets, sliding_window_shapes=(3, window, window), strides=(3, stride, stride)
+            )
+
+    return Method(spec.text, attribute)
+
+
+def _random(spec: Spec, subject: Subject, batch_size: int) -> Method:
+    """A random value a patch of a 14 x 14 grid: what any method has to beat."""
+    _expect(spec, ())
+
+    def attribute(images: Tensor, targets: Tensor) -> Tensor:
+        grid = torch.rand(len(images), 1, 14, 14).to(images)
+        return nn.functional.interpolate(grid, images.shape[2:], mode="bilinear", align_corners=False)
+
+    return Method(spec.text, attribute, alone=True)
+
+
+_CAPTUM: dict[str, Callable[[Spec, Subject, int], Method]] = {
+    "ig": _integrated,
+    "saliency": partial(_plain, attr.Saliency, ("abs",)),
+    "inputxgradient": partial(_plain, attr.InputXGradient, ()),
+    "occlusion": _occlusion,
+    "random": _random,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that need no import path."""
+    return (*_ON_ENGINE, "gradcam", *_CAPTUM)
+
+
+def _imported(spec: Spec, subject: Subject, module: str, path: str) -> Method:
+    """Any class with Captum's surface: options go to the constructor or to ``attribute``, whichever has them."""
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method {spec.text!r} cannot be imported: {error}") from error
+    if not inspect.isclass(found) or not callable(getattr(found, "attribute", None)):
+        raise ValueError(f"{spec.name!r} is no class with a method attribute; expected one like Captum's")
+    made, called = inspect.signature(found).parameters, inspect.signature(found.attribute).parameters
+    options = dict(spec.options)
+    given: dict[str, Any] = {"model": subject.model} if "model" in list(made)[1:] else {}
+    if isinstance(options.get("layer"), str) and "layer" in made:
+        options["layer"] = subject.model.get_submodule(options["layer"])
+    given.update({key: options.pop(key) for key in list(options) if key in made})
+    unknown = [key for key in options if key not in called and not _takes_any(called)]
+    if unknown:
+        raise ValueError(f"neither {path} nor its attribute takes {unknown[0]!r}")
+    method = found(subject.forward, **given)
+
+    def attribute(images: Tensor, targets: Tensor) -> Any:
+        target = {"target": targets} if "target" in called or _takes_any(called) else {}
+        return method.attribute(_leaf(images), **target, **options)
+
+    return Method(spec.text, attribute, alone=True)
+
+
+def _takes_any(parameters: Any) -> bool:
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())

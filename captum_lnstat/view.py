@@ -1,0 +1,141 @@
+"""What a model sees of an image: measured by sending test images through the transform, whoever wrote it.
+
+A transform resizes, crops and normalises. Two images of one colour show the normalisation, an image whose red and
+green rise from left to right and from top to bottom shows which of its pixels became which of the model's. Nothing is
+taken from the transform's source, so a map can be laid on the image itself to the pixel, or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Box = tuple[float, float, float, float]
+
+# The ramps are straight lines to within so many of 255 levels, or the transform is no resizing and cropping.
+_STRAIGHT = 2.0
+# The outer part of the model's image, where resizing filters see the border.
+_BORDER = 0.06
+# Pixels.
+_SNAP = 0.75
+
+
+@dataclass(frozen=True)
+class View:
+    """How the pixels of a model's input and those of an image belong together.
+
+    Attributes:
+        mean: What the transform subtracts from every channel, whose values go from 0 to 1.
+        std: What it divides every channel by.
+        box: Left, top, right and bottom of what the model sees, in pixels of the image; nothing if that is no
+            upright rectangle, as for a transform that pads, turns or draws at random.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    box: Box | None
+
+
+def measure(transform: Callable[[Image.Image], Tensor], size: tuple[int, int]) -> View:
+    """The view that a transform gives of an image of a size.
+
+    Args:
+        transform: From a Pillow image to ``(channel, height, width)``.
+        size: Width and height of the image.
+
+    Example:
+        >>> from torchvision.transforms import CenterCrop, Compose, Normalize, ToTensor
+        >>> view = measure(Compose([CenterCrop(32), ToTensor(), Normalize((0.5,) * 3, (0.25,) * 3)]), (64, 48))
+        >>> [round(edge, 1) for edge in view.box], [round(mean, 2) for mean in view.mean]
+        ([16.0, 8.0, 48.0, 40.0], [0.5, 0.5, 0.5])
+    """
+    black, white = (_through(transform, Image.new("RGB", size, color)) for color in ("black", "white"))
+    low, high = np.median(black, (1, 2)), np.median(white, (1, 2))
+    if black.shape != white.shape or not (high > low).all():
+        return View((0.0,) * len(low), (1.0,) * len(low), None)
+    std = 1 / (high - low)
+    mean = -low * std
+    view = View(tuple(map(float, mean)), tuple(map(float, std)), None)
+    if len(low) != 3:
+        return view
+    ramps = _through(transform, _ramps(size)) * std[:, None, None] + mean[:, None, None]
+    columns, rows = _line(ramps[0]), _line(ramps[1].T)
+    if columns is None or rows is None:
+        return view
+    (left, right), (top, bottom) = columns, rows
+    edges = zip((left * size[0], top * size[1], right * size[0], bottom * size[1]), (0, 0, *size), strict=True)
+    # What ends less than a pixel from the border ends there: 8 bits measure no better.
+    box = tuple(float(border) if abs(edge - border) < _SNAP else edge for edge, border in edges)
+    return View(view.mean, view.std, box)  # type: ignore[arg-type]
+
+
+def _through(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> Float[np.ndarray, "channel row column"]:
+    return np.asarray(transform(image).detach().cpu().double().numpy())
+
+
+def _ramps(size: tuple[int, int]) -> Image.Image:
+    """Red: how far right a pixel is. Green: how far down. In 8 bits, rounded differently from line to line."""
+    width, height = size
+    right, down = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    # Rounding that is even over the lines, so that their mean is the exact value.
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = right * 255 + (np.arange(height)[:, None] * 0.618034) % 1
+    pixels[..., 1] = down[:, None] * 255 + (np.arange(width) * 0.618034) % 1
+    return Image.fromarray(pixels)
+
+
+def _line(ramp: Float[np.ndarray, "row column"]) -> tuple[float, float] | None:
+    """Where the columns begin and end in the image, 0 to 1, if the ramp is one rising line in all rows."""
+    count = ramp.shape[1]
+    border = min(int(np.ceil(_BORDER * count)), (count - 2) // 2)
+    across = min(int(np.ceil(_BORDER * len(ramp))), (len(ramp) - 1) // 2)
+    inner = ramp[across : len(ramp) - across, border : count - border]
+    where = (np.arange(count)[border : count - border] + 0.5) / count
+    slope, start = np.polyfit(where, inner.mean(0), 1)
+    off = np.abs(inner - (start + slope * where))
+    # A line of its own may be off by the rounding of every pixel, the mean over the lines by little.
+    if slope <= 0 or float(off.max()) > (_STRAIGHT + 1) / 255 or float(off.mean(0).max()) > _STRAIGHT / 255:
+        return None
+    return float(start), float(start + slope)
+
+
+def on_image(grid: Float[np.ndarray, "row column"], box: Box, size: tuple[int, int]) -> Float[np.ndarray, "y x"]:
+    """The patch grid on the pixels of the image: bilinear between patch centres, constant outside of them.
+
+    Args:
+        grid: A value for every patch of what the model saw.
+        box: Where that lies in the image, in pixels.
+        size: Width and height of the image.
+
+    Returns:
+        ``(height, width)``. Values outside the box are NaN: the model did not see these pixels.
+
+    Example:
+        >>> on_image(np.array([[1.0, 3.0]]), (0, 0, 4, 2), (4, 2))
+        array([[1. , 1.5, 2.5, 3. ],
+               [1. , 1.5, 2.5, 3. ]])
+    """
+    left, top, right, bottom = box
+    columns, inside_x = _weights(grid.shape[1], left, right, size[0])
+    rows, inside_y = _weights(grid.shape[0], top, bottom, size[1])
+    values: np.ndarray[Any, Any] = rows @ grid @ columns.T
+    values[~(inside_y[:, None] & inside_x)] = np.nan
+    return values
+
+
+def _weights(cells: int, start: float, end: float, pixels: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """How much of each cell every pixel of one axis shows, and which pixels the model saw."""
+    where = (np.arange(pixels) + 0.5 - start) / (end - start)
+    centres = np.arange(cells)
+    weights = np.stack([np.interp(where * cells - 0.5, centres, row) for row in np.eye(cells)], 1)
+    # A box that is measured may miss the border by a hundredth of a pixel.
+    slack = 0.02 / max(end - start, 1)
+    return weights, (where >= -slack) & (where <= 1 + slack)

@@ -1,0 +1,185 @@
+"""Rows of pictures with words to their left, above and below, and bars to their right: what all larger sheets are."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from captum_lnstat.visualize.colors import DIVERGING, SEQUENTIAL, Scale, paint
+
+if TYPE_CHECKING:
+    from captum_lnstat.visualize.maps import Picture
+
+DPI = 120
+INK, FAINT = "#222222", "#666666"
+# Inches. Cells shrink until they fit the width of a page, then the sheet becomes wider.
+_PAGE, _LARGEST, _SMALLEST, _GAP = 12.0, 2.5, 1.05, 0.08
+_LABEL, _BAR, _LINE, _HEAD, _FOOT, _MARGIN = 1.5, 0.95, 0.16, 0.45, 0.32, 0.12
+# Characters that fit on an inch of the two sizes of text.
+_LETTERS, _SMALL_LETTERS = 13, 15
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What the colours of a row mean.
+
+    Attributes:
+        colormap: Its name in matplotlib.
+        low: What is written at the lower end.
+        high: What is written at the upper end.
+        middle: What is written between them.
+    """
+
+    colormap: str
+    low: str
+    high: str
+    middle: str = ""
+
+    @classmethod
+    def of(cls, scale: Scale | None, *, signed: bool = False, colormap: str = SEQUENTIAL) -> Bar:
+        """The bar of a scale, with its numbers; without a scale, of maps that each have their own."""
+        if scale is None:
+            return cls(DIVERGING, "against", "for") if signed else cls(colormap, "least", "most")
+        if scale.signed:
+            return cls(DIVERGING, f"{-scale.high:.2g}", f"{scale.high:.2g}", "0")
+        return cls(colormap, f"{scale.low:.2g}", f"{scale.high:.2g}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a sheet.
+
+    Attributes:
+        label: What it shows, in a few words.
+        cells: Pictures, ``(height, width, 3)`` each; nothing where a place stays empty.
+        bar: What its colours mean.
+        note: Said below the label, in small letters.
+        titles: Above each of its cells, if they differ from row to row.
+    """
+
+    label: str
+    cells: tuple[Picture | None, ...]
+    bar: Bar | None = None
+    note: str = ""
+    titles: tuple[str, ...] = ()
+
+
+def draw_rows(rows: Sequence[Row], title: str, *, titles: Sequence[str] = (), note: str = "") -> Figure:
+    """Draw rows of pictures below each other.
+
+    Args:
+        rows: At least one, with at least one cell.
+        title: Shown above them all, on one line.
+        titles: Shown above the columns; lines are kept, long ones are broken.
+        note: Shown below them all.
+
+    Returns:
+        A figure that belongs to no pyplot state.
+
+    Raises:
+        ValueError: There is nothing to draw.
+
+    Example:
+        >>> draw_rows([Row("grey", (np.full((8, 8, 3), 0.5),))], "a title").axes[0].get_title()
+        ''
+    """
+    columns = max((len(row.cells) for row in rows), default=0)
+    if not columns:
+        raise ValueError("rows holds no picture; expected at least one row with a cell")
+    cell = min(_LARGEST, max(_SMALLEST, _PAGE / columns - _GAP))
+    heights = [cell * max((p.shape[0] / p.shape[1] for p in row.cells if p is not None), default=1.0) for row in rows]
+    above = [_wrapped(titles, cell), *(_wrapped(row.titles, cell) for row in rows)]
+    lines = [max((text.count("\n") + 1 for text in texts), default=0) * _LINE for texts in above]
+    width = _MARGIN + _LABEL + columns * (cell + _GAP) + _BAR
+    height = _HEAD + lines[0] + sum(heights) + sum(lines[1:]) + _GAP * len(rows) + (_FOOT if note else _MARGIN)
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    _write(figure, 0.5 * width, height - 0.5 * _HEAD, _fitting(title, width), 11.5)
+    top = height - _HEAD - lines[0]
+    _write_above(figure, above[0], top, cell)
+    for place, row in enumerate(rows):
+        top -= lines[place + 1]
+        _write_above(figure, above[place + 1], top, cell)
+        _draw_row(figure, row, top, cell, heights[place])
+        top -= heights[place] + _GAP
+    if note:
+        _write(figure, 0.5 * width, 0.5 * _FOOT, note, 9, color=FAINT)
+    return figure
+
+
+def _wrapped(texts: Sequence[str], cell: float) -> list[str]:
+    """Every text on lines that fit above a cell, three at most."""
+    letters = max(int(cell * _LETTERS), 8)
+    found = []
+    for text in texts:
+        lines = [line for part in text.splitlines() for line in textwrap.wrap(part, letters) or [""]]
+        found.append("\n".join([*lines[:2], textwrap.shorten(" ".join(lines[2:]), letters, placeholder="...")])
+                     if len(lines) > 3 else "\n".join(lines))  # fmt: skip
+    return found
+
+
+def _fitting(title: str, width: float) -> str:
+    return textwrap.shorten(title, int(width * 10.5), placeholder="...")
+
+
+def _write_above(figure: Figure, texts: Sequence[str], bottom: float, cell: float) -> None:
+    for column, text in enumerate(texts):
+        _write(figure, _left(column, cell) + 0.5 * cell, bottom + 0.03, text, 8.5, va="bottom")
+
+
+def _left(column: int, cell: float) -> float:
+    return _MARGIN + _LABEL + column * (cell + _GAP)
+
+
+def _draw_row(figure: Figure, row: Row, top: float, cell: float, height: float) -> None:
+    middle = top - 0.5 * height
+    label = textwrap.fill(row.label, int(_LABEL * (_LETTERS - 1.5)), break_long_words=False)
+    note = textwrap.fill(row.note, int(_LABEL * _SMALL_LETTERS)) if row.note else ""
+    below = 0.5 * (label.count("\n") + 1) * _LINE * 1.1
+    _write(figure, _MARGIN, middle + (0.5 * _LINE if note else 0), label, 9.5, ha="left")
+    if note:
+        _write(figure, _MARGIN, middle + 0.5 * _LINE - below - 0.02, note, 7.5, ha="left", va="top", color=FAINT)
+    for column, pixels in enumerate(row.cells):
+        if pixels is not None:
+            draw_pixels(_axes(figure, _left(column, cell), top - height, cell, height), pixels, cell)
+    if row.bar is not None:
+        _draw_bar(figure, row.bar, _left(len(row.cells), cell) + 0.05, middle, min(0.85 * height, 1.5))
+
+
+def _draw_bar(figure: Figure, bar: Bar, left: float, middle: float, height: float) -> None:
+    axes = _axes(figure, left, middle - 0.5 * height, 0.11, height)
+    ramp = np.linspace(1.0, -1.0 if bar.colormap == DIVERGING else 0.0, 256)[:, None]
+    axes.imshow(paint(ramp, bar.colormap), aspect="auto", interpolation="bilinear")
+    for text, y in ((bar.high, 0.5 * height - 0.06), (bar.middle, 0.0), (bar.low, 0.06 - 0.5 * height)):
+        _write(figure, left + 0.17, middle + y, text, 8, ha="left", color=FAINT)
+
+
+def draw_pixels(axes: Axes, pixels: Picture, width: float) -> None:
+    """Pixels in axes that are so many inches wide: smooth where one would show as a block, its shape kept."""
+    # Few pixels are patches, whose borders are worth seeing; a small photograph is better smooth.
+    count = max(pixels.shape[:2])
+    kind = "nearest" if count <= 32 else "bicubic" if count < width * DPI else "antialiased"
+    axes.imshow(pixels, interpolation=kind, aspect="equal")
+
+
+def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    across, up = figure.get_size_inches()
+    axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
+    axes.set_axis_off()
+    return axes
+
+
+def _write(
+    figure: Figure, x: float, y: float, text: str, size: float, *, ha: str = "center", va: str = "center",
+    color: str = INK,
+) -> None:  # fmt: skip
+    across, up = figure.get_size_inches()
+    # Class names may hold a dollar sign, which is no mathematics.
+    figure.text(x / across, y / up, text, ha=ha, va=va, fontsize=size, color=color, parse_math=False, linespacing=1.1)

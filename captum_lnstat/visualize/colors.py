@@ -1,0 +1,169 @@
+"""Relevance as colours: scales that several maps may share, and colormaps that can be told apart by everybody.
+
+Both colormaps are even in lightness and do not rely on telling red from green: inferno for what has no sign, blue to
+red through white for what has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+
+if TYPE_CHECKING:
+    from captum_lnstat.visualize.maps import Map, Picture
+
+SEQUENTIAL, DIVERGING, STATISTIC = "inferno", "RdBu_r", "cividis"
+_GREY = np.array([0.299, 0.587, 0.114])
+# A map that varies by less than float error of its size is flat; stretched to full contrast it would show only noise.
+_FLAT = 1e-5
+# Per cent of the pixels that may saturate: one hot patch, or one hot pixel of a gradient method, would hide all others.
+_SATURATED = 1.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Which relevance is shown as which colour, for one map or for several.
+
+    Attributes:
+        low: Shown as the darkest colour; 0 for a signed scale, where it is white.
+        high: Shown as the strongest colour, as is all beyond it.
+        signed: Whether negative values mean "against the target": diverging colours, from ``-high`` to ``high``.
+    """
+
+    low: float
+    high: float
+    signed: bool = False
+
+    @classmethod
+    def of(cls, maps: Sequence[Map], *, signed: bool = False) -> Scale:
+        """The scale that shows all of the maps.
+
+        Args:
+            maps: At least one, each of any size.
+            signed: False: from the least to the most relevant pixel. True: zero in the middle.
+
+        Returns:
+            A scale of full strength for one pixel in a hundred of those that reach highest.
+
+        Raises:
+            ValueError: A map holds NaN or infinity, or negative values though it is not signed.
+
+        Example:
+            >>> Scale.of([np.array([[1.0, 2.0]]), np.array([[5.0]])]).low
+            1.0
+        """
+        values = np.concatenate([np.ravel(each) for each in maps])
+        if not np.isfinite(values).all():
+            raise ValueError("relevance holds NaN or infinite values; expected finite ones")
+        size = float(np.abs(values).max())
+        low = 0.0 if signed else float(values.min())
+        if not signed and low < -_FLAT * size:
+            raise ValueError(f"relevance goes down to {low:.3g}; expected none below zero, or signed=True")
+        height = np.abs(values - low)
+        if height.max() <= _FLAT * size:
+            return cls(low, low, signed)
+        # So little may be relevant at all that the percentile is none of it.
+        return cls(low, low + (float(np.percentile(height, 100 - _SATURATED)) or float(height.max())), signed)
+
+    def __call__(self, relevance: Map) -> Map:
+        """Relevance on the scale: 0 to 1, or -1 to 1 if it is signed."""
+        if self.high <= self.low:
+            return np.zeros_like(relevance)
+        return np.clip((relevance - self.low) / (self.high - self.low), -1 if self.signed else 0, 1)
+
+
+def scaled(relevance: Map, *, signed: bool = False) -> Map:
+    """Relevance on the scale of the colours, which is the map's own: units differ from method to method.
+
+    Args:
+        relevance: ``(height, width)``.
+        signed: False: from the least to the most relevant pixel, 0 to 1. True: -1 to 1 with zero kept at 0.
+
+    Returns:
+        ``(height, width)``. The strongest pixels, one in a hundred, are all given full strength.
+
+    Raises:
+        ValueError: The map holds NaN or infinity, or negative values though it is not signed.
+
+    Example:
+        >>> scaled(np.array([[1.0, 2.0, 3.0]])).round(1)
+        array([[0. , 0.5, 1. ]])
+        >>> scaled(np.array([[-1.0, 0.0, 4.0]]), signed=True).round(1)
+        array([[-0.3,  0. ,  1. ]])
+        >>> scaled(np.array([[2.0, 2.0]]))
+        array([[0., 0.]])
+    """
+    return Scale.of([relevance], signed=signed)(relevance)
+
+
+def colored(relevance: Map, *, signed: bool = False, scale: Scale | None = None) -> Picture:
+    """Relevance as colours: dark to bright if it is not signed; red for, blue against, white for neither if it is.
+
+    Args:
+        relevance: ``(height, width)``.
+        signed: As for ``scaled``, which also says what is raised.
+        scale: A scale that several maps share, in the place of the map's own.
+
+    Example:
+        >>> colored(np.array([[-1.0, 0.0, 1.0]]), signed=True).round(1)
+        array([[[0. , 0.2, 0.4],
+                [1. , 1. , 1. ],
+                [0.4, 0. , 0.1]]])
+    """
+    scale = scale or Scale.of([relevance], signed=signed)
+    return paint(scale(relevance), DIVERGING if scale.signed else SEQUENTIAL)
+
+
+def paint(values: Map, colormap: str) -> Picture:
+    """Values on a scale, 0 to 1 or, for the diverging colours, -1 to 1, as colours."""
+    colors: Any = matplotlib.colormaps[colormap]
+    return np.asarray(colors((values + 1) / 2 if colormap == DIVERGING else values)[..., :3])
+
+
+def overlay(image: Picture, relevance: Map, *, signed: bool = False, scale: Scale | None = None) -> Picture:
+    """Relevance laid over the image: the image in grey, and the more relevant a pixel the more of its colour.
+
+    Args:
+        image: ``(height, width, 3)``, values from 0 to 1.
+        relevance: ``(height, width)``.
+        signed: As for ``scaled``.
+        scale: As for ``colored``.
+
+    Returns:
+        ``(height, width, 3)``, values from 0 to 1.
+
+    Raises:
+        ValueError: Image and relevance are not of one size, or as for ``scaled``.
+
+    Example:
+        >>> overlay(np.ones((1, 2, 3)), np.array([[0.0, 1.0]])).shape
+        (1, 2, 3)
+    """
+    if image.shape != (*relevance.shape, 3):
+        raise ValueError(
+            f"image has shape {image.shape} and relevance {relevance.shape}; expected (height, width, 3) and (height, "
+            "width) of one size"
+        )
+    scale = scale or Scale.of([relevance], signed=signed)
+    values = scale(relevance)
+    base = faded(image, signed=scale.signed)
+    weight = 0.9 * (np.abs(values) ** 0.7)[..., None]
+    if scale.signed:
+        # The pale middle of the diverging colours would outline every change of sign.
+        return np.asarray(
+            base * (1 - weight) + paint(np.sign(values) * (0.4 + 0.6 * np.abs(values)), DIVERGING) * weight
+        )
+    return np.asarray(base * (1 - weight) + paint(values, SEQUENTIAL) * weight)
+
+
+def faded(image: Picture, *, signed: bool = False) -> Picture:
+    """The image as an overlay shows it where nothing is relevant: grey, so that colour means relevance alone.
+
+    Lifted and flattened, so that a dark photograph stays readable and no white wall outshines what is relevant.
+    """
+    grey = np.repeat((image @ _GREY)[..., None], 3, -1)
+    return np.asarray(0.25 + (0.65 if signed else 0.5) * grey)

@@ -1,0 +1,119 @@
+"""How relevance descends: what every block, and every head of it, hands down, with the token statistics that decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from captum_lnstat.descent import BlockRelevance, HeadRelevance
+from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
+from captum_lnstat.visualize.colors import STATISTIC, Scale, overlay, paint
+
+if TYPE_CHECKING:
+    from captum_lnstat.visualize.maps import Map, Picture
+
+# More columns than these are too small to read: every second, third, ... block is shown, always the last.
+_BLOCKS, _HEAD_BLOCKS = 12, 6
+
+_Record = TypeVar("_Record")
+
+
+def layer_sheet(
+    blocks: Sequence[BlockRelevance], image: Picture, title: str, *, signed: bool = False, most: int = _BLOCKS
+) -> Figure:
+    """Relevance on its way down, with the residual shares and token variances that steer it.
+
+    Args:
+        blocks: From ``descend``, the image's end first.
+        image: ``(height, width, 3)``, as the model saw it.
+        title: Shown above.
+        signed: The rule was ``"evidence"``.
+        most: So many blocks are shown at most, evenly spaced; the sheet says so.
+
+    Returns:
+        A figure of three rows, read from the last block to the image. Relevance and variance are on a scale of their
+        own at each block, since their size changes from stage to stage; the shares are all on 0 to 1.
+    """
+    shown = _spaced(blocks, most)[::-1]
+    maps = [_array(block.relevance) for block in shown]
+    cells = [
+        overlay(image, _enlarged(each, block.cell, image), scale=Scale.of([each], signed=signed))
+        for each, block in zip(maps, shown, strict=True)
+    ]
+    shares = [paint(_array(block.residual), STATISTIC) for block in shown]
+    # Outlier tokens have a hundred times the variance of the others: a scale of powers shows both.
+    spread = [np.log10(np.maximum(_array(block.variance), 1e-12)) for block in shown]
+    variances = [paint(Scale.of([each - each.min()])(each - each.min()), STATISTIC) for each in spread]
+    rows = [
+        Row(
+            "relevance at the tokens that the block reads", tuple(cells), Bar.of(None, signed=signed), "own scale each"
+        ),
+        Row(
+            "residual share",
+            tuple(shares),
+            Bar(STATISTIC, "0", "1"),
+            "of each token after the attention: 1 keeps it, 0 replaces it",
+            tuple(f"mean {float(block.residual.mean()):.2f}" for block in shown),
+        ),
+        Row(
+            "token variance",
+            tuple(variances),
+            Bar(STATISTIC, "least", "most"),
+            "at the first LayerNorm, powers of ten",
+            tuple(f"{10 ** each.min():.2g} to {10 ** each.max():.2g}" for each in spread),
+        ),
+    ]
+    note = "from the head (left) to the image (right)" + _left_out(blocks, shown)
+    return draw_rows(rows, title, titles=[block.name for block in shown], note=note)
+
+
+def head_sheet(blocks: Sequence[HeadRelevance], image: Picture, title: str, *, most: int = _HEAD_BLOCKS) -> Figure:
+    """What every attention head hands down: blocks by rows, heads by columns, one scale a row.
+
+    Args:
+        blocks: From ``descend_heads``, the image's end first.
+        image: ``(height, width, 3)``, as the model saw it.
+        title: Shown above.
+        most: So many blocks are shown at most, evenly spaced; the sheet says so.
+    """
+    shown = _spaced(blocks, most)[::-1]
+    rows = []
+    for block in shown:
+        maps = [_array(head) for head in block.heads]
+        scale = Scale.of(maps)
+        cells = tuple(overlay(image, _enlarged(each, block.cell, image), scale=scale) for each in maps)
+        rows.append(Row(block.name, cells, Bar.of(scale), "share, a token"))
+    note = "from the head of the model (above) to the image (below), one scale a row" + _left_out(blocks, shown)
+    count = max(len(row.cells) for row in rows)
+    return draw_rows(rows, title, titles=[f"head {number}" for number in range(count)], note=note)
+
+
+def _spaced(blocks: Sequence[_Record], most: int) -> list[_Record]:
+    """At most so many, evenly spaced, the last always among them."""
+    if not blocks or most < 1:
+        raise ValueError(f"{len(blocks)} blocks, at most {most} of them; expected at least one of each")
+    if len(blocks) <= most:
+        return list(blocks)
+    places = np.linspace(len(blocks) - 1, 0, most).round().astype(int)[::-1]
+    return [blocks[place] for place in places]
+
+
+def _left_out(blocks: Sequence[_Record], shown: Sequence[_Record]) -> str:
+    return "" if len(shown) == len(blocks) else f"; {len(shown)} of {len(blocks)} blocks"
+
+
+def _array(tensor: Tensor) -> Map:
+    return np.asarray(tensor.detach().cpu().double().numpy())
+
+
+def _enlarged(grid: Map, cell: tuple[int, int], image: Picture) -> Map:
+    """Every pixel of the image gets the value of the token that it lies in, or of the last one if it lies in none."""
+    rows, columns = (
+        np.minimum(np.arange(pixels) // size, cells - 1)
+        for pixels, size, cells in zip(image.shape[:2], cell, grid.shape, strict=True)
+    )
+    return np.asarray(grid[rows][:, columns])

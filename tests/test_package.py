@@ -1,0 +1,85 @@
+"""The package as it is imported and described: what comes in with it, and what its files say of each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import captum_lnstat
+
+ROOT = Path(__file__).parent.parent
+INIT = ROOT / "captum_lnstat" / "__init__.py"
+
+# What only an extra brings, or a tool of a user's own. torchvision comes with timm, tqdm with Captum.
+OPTIONAL = (
+    "transformers", "gradio", "torchmetrics", "scipy", "sklearn", "pandas", "pyarrow", "h5py", "pycocotools", "quantus",
+    "jaxtyping", "hypothesis", "pytest", "selenium", "sphinx", "IPython", "cv2", "skimage",
+)  # fmt: skip
+
+
+def _python(code: str, *options: str) -> str:
+    run = subprocess.run(
+        [sys.executable, *options, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_importing_it_imports_nothing_else() -> None:
+    heavy = ("torch", "timm", "captum", "matplotlib", "numpy", "PIL", "click")
+    loaded = _python("import sys, captum_lnstat; print(*sys.modules)").split()
+    assert "captum_lnstat" in loaded
+    assert not set(heavy) & set(loaded)
+
+
+def test_every_name_without_a_warning_and_without_what_is_optional() -> None:
+    code = f"""
+        import sys
+        for name in {OPTIONAL!r}:
+            sys.modules[name] = None  # "import name" raises an ImportError
+        import captum_lnstat
+        print(*(name for name in captum_lnstat.__all__ if getattr(captum_lnstat, name) is not None))
+        import captum_lnstat.metrics, captum_lnstat.testing, captum_lnstat.visualize
+    """
+    assert _python(code, "-W", "error").split() == captum_lnstat.__all__
+
+
+def test_lazy_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse(INIT.read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        assert node.module is not None
+        for name in node.names:
+            seen[name.name] = node.module.removeprefix("captum_lnstat").removeprefix(".") or name.name
+    assert seen == captum_lnstat._HOMES
+    assert sorted([*seen, "__version__"]) == captum_lnstat.__all__
+    assert set(captum_lnstat.__all__) <= set(dir(captum_lnstat))
+
+
+def test_a_name_that_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="module 'captum_lnstat' has no attribute 'LNStat'"):
+        _ = captum_lnstat.LNStat  # type: ignore[attr-defined]
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    """Packages are found by their ``__init__.py``; a folder without one would be missing from the wheel."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '[tool.setuptools.packages.find]\ninclude = ["captum_lnstat*"]' in text
+    for file in (ROOT / "captum_lnstat").rglob("*.py"):
+        assert (file.parent / "__init__.py").is_file(), file
+
+
+def test_version_and_licence_are_the_same_everywhere() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    fields = dict(re.findall(r"^([\w-]+): \"?([^\"\n]*)\"?$", text, re.M))
+    assert fields["version"] == captum_lnstat.__version__
+    assert f'license = "{fields["license"]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(captum_lnstat.__version__)}\b", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
