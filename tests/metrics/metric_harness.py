@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ def grid_share(values: np.ndarray, cell: int) -> float:
     return part / positive.sum() if positive.sum() else 1 / 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A measure, its class, what it takes beside the maps, and its reference."""
 
@@ -210,6 +210,7 @@ CASES = {
 }
 
 
+@cache
 def expected(case: Case) -> list[float]:
     """The reference, image by image."""
     found = []
