@@ -243,7 +243,7 @@ ROWS: dict[str, dict[str, Row]] = {
     },
     "Other rules": {
         '`rule="gradient"`': lambda x, s: x.grid(rule="gradient"),
-        '`rule="gradient", normalized=True`': lambda x, s: x.grid(rule="gradient", normalized=True),
+        '`rule="gradient", normalized=False`': lambda x, s: x.grid(rule="gradient", normalized=False),
         '`rule="gradient", contrastive=True`': lambda x, s: x.grid(rule="gradient", contrastive=True),
         "`gradient` in the place of `P`": lambda x, s: rule(x.grid(rule="gradient"), x.e(), s),
         "Chefer's generic rule": lambda x, s: x.grid(GenericAttention),

@@ -271,7 +271,7 @@ OPTIONS: dict[str, object] = {
     "head_fusion": "mean",
     "merging": "uniform",
     "contrastive": False,
-    "normalized": False,
+    "normalized": True,
 }
 
 

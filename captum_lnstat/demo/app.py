@@ -161,7 +161,10 @@ def build(studio: Studio, folder: Path) -> Any:
                     elem_id="model",
                 )
                 weights = gr.Radio(
-                    [("random: shows how it runs, no more", "random"), ("pretrained: timm downloads them", "pretrained")],
+                    [
+                        ("random: shows how it runs, no more", "random"),
+                        ("pretrained: timm downloads them", "pretrained"),
+                    ],
                     value="random",
                     label="Weights",
                     visible=False,

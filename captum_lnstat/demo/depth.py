@@ -79,9 +79,7 @@ def map_after(
         return to_pixels(grid, (inputs.shape[2], inputs.shape[3]), trace.patch)[0]
 
 
-def to_patches(
-    tokens: Float[Tensor, "batch token"], trace: Trace, block: Block
-) -> Float[Tensor, "batch row column"]:
+def to_patches(tokens: Float[Tensor, "batch token"], trace: Trace, block: Block) -> Float[Tensor, "batch row column"]:
     """What tokens before ``block`` stand for, on the patch grid; prefix tokens stand for no patch.
 
     Args:

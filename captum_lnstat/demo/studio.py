@@ -241,9 +241,7 @@ class Studio:
                 lnstat = LNStatAttribution(model, rule=rule, contrastive=contrastive)
                 return lnstat.attribute(look.inputs, question.target)[0]
             layered: Any = rule
-            found = map_after(
-                model, look.inputs, question.target, depth=depth, rule=layered, contrastive=contrastive
-            )
+            found = map_after(model, look.inputs, question.target, depth=depth, rule=layered, contrastive=contrastive)
             return found[None]
 
         # Another class changes nothing where no class is explained.
@@ -261,9 +259,7 @@ class Studio:
             key = (look.key, title, question.target if method.per_class else None)
             yield self._shown(key, title, method.caption, method.signed, other)
 
-    def _shown(
-        self, key: Hashable, title: str, caption: str, signed: bool, attribute: Callable[[], Tensor]
-    ) -> Shown:
+    def _shown(self, key: Hashable, title: str, caption: str, signed: bool, attribute: Callable[[], Tensor]) -> Shown:
         def make() -> Shown:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
