@@ -16,7 +16,7 @@ from PIL import Image
 import captum_lnstat
 from captum_lnstat import UnsupportedModelError, _console, cli, zoo
 from captum_lnstat.commands import compare, explain, options, pictures
-from captum_lnstat.explaining import Explainer
+from captum_lnstat.explainer import Explainer
 
 
 @pytest.fixture(autouse=True)
