@@ -124,8 +124,8 @@ def explain(
     Example:
         >>> from captum_lnstat import explain, zoo
         >>> explanation = explain("swin-mini", zoo.scenes()[300].image, target="dress")
-        >>> explanation.label(explanation.prediction), explanation.grid.shape, explanation.overlay.size
-        ('pullover (2)', (16, 16), (64, 64))
+        >>> explanation.label(explanation.target), explanation.grid.shape, explanation.overlay.size
+        ('dress (3)', (16, 16), (64, 64))
     """
     if isinstance(model, str):
         subject = read_subject(model, pretrained, None if checkpoint is None else Path(checkpoint))
