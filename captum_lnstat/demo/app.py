@@ -57,7 +57,7 @@ def build(studio: Studio, folder: Path) -> Any:
     def start(photo: Photo | None, name: str, weights: str, rule: Any, contrastive: bool, beside: list[str]) -> Any:
         """Another image or model: all there is to choose from changes."""
         ours = gr.update(visible=str(name).strip() not in zoo.names())
-        changes = None, gr.update(choices=[], value=None), _slider(gr, rule, 1), ours
+        changes: tuple[Any, ...] = None, gr.update(choices=[], value=None), _slider(gr, rule, 1), ours
         if photo is None:
             yield *changes, report.idle()
             return

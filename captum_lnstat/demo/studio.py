@@ -100,7 +100,7 @@ class Look:
 
     def ranked(self, count: int) -> list[int]:
         """The classes the model finds most probable, best first."""
-        return np.argsort(self.confidence)[::-1][:count].tolist()
+        return [int(index) for index in np.argsort(self.confidence)[::-1][:count]]
 
 
 @dataclass(frozen=True)
