@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from captum_lnstat._console import fail, one_line
+from captum_lnstat._console import INCOMPLETE, fail, one_line
 
 METHODS = "lnstat,lnstat-contrastive,chefer,attention-rollout,gradcam,frozen-layernorm,ig,saliency"
 METRICS = "pointing,energy,iou,ap,positive,negative,two"
+FORMS = ("csv", "parquet")
 
 _EXAMPLES = """\b
 Examples:
@@ -61,6 +61,9 @@ Examples:
 @click.option("--skip-broken", is_flag=True, help="Count what cannot be read or explained, and go on.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that read images.")
+@click.option(
+    "--results", type=click.Choice(FORMS), default="csv", show_default=True, help="Form of the numbers of each image."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead of the table.")
 def evaluate(
     data: str,
@@ -79,21 +82,21 @@ def evaluate(
     skip_broken: bool,
     device: str,
     workers: int,
+    results: str,
     as_json: bool,
 ) -> None:
     """Compare attribution methods on a data set, with intervals and paired tests.
 
     DIR gets results.csv, summary.json, table.md and figure.png. A run that was stopped goes on where it was when the
-    same command is given again. Under torchrun the work is shared.
+    same command is given again. Under torchrun the work is shared. The exit code is 0, 1 if images were left out under
+    --skip-broken, 2 if it cannot go on.
     """
-    try:
-        from captum_lnstat.evaluation import subject as subjects
-        from captum_lnstat.evaluation.datasets import open_dataset
-        from captum_lnstat.evaluation.run import Settings
-        from captum_lnstat.evaluation.run import evaluate as run
-        from captum_lnstat.evaluation.team import team as gathered
-    except ImportError as error:
-        fail(f'{one_line(error)}; install what is missing with pip install "captum-lnstat[evaluate]"')
+    from captum_lnstat.evaluation import subject as subjects
+    from captum_lnstat.evaluation.datasets import open_dataset
+    from captum_lnstat.evaluation.run import Settings
+    from captum_lnstat.evaluation.run import evaluate as run
+    from captum_lnstat.evaluation.team import team as gathered
+
     try:
         with gathered(device) as team:
             dataset = open_dataset(data)
@@ -102,29 +105,25 @@ def evaluate(
             )
             chosen: Any = asked or ("true" if dataset.class_names else "predicted")
             settings = Settings(
-                data, name, methods, metrics, chosen, fill or "", seed, limit, batch_size, skip_broken, workers
+                data, name, methods, metrics, chosen, fill or "", seed, limit, batch_size, skip_broken, workers, results
             )
 
             def say(text: str) -> None:
                 click.echo(text, err=True)
 
             summary = run(settings, dataset, subject, output, team, say)
-            leads = team.leads
     except (ValueError, OSError, RuntimeError) as error:
         fail(one_line(error))
-    except KeyboardInterrupt:
-        click.echo("stopped; the same command goes on from here", err=True)
-        sys.exit(130)
-    if not leads:
+    if not team.leads:
         return
-    if as_json:
-        click.echo(json.dumps(summary, indent=2))
-        return
-    click.echo((output / "table.md").read_text(), nl=False)
-    for what in ("broken",):
-        if summary[what]:
-            click.echo(f"{len(summary[what])} samples left out, their files are missing or damaged", err=True)
+    click.echo(json.dumps(summary, indent=2) if as_json else (output / "table.md").read_text().rstrip())
+    click.echo(f"written to {str(output)!r}", err=True)
+    left_out = [f"{len(summary['broken'])} samples left out: files missing or damaged"] if summary["broken"] else []
     for method, found in summary["methods"].items():
         if found["failed"]:
-            click.echo(f"{method} failed on {len(found['failed'])} samples", err=True)
-    click.echo(f"written to {str(output)!r}", err=True)
+            left_out.append(f"{method} failed on {len(found['failed'])} samples")
+    for line in left_out:
+        click.echo(line, err=True)
+    # torchrun would take another code for a crash, and start the run again.
+    if left_out and team.size == 1:
+        click.get_current_context().exit(INCOMPLETE)

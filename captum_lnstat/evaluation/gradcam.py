@@ -24,7 +24,7 @@ def last_first_norm(model: nn.Module) -> str:
     Raises:
         ValueError: No module is called like one.
     """
-    names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _FIRST_NORMS]
+    names: list[str] = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _FIRST_NORMS]
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no module called {', '.join(_FIRST_NORMS)}; name a layer: gradcam:LAYER"
@@ -69,16 +69,16 @@ class GradCam:
             seen.append(output)
 
         handle = self.module.register_forward_hook(keep)
-        try:
-            with torch.enable_grad():
+        with torch.enable_grad():
+            try:
                 scores = self.forward(images.detach().requires_grad_(True))
-        finally:
-            handle.remove()
+            finally:
+                handle.remove()
+            wanted = scores.gather(1, target.reshape(-1, 1)).sum()
         if len(seen) != 1 or not isinstance(seen[0], Tensor):
             raise ValueError(
                 f"layer {self.layer!r} ran {len(seen)} times, or does not return a tensor; expected one that runs once"
             )
-        wanted = scores.gather(1, target.reshape(-1, 1)).sum()
         (gradient,) = torch.autograd.grad(wanted, seen[0])
         activation, gradient = (self._channels_first(part.detach(), images) for part in (seen[0], gradient))
         grid = (gradient.mean((2, 3), keepdim=True) * activation).sum(1, keepdim=True).clamp(min=0)
@@ -87,7 +87,7 @@ class GradCam:
     def _channels_first(self, values: Tensor, images: Tensor) -> Float[Tensor, "batch channel row column"]:
         if values.dim() == 3:
             rows, columns, prefix = self._grid(values.shape[1], images)
-            return values[:, prefix:].transpose(1, 2).unflatten(2, (rows, columns))
+            return values[:, prefix:].transpose(1, 2).reshape(len(values), -1, rows, columns)
         if values.dim() == 4:
             return values if self._is_channels_first(values.shape) else values.permute(0, 3, 1, 2)
         raise ValueError(

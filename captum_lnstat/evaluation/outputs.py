@@ -26,18 +26,19 @@ def write_outputs(
     methods: Sequence[Method],
     measures: Sequence[Measure],
     seed: int,
+    form: str = "csv",
 ) -> dict[str, Any]:
     """Write all files, each in one step, and return the summary.
 
     ``summary.json`` and ``table.md`` hold nothing that differs from run to run of the same settings on the same
-    machine; times are in ``timing.json`` and in a column of ``results.csv``.
+    machine; times are in ``timing.json`` and in a column of the results.
     """
     names = [method.name for method in methods]
     quantities = [quantity for measure in measures for quantity in measure.quantities]
     summary = {"settings": manifest, **summarize(records, names, quantities, seed)}
     counted = f"{summary['questions']} samples of {summary['images']} images"
     title = f"{manifest['model']} on {manifest['data']}, {counted}, {manifest['class']} class"
-    write_bytes(folder / "results.csv", _csv(records, names))
+    write_bytes(folder / f"results.{form}", _FORMS[form](*rows(records, names)))
     write_text(folder / "timing.json", json.dumps(_timing(records, names), indent=2) + "\n")
     write_text(folder / "table.md", table(summary, title))
     write_bytes(folder / "figure.png", figure.png(summary, title))
@@ -62,13 +63,25 @@ def rows(records: Sequence[Record], methods: Sequence[str]) -> tuple[list[str], 
     return list(columns), found
 
 
-def _csv(records: Sequence[Record], methods: Sequence[str]) -> bytes:
-    columns, found = rows(records, methods)
+def _csv(columns: list[str], found: list[dict[str, Any]]) -> bytes:
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     return buffer.getvalue().encode()
+
+
+def _parquet(columns: list[str], found: list[dict[str, Any]]) -> bytes:
+    import pyarrow  # without it the command says what brings it
+    from pyarrow import parquet
+
+    buffer = io.BytesIO()
+    values = {column: [row.get(column) for row in found] for column in columns}
+    parquet.write_table(pyarrow.table(values), buffer)
+    return buffer.getvalue()
+
+
+_FORMS = {"csv": _csv, "parquet": _parquet}
 
 
 def _timing(records: Sequence[Record], methods: Sequence[str]) -> dict[str, Any]:

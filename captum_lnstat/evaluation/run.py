@@ -50,6 +50,7 @@ class Settings:
         batch_size: Images at a time.
         skip_broken: Count what cannot be read or explained instead of stopping.
         workers: Threads that read images.
+        results: ``"csv"`` or ``"parquet"``, the form of the numbers of each image.
     """
 
     data: str
@@ -63,6 +64,7 @@ class Settings:
     batch_size: int = 16
     skip_broken: bool = False
     workers: int = 2
+    results: str = "csv"
 
 
 def evaluate(
@@ -129,7 +131,7 @@ def evaluate(
                 f"{missing} of {len(chosen)} samples are missing, though {total} were done; expected all. Is "
                 f"{str(folder)!r} on a disk that all hosts share?"
             )
-        return write_outputs(folder, manifest, found, methods, measures, settings.seed)
+        return write_outputs(folder, manifest, found, methods, measures, settings.seed, settings.results)
 
     summary: dict[str, Any] = _together(team, finish)
     return summary

@@ -1,0 +1,73 @@
+"""``captum-lnstat evaluate`` as it is called."""
+
+import csv
+import json
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from captum_lnstat.cli import main
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    result = CliRunner().invoke(main, command(folder))
+    assert result.exit_code == 0, result.output
+    return folder, result
+
+
+def command(folder, *more):
+    options = {"--model": "vit-mini", "--methods": "rollout,random", "--metrics": "pointing,two", "--limit": "8"}
+    return ["evaluate", *(part for pair in options.items() for part in pair), "--output", str(folder), *more]
+
+
+def test_a_run_writes_all_its_files(finished):
+    folder, result = finished
+    names = {file.name for file in folder.iterdir()}
+    assert names >= {"results.csv", "summary.json", "table.md", "figure.png", "timing.json", "manifest.json"}
+    assert not [name for name in names if name.endswith(".part")]
+    assert result.stdout == (folder / "table.md").read_text()
+    assert "| rollout |" in result.stdout
+    assert "| random |" in result.stdout
+    with Image.open(folder / "figure.png") as figure:
+        assert figure.size[0] > 300
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16
+    assert all(float(row["seconds"]) >= 0 for row in rows)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["settings"]["model"] == "vit-mini"
+    low, high = summary["methods"]["rollout"]["metrics"]["two"]["interval"]
+    assert 0 <= low <= summary["methods"]["rollout"]["metrics"]["two"]["value"] <= high <= 1
+
+
+def test_the_same_command_again_computes_nothing(finished):
+    folder, _ = finished
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    result = CliRunner().invoke(main, command(folder, "--json"))
+    assert result.exit_code == 0
+    assert "going on: 8 of 8 samples are there" in result.stderr
+    assert json.loads(result.stdout) == json.loads(before["summary.json"])
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seed", "4"], "seed was 0 and is 4"),
+        (["--methods", "rolout"], "unknown method 'rolout'; did you mean 'rollout'"),
+        (["--metrics", "points"], "unknown metric 'points'"),
+        (["--data", "voc:nowhere"], "there is no folder 'nowhere'"),
+        (["--model", "vit-min"], "did you mean 'vit-mini'"),
+        (["--device", "abacus"], "unknown device 'abacus'"),
+        (["--class", "none"], "'none' is not one of"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(finished, more, message):
+    result = CliRunner().invoke(main, command(finished[0], *more))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not result.stdout
