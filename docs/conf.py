@@ -3,6 +3,11 @@
 Nothing is fetched while it builds, and the pages ask nothing of other hosts: no intersphinx, no MathJax, system fonts.
 """
 
+from docutils.nodes import Node, SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
+
 from captum_lnstat import __version__
 
 project = "captum-lnstat"
@@ -15,6 +20,7 @@ html_theme = "furo"
 html_title = f"captum-lnstat {release}"
 html_extra_path = ["llms.txt"]
 html_show_sourcelink = False
+html_math_renderer = "mathml"
 
 myst_heading_anchors = 3
 
@@ -30,3 +36,14 @@ autodoc_typehints = "none"  # shapes are in the docstrings
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+
+
+def formula(translator: HTML5Translator, node: Node) -> None:
+    """Write a formula as MathML, which browsers show without a script."""
+    translator.body.append(tex2mathml(node.astext(), as_block=node.tagname == "math_block"))
+    raise SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (formula, None), (formula, None))

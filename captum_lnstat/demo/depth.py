@@ -91,7 +91,7 @@ def to_patches(tokens: Float[Tensor, "batch token"], trace: Trace, block: Block)
     for step in reversed(below):
         groups = step.groups if isinstance(step, Merging | Transition) else getattr(step, "skip", None)
         if groups is not None:
-            tokens = _split(tokens, cast(Groups, groups))
+            tokens = _split(tokens, cast("Groups", groups))
     patches = tokens[:, trace.prefix :]
     if trace.place is not None:
         patches = patches[:, trace.place]
