@@ -121,8 +121,7 @@ def evaluate(
             records.append(new)
             written += len(new)
             bar.update(len(block))
-    total = team.total(written)
-    team.wait()
+    total = team.total(written)  # which waits for all
 
     def finish() -> dict[str, Any]:
         found = [record for record in records.read() if record["index"] in wanted]
