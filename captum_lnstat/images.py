@@ -62,6 +62,8 @@ def read_items(images: ImageLike | Sequence[ImageLike]) -> tuple[list[Item], boo
 def _item(image: ImageLike, name: str) -> Item:
     if isinstance(image, str | Path):
         path = Path(image)
+        if path.is_dir():
+            raise SourceError(f"{str(path)!r} is a folder; expected an image, or a list of the images in it")
         return Item(path.stem, read_image(path), path=path)
     if isinstance(image, Image.Image):
         return Item(name, to_rgb(image))

@@ -42,12 +42,13 @@ class Preprocessing:
         return Preprocessing(squeezed, f"{self.source}, the whole image", self.assumed)
 
 
-def preprocessing_of(model: nn.Module) -> Preprocessing:
+def preprocessing_of(model: nn.Module, *, download: bool = False) -> Preprocessing:
     """The preprocessing that a model of timm or Hugging Face brings along, or the usual one for ImageNet.
 
     Args:
         model: The model. A torchvision model does not know which weights it was given, so its transform is not known;
             the usual one is taken, in the size that the model expects.
+        download: Hugging Face's image processor may be downloaded, if it is not on this machine.
 
     Example:
         >>> import timm
@@ -60,7 +61,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     if isinstance(getattr(inner, "pretrained_cfg", None), dict):
         return _of_timm(inner)
     if _library(model) == "transformers":
-        found = _of_transformers(model)
+        found = _of_transformers(model, download)
         if found is not None:
             return found
     transform = _standard(image_size(model), IMAGENET_MEAN, IMAGENET_STD, IMAGENET_CROP)
@@ -101,14 +102,14 @@ def _of_timm(model: Any) -> Preprocessing:
     return Preprocessing(create_transform(**config, is_training=False), "timm")
 
 
-def _of_transformers(model: Any) -> Preprocessing | None:
-    """The image processor that lies next to the weights, in a folder or in the cache; nothing is downloaded."""
+def _of_transformers(model: Any, download: bool) -> Preprocessing | None:
+    """The image processor that lies next to the weights: in a folder, in the cache or on the hub."""
     name = getattr(model.config, "_name_or_path", "") or ""
     if not name:
         return None
     auto = importlib.import_module("transformers").AutoImageProcessor
     try:
-        processor = auto.from_pretrained(name, local_files_only=True)
+        processor = auto.from_pretrained(name, local_files_only=not download)
     except (OSError, ValueError, ImportError, TypeError, KeyError):  # there is none, in transformers' several ways
         return None
 

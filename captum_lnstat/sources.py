@@ -59,17 +59,18 @@ class Subject:
         return label(self.class_names, index)
 
 
-def subject_of(model: nn.Module | ReferenceModel) -> Subject:
+def subject_of(model: nn.Module | ReferenceModel, *, download: bool = False) -> Subject:
     """A model with what it knows about itself.
 
     Args:
         model: A module, or a model of the zoo.
+        download: As for ``preprocessing_of``.
     """
     if isinstance(model, ReferenceModel):
         return Subject(model.model, Preprocessing(model.transform, "the zoo"), model.class_names, model.name)
     if not isinstance(model, nn.Module):
         raise SourceError(f"model is a {type(model).__name__}; expected a torch.nn.Module or the name of a model")
-    return Subject(model, preprocessing_of(model), class_names_of(model), type(model).__name__)
+    return Subject(model, preprocessing_of(model, download=download), class_names_of(model), type(model).__name__)
 
 
 def read_subject(name: str, pretrained: bool = False, checkpoint: Path | None = None) -> Subject:
@@ -91,7 +92,7 @@ def read_subject(name: str, pretrained: bool = False, checkpoint: Path | None = 
         raise SourceError(
             f"{name} has no classifier, so there is no class to explain; give a --checkpoint that has one"
         )
-    subject = replace(subject_of(model), name=name)
+    subject = replace(subject_of(model, download=pretrained), name=name)
     if weights is not None:
         names = tuple(weights.meta.get("categories", ())) if pretrained else ()
         subject = replace(subject, preprocessing=preprocessing_of_weights(weights), class_names=names)

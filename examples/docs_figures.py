@@ -1,6 +1,6 @@
 """The figures of the documentation, drawn from recordings of the models in the package.
 
-Run ``python examples/docs_figures.py``: it writes ``docs/pictures`` and prints the figures that ``docs/swin.md`` quotes.
+Run ``python examples/docs_figures.py``: it writes ``docs/pictures`` and prints the numbers of ``docs/swin.md``.
 It reads what a rule reads, a traced forward pass, which is no public interface and may change.
 """
 
@@ -26,7 +26,7 @@ from captum_lnstat.trace import Block, Merging, Trace
 from captum_lnstat.visualize import overlay, to_map
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
-SCENE = 264  # two objects well apart: a pullover and an ankle boot
+SCENE = 264  # two objects well apart: a sandal and trousers
 SINGLE = (0, 27, 54, 135, 162)
 CELL, DPI, INK = 1.5, 90, "#222222"
 Descent = Iterator[tuple[Block, Tensor]]
@@ -101,8 +101,8 @@ class Sheet:
     def save(self, name: str) -> None:
         path = PICTURES / name
         self.figure.savefig(path)
-        # 64 colours are enough for flat fields, and a quarter of the bytes.
-        Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+        # A palette is enough for flat fields and dark photographs, and a third of the bytes.
+        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
         print(f"{path.name}: {path.stat().st_size // 1000} kB")
 
 
@@ -271,11 +271,14 @@ def print_swin_figures(count: int = 240) -> None:
         ratios.append(taken.max(1).values / taken.median(1).values)
         plain = found["1/2 everywhere"][-1]
         agreement += [np.corrcoef(taken[i], plain[i])[0, 1] for i in range(len(taken))]
-    print(f"\n| residual share | peak on the object, {count} scenes |\n|---|---|")
+    border = torch.ones(16, 16, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    print(f"\n| residual share | peak on the object, {count} scenes | peak on the outermost tokens |\n|---|---|---|")
     for name, parts in found.items():
         tokens = torch.cat(parts).reshape(count, 16, 16)
         pixels = tokens.repeat_interleave(4, 1).repeat_interleave(4, 2)
-        print(f"| {name} | {pointing(pixels, masks).float().mean():.3f} |")
+        outside = border.flatten()[tokens.flatten(1).argmax(1)].float().mean()
+        print(f"| {name} | {pointing(pixels, masks).float().mean():.3f} | {outside:.3f} |")
     print(f"\n{names[0]}: mean residual share {torch.cat(shares).mean():.3f}; the token that is attended to most takes")
     print(
         f"{torch.cat(ratios).median():.1f} times the median (median over the scenes); correlation of what is attended"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import timm
 import torch
 from contract_helpers import registers, vit
+from timm.models.hiera import Hiera
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, UnsupportedModelError, zoo
 from captum_lnstat.descent import descend, descend_heads
@@ -108,11 +107,13 @@ def test_prefix_tokens_are_not_on_the_maps():
 
 
 def test_tokens_in_another_order_are_refused():
-    model = timm.create_model(
-        "hiera_tiny_224", img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 1), q_pool=1, num_classes=3
-    ).eval()
+    model = Hiera(
+        img_size=(64, 64), embed_dim=16, stages=(1, 2, 2), mask_unit_size=(4, 4), q_pool=2, head_init_scale=1.0,
+        num_classes=3,
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(model.head.fc.weight)
     inputs = torch.rand(1, 3, 64, 64)
-    assert np.isfinite(LNStatAttribution(model).relevance(inputs, 0)).all()
+    assert torch.isfinite(LNStatAttribution(model, rule="rollout").relevance(inputs)).all()
     for refused in (lambda: descend(model, inputs), lambda: descend_heads(model, inputs)):
         with pytest.raises(UnsupportedModelError, match="not in the order of the image's rows"):
             refused()

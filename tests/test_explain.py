@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -130,7 +131,10 @@ def test_images_of_several_sizes_are_explained_each_at_its_own(swin):
         img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=1, num_classes=2, dynamic_img_size=True
     ).eval()
     found = explain(
-        model, [torch.rand(3, 32, 32), torch.rand(3, 48, 32), torch.rand(3, 48, 32)], transform=swin.transform
+        model,
+        [torch.rand(3, 32, 32), torch.rand(3, 48, 32), torch.rand(3, 48, 32)],
+        transform=swin.transform,
+        rule="evidence",
     )
     assert [each.grid.shape for each in found] == [(2, 2), (3, 2), (3, 2)]
 
@@ -162,7 +166,7 @@ def test_a_hot_patch_is_hot_at_its_pixels_of_the_original(vit, photo):
 
 
 def test_the_whole_image_is_seen_if_asked_for(vit, photo):
-    found = explain(vit, photo, whole=True)
+    found = explain(vit, photo, whole=True, rule="evidence")
     assert found.box == (0, 0, 320, 200)
     assert found.image.size == (64, 64)
 
@@ -193,6 +197,7 @@ def test_what_is_not_certain_is_warned_of(photo, monkeypatch):
     bare = Bare(img_size=224, patch_size=56, embed_dim=16, depth=1, num_heads=1, num_classes=2).eval()
     with pytest.warns(UserWarning, match="Bare does not say how its images were prepared; the usual one for ImageNet"):
         explain(bare, photo, rule="evidence")
+    bare.pretrained_cfg = {"input_size": (3, 224, 224)}
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: bare)
     with pytest.warns(UserWarning, match="weights of deit_tiny_patch16_224 are random") as caught:
         explain("deit_tiny_patch16_224", photo, rule="evidence")
@@ -272,3 +277,26 @@ def test_small_words():
     assert percent(0.0004) == "below 0.1%"
     assert percent(0.0014) == "0.1%"
     assert unique_names(["a", "a", "a-2", "a"]) == ["a", "a-3", "a-2", "a-4"]
+
+
+def test_models_of_hugging_face_and_torchvision_explain_photographs(photo, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
+        id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1},
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path).eval()
+    found = explain(model, photo, "dog", rule="evidence")
+    assert (found.label(found.target), found.grid.shape, found.box) == ("dog (1)", (4, 4), (0, 0, 320, 200))
+    with Image.open(photo) as file:
+        inputs = processor(images=file.convert("RGB"), return_tensors="pt")["pixel_values"]
+    expected = LNStatAttribution(model, rule="evidence").relevance(inputs, 1)[0]
+    np.testing.assert_allclose(found.grid, expected, rtol=1e-3, atol=1e-6)
+
+    model = torchvision.models.VisionTransformer(64, 16, 1, 2, 16, 32, num_classes=3).eval()
+    with pytest.warns(UserWarning, match="VisionTransformer does not say how its images were prepared"):
+        found = explain(model, photo, 2, rule="rollout")
+    assert (found.grid.shape, found.image.size, found.class_names) == ((4, 4), (64, 64), ())

@@ -73,6 +73,7 @@ def test_batches_and_lists_are_several_even_if_they_hold_one(tmp_path):
         (torch.zeros(4, 6), r"a tensor of shape \(4, 6\)"),
         (torch.zeros(1, 1, 3, 4, 6), "expected"),
         ("nowhere.png", "there is no file 'nowhere.png'"),
+        (Path(__file__).parent, "tests' is a folder; expected an image, or a list of the images in it"),
     ],
 )
 def test_what_is_no_image_is_said_to_be_none(image, says):

@@ -1,4 +1,11 @@
-"""Measures of attributions as plain functions: maps and masks ``(batch, height, width)`` in, one value an image out."""
+"""Measures of attributions as plain functions: maps and masks ``(batch, height, width)`` in, one value an image out.
+
+The same as torchmetrics classes, ``Pointing`` to ``Sensitivity``, need the extra ``evaluate``; they are imported when
+one is asked for.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from captum_lnstat.metrics.agreement import map_correlation, spearman, spearman_ceiling
 from captum_lnstat.metrics.boxes import box_iou, top1_localisation
@@ -17,6 +24,31 @@ from captum_lnstat.metrics.segmentation import (
     segmentation_summary,
 )
 
+# Class to the module it is in; these modules import torchmetrics.
+_CLASSES = dict.fromkeys(
+    (
+        "AskedShare",
+        "AveragePrecision",
+        "BoxIoU",
+        "Energy",
+        "F1",
+        "GridShare",
+        "IoU",
+        "MapCorrelation",
+        "PixelAccuracy",
+        "Pointing",
+        "Segmentation",
+        "Spearman",
+        "Top1Localisation",
+        "TwoObject",
+    ),
+    "modular",
+) | dict.fromkeys(
+    ("Deletion", "Infidelity", "Insertion", "NegativePerturbation", "PositivePerturbation", "Sensitivity"),
+    "modular_model",
+)
+
+# The classes are left out, so that ``from captum_lnstat.metrics import *`` needs no extra.
 __all__ = [
     "Curve",
     "SegmentationCounts",
@@ -50,3 +82,13 @@ __all__ = [
     "top1_localisation",
     "two_object",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return getattr(import_module(f"{__name__}.{_CLASSES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_CLASSES])

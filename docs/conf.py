@@ -1,0 +1,32 @@
+"""Sphinx settings of the documentation: ``sphinx-build -W --keep-going -b html docs build/docs``.
+
+Nothing is fetched while it builds, and the pages ask nothing of other hosts: no intersphinx, no MathJax, system fonts.
+"""
+
+from captum_lnstat import __version__
+
+project = "captum-lnstat"
+copyright = "the captum-lnstat maintainers, BSD-3-Clause"  # noqa: A001  Sphinx reads this name
+version = release = __version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+html_theme = "furo"
+html_title = f"captum-lnstat {release}"
+html_extra_path = ["llms.txt"]
+html_show_sourcelink = False
+
+myst_heading_anchors = 3
+
+# The notebooks are run anew for every build, and a cell that raises fails it.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False
+autodoc_typehints = "none"  # shapes are in the docstrings
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True

@@ -1,0 +1,108 @@
+"""Wheel and sdist: built, looked into, installed into an environment of their own, and imported there.
+
+Run ``python tests/check_package.py`` where the package's dependencies, ``build`` and ``twine`` are installed. It is a
+script and no test: building fetches setuptools, and what takes how long is for people to read.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WHEEL_BYTES, IMPORT_SECONDS = 12_000_000, 1.0
+
+# What a stranger does first, with every warning an error, as in ``python -W error``.
+FIRST_USE = """
+import captum_lnstat
+from captum_lnstat import zoo
+for name in captum_lnstat.__all__:
+    getattr(captum_lnstat, name)
+scene = zoo.scenes()[0]
+for name in zoo.names():
+    print(captum_lnstat.explain(name, scene.image))
+print(captum_lnstat.__file__)
+"""
+
+# CPU seconds, which other programs on the machine change less than seconds on the clock.
+IMPORTS = """
+import json, time
+seconds = {}
+def step(name, what):
+    begin = time.process_time()
+    what()
+    seconds[name] = time.process_time() - begin
+def every():
+    for name in captum_lnstat.__all__:
+        getattr(captum_lnstat, name)
+step("torch and timm", lambda: (__import__("torch"), __import__("timm")))
+step("captum_lnstat", lambda: __import__("captum_lnstat"))
+import captum_lnstat
+step("captum.attr", lambda: __import__("captum.attr"))
+step("every public name, after captum.attr", every)
+print(json.dumps(seconds))
+"""
+
+
+def run(*command: str | Path, **options: object) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command[:4]))} failed:\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def check_contents(wheel: Path) -> None:
+    """All files of the package that git knows, and nothing else."""
+    known = set(run("git", "ls-files", "captum_lnstat", cwd=ROOT).split())
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+    if inside != known:
+        sys.exit(f"the wheel lacks {sorted(known - inside)} and has {sorted(inside - known)} besides")
+    size = wheel.stat().st_size
+    print(f"{wheel.name}: {len(inside)} files, {size / 1e6:.1f} MB")
+    if size > WHEEL_BYTES:
+        sys.exit(f"the wheel is larger than {WHEEL_BYTES / 1e6:.0f} MB")
+
+
+def installed(wheel: Path, folder: Path) -> Path:
+    """The Python of a new environment with the wheel, and with the dependencies of the one that runs this."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    # A path file in a folder that is itself added by one is not read: no editable install of this package comes along.
+    Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--force-reinstall", wheel)
+    return python
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        # The wheel is built from the sdist, so that the sdist is seen to be complete.
+        run(sys.executable, "-m", "build", "-q", "--outdir", work / "dist", ROOT)
+        (wheel,), (source,) = (work / "dist").glob("*.whl"), (work / "dist").glob("*.tar.gz")
+        run(sys.executable, "-m", "twine", "check", "--strict", wheel, source)
+        check_contents(wheel)
+        python = installed(wheel, work / "fresh")
+        said = run(python, "-W", "error", "-c", FIRST_USE, cwd=work)
+        if not said.splitlines()[-1].startswith(str(work.resolve())):
+            sys.exit(f"the package was imported from {said.splitlines()[-1]}")
+        print(said, end="")
+        print(run(work / "fresh" / "bin" / "captum-lnstat", "--version", cwd=work), end="")
+        seconds = json.loads(run(python, "-c", IMPORTS, cwd=work))
+        for step, taken in seconds.items():
+            print(f"import of {step}: {taken:.2f} s of CPU time")
+        own = sum(seconds.values()) - seconds["torch and timm"]
+        print(f"beyond torch and timm: {own:.2f} s")
+        if own > IMPORT_SECONDS:
+            sys.exit(f"imports take more than {IMPORT_SECONDS} s beyond torch and timm")
+
+
+if __name__ == "__main__":
+    main()
