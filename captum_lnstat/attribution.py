@@ -61,7 +61,8 @@ class LNStatAttribution(GridAttribution):
         forward_func (Callable): The model, or any function that runs it once and returns one score, or one row of class
             scores, an image.
         model (nn.Module, optional): The transformer that ``forward_func`` runs. Needed if ``forward_func`` is not it.
-        rule (str): ``"lnstat"`` (default), ``max(P - mean P, P / 20) * max(E - median E, 0)`` in units of the score.
+        rule (str): ``"lnstat"`` (default), ``max(P - mean P, P / 20) * max(G - median G, 0)`` in units of the score,
+            with ``G`` the evidence smoothed over neighbouring patches.
             ``"evidence"``, ``E``: signed and complete. ``"rollout"``, ``P``: class-agnostic, sums to 1.
             ``"gradient"``: Chefer's generic rule with token statistics, ``r <- alpha * r + r E_h[(dA * A)^+]``, with
             one partial backward pass.

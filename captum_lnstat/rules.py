@@ -19,6 +19,7 @@ from captum_lnstat.frozen import per_image, pull_through
 from captum_lnstat.fusion import HeadFusion
 from captum_lnstat.layout import Groups, even_shares
 from captum_lnstat.relation import Handed, hand_down, positive_gradient_attention
+from captum_lnstat.smoothing import smoothed
 from captum_lnstat.statistics import MergingShare, ResidualShare, merging_share
 from captum_lnstat.trace import Block, Merging, Trace, Transition, Update
 from captum_lnstat.wiring import Wiring
@@ -300,11 +301,14 @@ def evidence(trace: Trace, u: Covector, constant: Tensor, settings: Settings) ->
 def lnstat(
     trace: Trace, u: Covector, constant: Tensor, settings: Settings
 ) -> tuple[tuple[Relevance, ...], tuple[Relevance, ...]]:
-    """``max(P - mean P, P / 20) * max(E - median E, 0)``, scaled to the sum of ``max(E - median E, 0)``.
+    """``max(P - mean P, P / 20) * max(G - median G, 0)``, scaled to the sum of ``max(G - median G, 0)``.
 
-    What the model looked at more than at the average patch, and counted in favour of the class more than a typical
-    patch, in units of the score. A patch that was looked at less keeps a twentieth of its weight, so that a class that
-    is argued for only there still gets a map.
+    ``G`` is the evidence ``E``, smoothed.
+    What the model looked at more than at the average patch, and counted in favour of the class more than around a
+    typical patch, in units of the score. Evidence is put on the token that said it, which has heard from its
+    neighbours: it is known no finer than a token of the last stage, so it is smoothed by half the side of one, by one
+    patch at least. Where exactly it was looked is for ``P`` to say. A patch that was looked at less keeps a twentieth
+    of its weight, so that a class that is argued for only there still gets a map.
 
     Returns:
         For every score the relevance, and for every score the evidence it was made of.
@@ -312,12 +316,14 @@ def lnstat(
     looked, argued = _Perception(trace, settings), _Evidence(u, constant, settings)
     _walk(trace, [looked, argued], settings)
     (seen,), said = looked.row.relevance(trace), argued.at_the_image(trace)
-    return tuple(_both(seen.grid, one) for one in said), said
+    sigma = tuple(max(1.0, side / 2) for side in trace.grain)
+    return tuple(_both(seen.grid, one, sigma) for one in said), said
 
 
-def _both(seen: Tensor, said: Relevance) -> Relevance:
+def _both(seen: Tensor, said: Relevance, sigma: tuple[float, ...]) -> Relevance:
     attention = torch.maximum(seen - seen.mean((1, 2), keepdim=True), seen / FAINT)
-    favour = (said.grid - said.grid.flatten(1).median(1).values[:, None, None]).clamp(min=0)
+    around = smoothed(said.grid, (sigma[0], sigma[1]))
+    favour = (around - around.flatten(1).median(1).values[:, None, None]).clamp(min=0)
     product = attention * favour
     total = product.sum((1, 2), keepdim=True)
     grid = torch.where(total > 0, product * favour.sum((1, 2), keepdim=True) / total, product)

@@ -277,14 +277,25 @@ class Trace:
         """
         index = next(i for i, step in enumerate(self.steps) if step is block)
         first = index if into else index + 1
+        grid = self._grid_after(first)
+        tokens = block.before if into else block.after
+        return replace(self, steps=self.steps[first:], tokens=tokens, grid=grid, place=None)
+
+    @property
+    def grain(self) -> tuple[float, float]:
+        """Height and width of a patch token at the head, in patches of the grid: 1 where no stage is coarser."""
+        last = self._grid_after(len(self.steps))
+        return self.grid[0] / last[0], self.grid[1] / last[1]
+
+    def _grid_after(self, count: int) -> tuple[int, int]:
+        """Rows and columns of patch tokens after the first ``count`` steps."""
         grid = self.grid
-        for step in self.steps[:first]:
+        for step in self.steps[:count]:
             if isinstance(step, Merging):
                 grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
             elif not isinstance(step, Update) and step.grid is not None:
                 grid = step.grid
-        tokens = block.before if into else block.after
-        return replace(self, steps=self.steps[first:], tokens=tokens, grid=grid, place=None)
+        return grid
 
     def start(self, fusion: HeadFusion) -> Float[Tensor, "batch token"]:
         """The row vector with which class-agnostic relevance starts at the head."""

@@ -8,6 +8,8 @@ tokens against all tokens, with one more absorbing state for what padded places 
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -606,3 +608,15 @@ def dense(name: str, seed: int = 0, batch: int = 2, graph: bool = False) -> Dens
     oracle = Dense(case, build(name, seed), images(case, batch, seed), graph=graph)
     oracle.assert_lively()
     return oracle
+
+
+def out_of_focus(grid: Tensor, side: tuple[float, float]) -> Tensor:
+    """Every patch as the mean over all, weighted by a Gaussian of half a side, or one patch if that is more."""
+    down, across = (max(1.0, length / 2) for length in side)
+    result = torch.zeros_like(grid)
+    for row, column in itertools.product(range(grid.shape[0]), range(grid.shape[1])):
+        weights = torch.zeros_like(grid)
+        for i, j in itertools.product(range(grid.shape[0]), range(grid.shape[1])):
+            weights[i, j] = math.exp(-(((i - row) / down) ** 2 + ((j - column) / across) ** 2) / 2)
+        result[row, column] = (weights * grid).sum() / weights.sum()
+    return result

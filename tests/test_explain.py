@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -276,3 +277,26 @@ def test_small_words():
     assert percent(0.0004) == "below 0.1%"
     assert percent(0.0014) == "0.1%"
     assert unique_names(["a", "a", "a-2", "a"]) == ["a", "a-3", "a-2", "a-4"]
+
+
+def test_models_of_hugging_face_and_torchvision_explain_photographs(photo, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8,
+        id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1},
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    model = transformers.ViTForImageClassification.from_pretrained(tmp_path).eval()
+    found = explain(model, photo, "dog", rule="evidence")
+    assert (found.label(found.target), found.grid.shape, found.box) == ("dog (1)", (4, 4), (0, 0, 320, 200))
+    with Image.open(photo) as file:
+        inputs = processor(images=file.convert("RGB"), return_tensors="pt")["pixel_values"]
+    expected = LNStatAttribution(model, rule="evidence").relevance(inputs, 1)[0]
+    np.testing.assert_allclose(found.grid, expected, rtol=1e-3, atol=1e-6)
+
+    model = torchvision.models.VisionTransformer(64, 16, 1, 2, 16, 32, num_classes=3).eval()
+    with pytest.warns(UserWarning, match="VisionTransformer does not say how its images were prepared"):
+        found = explain(model, photo, 2, rule="rollout")
+    assert (found.grid.shape, found.image.size, found.class_names) == ((4, 4), (64, 64), ())

@@ -14,7 +14,7 @@ from captum.metrics import sensitivity_max
 from contract_helpers import MODELS, CountCalls, images, registers, swin, swin_v2, untouched, vit
 from models import CASES, FEW, OPTIONS, build, targets
 from models import images as case_images
-from oracles import Dense, DenseMerging, dense
+from oracles import Dense, DenseMerging, dense, out_of_focus
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -41,6 +41,10 @@ def above(oracle: Dense, name: str, into: bool) -> tuple[Dense, Tensor]:
     return short, block.before if into else block.before + block.update + block.mlp
 
 
+def halved(grid: tuple[int, int], times: int) -> tuple[int, int]:
+    return grid if not times else halved((-(-grid[0] // 2), -(-grid[1] // 2)), times - 1)
+
+
 def expected(case: Any, oracle: Dense, name: str, into: bool, rule: str, target: Tensor) -> Tensor:
     short, tokens = above(oracle, name, into)
     start, end = oracle.start("mean"), oracle.covector(target)[0]
@@ -51,9 +55,15 @@ def expected(case: Any, oracle: Dense, name: str, into: bool, rule: str, target:
     if rule == "evidence":
         return argued
     found = torch.zeros_like(argued)
+    below = sum(isinstance(step, DenseMerging) for step in oracle.steps) - sum(
+        isinstance(step, DenseMerging) for step in short.steps
+    )
+    grid = halved(case.grid, below)
+    last = halved(case.grid, sum(isinstance(step, DenseMerging) for step in oracle.steps))
     for i in range(len(argued)):
         p, e = looked[i, case.prefix :], argued[i, case.prefix :]
-        favour = (e - e.sort().values[(len(e) - 1) // 2]).clamp(min=0)
+        g = out_of_focus(e.reshape(grid), (grid[0] / last[0], grid[1] / last[1])).flatten()
+        favour = (g - g.sort().values[(len(g) - 1) // 2]).clamp(min=0)
         product = torch.maximum(p - p.mean(), p / 20) * favour
         found[i, case.prefix :] = product * favour.sum() / product.sum().clamp(min=1e-300)
     return found

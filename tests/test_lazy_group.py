@@ -112,3 +112,11 @@ def test_every_command_has_help_with_its_exit_codes(name):
     assert "xit code" in result.stdout
     if name != "doctor":
         assert f"captum-lnstat {name}\n" in result.stdout
+
+
+@pytest.mark.parametrize("name", list(cli.main.entries))
+def test_every_command_of_the_table_is_there(name):
+    command = cli.main.get_command(click.Context(cli.main), name)
+    assert command is not None
+    assert command.name == name
+    assert command.get_short_help_str()

@@ -104,11 +104,12 @@ def evaluate(
     chosen = _chosen(len(dataset), settings)
     records = Records(folder / "records")
     before = {record["index"] for record in records.read()}
+    wanted = set(chosen)
     blocks = [chosen[start : start + settings.batch_size] for start in range(0, len(chosen), settings.batch_size)]
     # Blocks do not depend on who works on them or on what was done before, so neither do batches, nor numbers.
     left = [block for block in blocks if not before.issuperset(block)]
     if resumed and team.leads:
-        say(f"going on: {len(before.intersection(chosen))} of {len(chosen)} samples are there")
+        say(f"going on: {len(before & wanted)} of {len(chosen)} samples are there")
     team.wait()
 
     worker = _Worker(settings, dataset, subject, methods, measures)
@@ -124,7 +125,7 @@ def evaluate(
     team.wait()
 
     def finish() -> dict[str, Any]:
-        found = [record for record in records.read() if record["index"] in set(chosen)]
+        found = [record for record in records.read() if record["index"] in wanted]
         missing = len(chosen) - len(found)
         if missing:
             raise RunError(

@@ -55,15 +55,13 @@ class Subject:
 
     @staticmethod
     def of(model: nn.Module, frame: Frame, device: torch.device | str = "cpu") -> Subject:
-        """The subject of a model in eval mode.
+        """The subject of a model, which is put into eval mode and on the device.
 
         Raises:
             TypeError: The output is neither ``(batch, class)`` scores nor something with such ``logits``.
         """
         device = torch.device(device)
         model = model.eval().to(device)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         with torch.no_grad():
             output = model(torch.zeros(1, 3, *frame.size, device=device))
         forward = model if isinstance(output, Tensor) else Scores(model)
@@ -124,6 +122,8 @@ def read(
         else:
             model, size = read_model(name, pretrained)
             make = lambda: _frame_of(library, rest, pretrained, size, model)  # noqa: E731
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # no gradient of a weight is asked for
     try:
         frame = make()
         return Subject.of(model, frame.squashed() if fit == "squash" else frame, device)

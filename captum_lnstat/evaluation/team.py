@@ -45,8 +45,12 @@ class Team:
         if self.size > 1:
             values: list[Any] = [None] * self.size
             dist.all_gather_object(values, value)
-            if any(other != values[0] for other in values):
-                raise RuntimeError(f"{what} differs between the processes: {values}; expected the same on all")
+            other = [rank for rank, found in enumerate(values) if found != values[0]]
+            if other:
+                raise RuntimeError(
+                    f"{what} of process {other[0]} differs from that of process 0; expected the same data, model and "
+                    "versions on all hosts"
+                )
 
     def lead(self, value: Any) -> Any:
         """What the first process has, on all."""
@@ -92,7 +96,10 @@ def team(device: str = "auto") -> Iterator[Team]:
         torch.cuda.set_device(chosen)
     # Control, sums and barriers go over gloo; nccl is there for tensors that are on a GPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    store, rank, size = next(iter(dist.rendezvous("env://", rank, size, timeout=_PATIENCE)))
+    # After a restart the store may still hold the addresses of the processes before it.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield Team(rank, size, chosen)
     finally:

@@ -73,3 +73,18 @@ def result_dtype(maps: Tensor) -> torch.dtype:
     numbers are the same alone and in a batch of any size.
     """
     return torch.float64 if maps.dtype == torch.float64 else torch.float32
+
+
+def above_mean(values: Tensor) -> Tensor:
+    """Where each map is above its own mean; nowhere on a flat map.
+
+    The mean is kept within the map's range, which rounding can take it out of: a flat map would then be all above.
+
+    Example:
+        >>> import torch
+        >>> above_mean(torch.full((1, 2, 5), 0.1, dtype=torch.float64)).any()
+        tensor(False)
+    """
+    values = values.double()
+    low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
+    return values > values.mean((1, 2), keepdim=True).clamp(low, high)

@@ -322,7 +322,7 @@ class Segmentation(ImageSums):
         >>> metric = Segmentation()
         >>> metric.update(torch.tensor([[[5.0, 4.0, 0.0, 1.0]]]), torch.tensor([[[1, 0, 0, 0]]]))
         >>> metric.compute()
-        {'pixel_accuracy': tensor(0.7500), 'mean_iou': tensor(0.5833), 'average_precision': tensor(0.9542)}
+        {'pixel_accuracy': tensor(0.7500), 'mean_iou': tensor(0.5833), 'average_precision': tensor(0.8542)}
     """
 
     correct: Tensor

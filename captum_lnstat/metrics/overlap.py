@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from captum_lnstat.metrics.checks import check_masks, result_dtype
+from captum_lnstat.metrics.checks import above_mean, check_masks, result_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -24,7 +24,7 @@ def _best_score(maps: Tensor, masks: Tensor, threshold: Threshold, score: _Score
     values, on = maps.double().flatten(1), masks.flatten(1)
     pixels, positives = values.shape[1], on.sum(1, keepdim=True).double()
     if threshold == "mean":
-        above = values > values.mean(1, keepdim=True)
+        above = above_mean(maps).flatten(1)
         hits = (above & on).sum(1, keepdim=True).double()
         scores = score(hits, above.sum(1, keepdim=True).double(), positives, pixels)
     elif threshold == "best":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from captum_lnstat.metrics.checks import check_maps, result_dtype
+from captum_lnstat.metrics.checks import above_mean, check_maps, result_dtype
 from captum_lnstat.metrics.overlap import ranked_precision
 
 if TYPE_CHECKING:
@@ -89,8 +89,7 @@ def segmentation_counts(
         >>> counts.correct, counts.labelled, counts.intersection, counts.union
         (tensor([2]), tensor([3]), tensor([[1, 1]]), tensor([[2, 2]]))
     """
-    labels, values = _labels(maps, truth), maps.double()
-    called = values > values.mean((1, 2), keepdim=True)
+    labels, called = _labels(maps, truth), above_mean(maps)
     counted, on = labels != IGNORED, labels == 1
     background = ~called & counted, ~on & counted
     thing = called & counted, on & counted
