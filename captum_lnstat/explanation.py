@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # A strip of overlays in a notebook is so high, and holds so many.
 _STRIP, _SHOWN = 224, 12
+# So many pixels of an original are drawn at once.
+_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +85,8 @@ class Explanation:
     @cached_property
     def overlay(self) -> Image.Image:
         """The map laid over ``image``, of its size."""
-        return _to_image(overlay(_pixels(self.image), self.relevance, signed=self.signed))
+        pixels = np.asarray(self.image.convert("RGB")) / 255
+        return Image.fromarray(_eight_bits(overlay(pixels, self.relevance, signed=self.signed)))
 
     @cached_property
     def on_original(self) -> Image.Image:
@@ -106,10 +109,17 @@ class Explanation:
         down = (bottom - top) * self.grid.shape[0] * self.patch[0] / self.image.height
         values = on_image(self.grid, (left, top, left + across, top + down), self.original.size)
         seen = np.isfinite(values) & np.isfinite(on_image(np.zeros((1, 1)), self.box, self.original.size))
-        photo = _pixels(self.original)
         scale = Scale.of([values[seen]], signed=self.signed)
-        drawn = overlay(photo, np.where(seen, values, scale.low), scale=scale)
-        return _to_image(np.where(seen[..., None], drawn, 0.6 * faded(photo)))
+        photo = np.asarray(self.original.convert("RGB"))
+        drawn = np.empty_like(photo)
+        # A photograph in floating colours takes gigabytes: some rows at a time.
+        rows = max(_PIXELS // photo.shape[1], 1)
+        for top_row in range(0, len(photo), rows):
+            part = slice(top_row, top_row + rows)
+            pixels, inside = photo[part] / 255, seen[part]
+            laid = overlay(pixels, np.where(inside, values[part], scale.low), scale=scale)
+            drawn[part] = _eight_bits(np.where(inside[..., None], laid, 0.6 * faded(pixels)))
+        return Image.fromarray(drawn)
 
     def save(self, path: str | Path, *, original: bool = False) -> Path:
         """Write the overlay; a file that was there is replaced in one step, and no half of one is ever left.
@@ -214,12 +224,8 @@ def unique_names(names: list[str]) -> list[str]:
     return found
 
 
-def _pixels(image: Image.Image) -> np.ndarray[Any, Any]:
-    return np.asarray(image.convert("RGB"), np.float64) / 255
-
-
-def _to_image(picture: np.ndarray[Any, Any]) -> Image.Image:
-    return Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
+def _eight_bits(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -100,9 +100,8 @@ def _line(ramp: Float[np.ndarray, "row column"]) -> tuple[float, float] | None:
     inner = ramp[across : len(ramp) - across, border : count - border]
     where = (np.arange(count)[border : count - border] + 0.5) / count
     slope, start = np.polyfit(where, inner.mean(0), 1)
-    off = np.abs(inner - (start + slope * where))
-    # A line of its own may be off by the rounding of every pixel, the mean over the lines by little.
-    if slope <= 0 or float(off.max()) > (_STRAIGHT + 1) / 255 or float(off.mean(0).max()) > _STRAIGHT / 255:
+    off = np.abs(inner - (start + slope * where)).mean(0)
+    if slope <= 0 or float(off.max()) > _STRAIGHT / 255:
         return None
     return float(start), float(start + slope)
 

@@ -16,7 +16,7 @@ from PIL import Image
 import captum_lnstat
 from captum_lnstat import UnsupportedModelError, _console, cli, zoo
 from captum_lnstat.commands import compare, explain, options, pictures
-from captum_lnstat.explaining import Explainer
+from captum_lnstat.explainer import Explainer
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,15 @@ def test_one_json_object_a_line_and_one_for_what_was_skipped(photos):
     assert len(last["grid"]) == 16
     single = json.loads(run("explain", photos / "a.png", "--json", "--target", "bag", "--picture", "overlay").stdout)
     assert single == {**first, "picture": "lnstat.png"}
+
+
+def test_the_whole_image_is_seen_if_asked_for(photos):
+    zoo.scenes()[0].image.resize((128, 64)).save(photos / "wide.png")
+    asked = ["explain", photos / "wide.png", "--json", "--picture", "original", "--output", "wide.png"]
+    assert json.loads(run(*asked).stdout)["box"] == pytest.approx([32, 0, 96, 64], abs=0.5)
+    assert json.loads(run(*asked, "--whole").stdout)["box"] == [0, 0, 128, 64]
+    with Image.open("wide.png") as file:
+        assert file.size == (128, 64)
 
 
 def test_files_of_one_name_do_not_overwrite_each_other(photos):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from captum_lnstat.demo.guard import HEADERS, MAX_JSON, Guard, Refusal
+from captum_lnstat.demo.guard import HEADERS, MAX_JSON, Guard, RefusedError
 
 LOCAL = {"host": "127.0.0.1:7860"}
 
@@ -28,7 +28,7 @@ def guard(folder, app=None, hosts=("127.0.0.1", "localhost")):
 def refused(folder, method, path, headers=LOCAL, **options) -> int | None:
     try:
         guard(folder, **options).check(method, path, headers)
-    except Refusal as refusal:
+    except RefusedError as refusal:
         return refusal.status
     return None
 
@@ -119,10 +119,10 @@ def test_a_call_names_files_of_the_folder_only(folder):
     call({"path": str(folder / "upload.png"), "url": "http://127.0.0.1:7860/x"})
     call({"path": None})
     for path in ("/etc/passwd", str(folder / "link"), f"{folder}/../secret", "http://example.com/x.png", "x", 3, {}):
-        with pytest.raises(Refusal, match="403"):
+        with pytest.raises(RefusedError, match="403"):
             call({"deeper": {"path": path}})
     for body in (b"no json", b"[" * 100_000, b"\xff"):
-        with pytest.raises(Refusal, match="400"):
+        with pytest.raises(RefusedError, match="400"):
             checked.check_call(body)
 
 

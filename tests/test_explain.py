@@ -13,7 +13,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from captum_lnstat import LNStatAttribution, SourceError, explain, zoo
+from captum_lnstat import LNStatAttribution, SourceError, explain, explanation, zoo
 from captum_lnstat.explanation import Explanation, Explanations, percent, unique_names
 
 SCENES = [scene.image for scene in zoo.scenes()[:3]]
@@ -151,6 +151,14 @@ def test_the_overlay_is_of_what_the_model_saw_and_fits_the_original(vit, photo):
     assert np.ptp(pixels[outside], axis=1).max() <= 1  # grey, no colour where the model saw nothing
 
 
+def test_a_large_original_is_drawn_in_parts_that_do_not_show(vit, photo, monkeypatch):
+    found = explain(vit, photo, rule="evidence")
+    whole = np.asarray(found.on_original)
+    monkeypatch.setattr(explanation, "_PIXELS", 7 * 320 + 5)
+    parts = np.asarray(explain(vit, photo, rule="evidence").on_original)
+    np.testing.assert_array_equal(parts, whole)
+
+
 def test_a_hot_patch_is_hot_at_its_pixels_of_the_original(vit, photo):
     found = explain(vit, photo, rule="rollout")
     for row, column in ((0, 0), (0, 3), (3, 0), (2, 1)):
@@ -163,6 +171,25 @@ def test_a_hot_patch_is_hot_at_its_pixels_of_the_original(vit, photo):
         # A patch is 40 px of the photograph; at the border of the box the blob is cut off and its middle moves in.
         assert abs(middle[0] - (20 + 40 * row + 20)) < 12
         assert abs(middle[1] - (80 + 40 * column + 20)) < 12
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (3, 5), (1, 4)])
+def test_patches_of_an_image_that_is_not_square_and_ends_between_patches(row, column):
+    """100 x 70 px of 4 x 6 patches of 16 px, twice as large in the photograph, 10 px from its corner."""
+    grid = np.zeros((4, 6))
+    grid[row, column] = 1
+    original = Image.new("RGB", (230, 180), "grey")
+    found = Explanation(
+        "a", "lnstat", 0, 0, None, (), grid, np.zeros((70, 100)), Image.new("RGB", (100, 70)), original,
+        (10, 20, 210, 160), (16, 16),
+    )  # fmt: skip
+    pixels = np.asarray(found.on_original).astype(int)
+    hottest = np.argwhere(pixels.sum(2) == pixels.sum(2).max())
+    np.testing.assert_allclose(hottest.mean(0) + 0.5, (20 + 32 * (row + 0.5), 10 + 32 * (column + 0.5)), atol=17)
+    colored = np.argwhere(np.ptp(pixels, axis=2) > 40)
+    assert (colored.min(0) >= (20 + 32 * row - 32, 10 + 32 * column - 32)).all()
+    assert (colored.max(0) <= (20 + 32 * row + 64, 10 + 32 * column + 64)).all()
+    assert np.ptp(pixels[20 + 128 + 1 :], axis=2).max() <= 1  # rows that no patch covers
 
 
 def test_the_whole_image_is_seen_if_asked_for(vit, photo):
@@ -297,6 +324,7 @@ def test_models_of_hugging_face_and_torchvision_explain_photographs(photo, tmp_p
     np.testing.assert_allclose(found.grid, expected, rtol=1e-3, atol=1e-6)
 
     model = torchvision.models.VisionTransformer(64, 16, 1, 2, 16, 32, num_classes=3).eval()
+    nn.init.normal_(model.heads.head.weight)
     with pytest.warns(UserWarning, match="VisionTransformer does not say how its images were prepared"):
         found = explain(model, photo, 2, rule="rollout")
     assert (found.grid.shape, found.image.size, found.class_names) == ((4, 4), (64, 64), ())

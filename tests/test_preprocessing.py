@@ -118,6 +118,9 @@ def test_the_size_is_where_the_model_keeps_it(model, size):
 def test_names_of_imagenet_only_for_as_many_classes():
     assert class_names_of(deit())[207].startswith("golden retriever")
     assert class_names_of(timm.create_model("deit_tiny_patch16_224", depth=1, num_classes=3)) == ()
+    tuned = zoo.load("vit-mini").model
+    tuned.reset_classifier(3)
+    assert class_names_of(tuned) == ()
 
 
 def test_names_that_nobody_gave_are_none(tmp_path):

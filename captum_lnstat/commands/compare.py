@@ -24,7 +24,7 @@ from captum_lnstat.commands.options import (
     warn_of,
 )
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.explaining import Explainer
+from captum_lnstat.explainer import Explainer
 from captum_lnstat.explanation import Explanation, percent
 from captum_lnstat.images import Item
 from captum_lnstat.sources import class_index

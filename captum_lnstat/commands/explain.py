@@ -25,7 +25,7 @@ from captum_lnstat.commands.options import (
 )
 from captum_lnstat.commands.pictures import KINDS, Kind, suffixes_of, write_picture
 from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError
-from captum_lnstat.explaining import Explainer
+from captum_lnstat.explainer import Explainer
 from captum_lnstat.explanation import Explanation, percent, unique_names
 from captum_lnstat.images import Item
 from captum_lnstat.sources import class_index

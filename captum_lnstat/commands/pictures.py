@@ -15,7 +15,7 @@ from captum_lnstat._console import progress
 from captum_lnstat.class_names import find_class
 from captum_lnstat.descent import descend, descend_heads
 from captum_lnstat.errors import SourceError, UnsupportedModelError
-from captum_lnstat.explaining import Explainer, Prepared
+from captum_lnstat.explainer import Explainer, Prepared
 from captum_lnstat.explanation import Explanation, percent
 from captum_lnstat.layer import LAYER_RULES
 from captum_lnstat.visualize import class_sheet, comparison, draw_sheet, head_sheet, layer_sheet, write_figure

@@ -1,1 +1,1 @@
-"""The demo page: ``captum-lnstat demo``. Needs the extra ``demo`` (Gradio), which only ``app`` and ``server`` import."""
+"""The demo page: ``captum-lnstat demo``. Gradio, the extra ``demo``, is imported once it runs."""

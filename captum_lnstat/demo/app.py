@@ -12,7 +12,7 @@ from captum_lnstat.attribution import RULES
 from captum_lnstat.demo import report
 from captum_lnstat.demo.photo import DemoError, Photo, from_upload
 from captum_lnstat.demo.samples import samples
-from captum_lnstat.demo.studio import BESIDE, SUGGESTED, Look, Question, Studio
+from captum_lnstat.demo.studio import BESIDE, SUGGESTED, Look, Question, Shown, Studio
 from captum_lnstat.layer import LAYER_RULES
 
 _SWEEP, _AGE = 60, 600  # seconds: how often uploaded files are looked through, and how old they get
@@ -48,18 +48,18 @@ def build(studio: Studio, folder: Path) -> Any:
     import gradio as gr
 
     def explain(look: Look, question: Question) -> Iterator[str]:
-        shown = []
+        shown: list[Shown] = []
+        yield report.results(look, question, shown, question.beside)
         for one in studio.maps(look, question):
             shown.append(one)
             yield report.results(look, question, shown, question.beside[len(shown) - 1 :])
 
     def start(photo: Photo | None, name: str, weights: str, rule: Any, contrastive: bool, beside: list[str]) -> Any:
         """Another image or model: all there is to choose from changes."""
-        bundled = str(name).strip() in zoo.names()
-        unchanged = [gr.skip()] * 3
-        ours = gr.update(visible=not bundled)
+        ours = gr.update(visible=str(name).strip() not in zoo.names())
+        changes: tuple[Any, ...] = None, gr.update(choices=[], value=None), _slider(gr, rule, 1), ours
         if photo is None:
-            yield *unchanged, ours, report.idle()
+            yield *changes, report.idle()
             return
         try:
             look = studio.look(photo, str(name), pretrained=weights == "pretrained")
@@ -68,14 +68,12 @@ def build(studio: Studio, folder: Path) -> Any:
                 for index in look.ranked(_LISTED)
             ]
             scores = {look.subject.label(index): look.confidence[index] for index in look.ranked(_TOP)}
-            slider = _slider(gr, rule, look.depths)
-            question = Question(look.best, rule, 0, contrastive, tuple(beside))
-            changes = scores, gr.update(choices=choices, value=look.best), slider, ours
-            for html in explain(look, question):
+            changes = scores, gr.update(choices=choices, value=look.best), _slider(gr, rule, look.depths), ours
+            for html in explain(look, Question(look.best, rule, 0, contrastive, tuple(beside))):
                 yield *changes, html
-                changes = *unchanged, gr.skip()
+                changes = gr.skip(), gr.skip(), gr.skip(), gr.skip()
         except DemoError as error:
-            yield *unchanged, ours, report.failure(str(error))
+            yield *changes, report.failure(str(error))
 
     def again(
         photo: Photo | None,
@@ -161,7 +159,10 @@ def build(studio: Studio, folder: Path) -> Any:
                     elem_id="model",
                 )
                 weights = gr.Radio(
-                    [("random: shows how it runs, no more", "random"), ("pretrained: timm downloads them", "pretrained")],
+                    [
+                        ("random: shows how it runs", "random"),
+                        ("pretrained: timm downloads them", "pretrained"),
+                    ],
                     value="random",
                     label="Weights",
                     visible=False,
@@ -199,7 +200,7 @@ def build(studio: Studio, folder: Path) -> Any:
         gallery.select(choose, None, [photo, image], **quick).then(start, *first, **shared)
         image.upload(take, image, photo, preprocess=False, **quick).success(start, *first, **shared)
         image.clear(lambda: None, None, photo, **quick).then(start, *first, **shared)
-        gr.on([target.input, rule.input, depth.release, contrastive.input, beside.input], again, *more, **shared)
+        gr.on([target.input, rule.input, depth.input, contrastive.input, beside.input], again, *more, **shared)
         predictions.select(pick, [photo, name, weights], target, **quick).then(again, *more, **shared)
     return page.queue(max_size=32)
 

@@ -18,7 +18,7 @@ Examples:
 @click.option(
     "--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 takes any that is free."
 )
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads that a model may use.  [default: torch's]")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of a model.  [default: torch's]")
 def demo(host: str, port: int, threads: int | None) -> None:
     """Serve a page on which images can be explained by clicking: samples, uploads, any model of timm.
 
@@ -42,5 +42,5 @@ def demo(host: str, port: int, threads: int | None) -> None:
     try:
         serve(host, port, ready)
     except OSError as error:
-        fail(f"the page cannot be served on {host}, port {port}: {one_line(error.strerror or error)}; try another --port")
+        fail(f"the page cannot be served on {host}, port {port}: {one_line(error.strerror or error)}")
     click.echo("stopped")

@@ -79,9 +79,7 @@ def map_after(
         return to_pixels(grid, (inputs.shape[2], inputs.shape[3]), trace.patch)[0]
 
 
-def to_patches(
-    tokens: Float[Tensor, "batch token"], trace: Trace, block: Block
-) -> Float[Tensor, "batch row column"]:
+def to_patches(tokens: Float[Tensor, "batch token"], trace: Trace, block: Block) -> Float[Tensor, "batch row column"]:
     """What tokens before ``block`` stand for, on the patch grid; prefix tokens stand for no patch.
 
     Args:
@@ -93,7 +91,7 @@ def to_patches(
     for step in reversed(below):
         groups = step.groups if isinstance(step, Merging | Transition) else getattr(step, "skip", None)
         if groups is not None:
-            tokens = _split(tokens, cast(Groups, groups))
+            tokens = _split(tokens, cast("Groups", groups))
     patches = tokens[:, trace.prefix :]
     if trace.place is not None:
         patches = patches[:, trace.place]

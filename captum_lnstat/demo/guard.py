@@ -1,4 +1,4 @@
-"""What a request to the page may ask for: the routes that the page itself uses, and no file but what lies in its folder.
+"""What a request to the page may ask for: the routes that the page itself uses, and no file outside its folder.
 
 The server behind it can do more (fetch addresses for a visitor, serve files, run functions by name). None of that is
 needed here, so what is not listed is not there.
@@ -41,7 +41,7 @@ HEADERS = {
 }
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A request that is not let through.
 
     Attributes:
@@ -77,17 +77,17 @@ class Guard:
             return
         try:
             if scope["type"] != "http":
-                raise Refusal(404, "not found")
+                raise RefusedError(404, "not found")
             self.check(scope["method"], scope["path"], _headers(scope))
             if scope["method"] == "POST":
                 receive = await self._bounded(scope, receive)
-        except Refusal as refusal:
+        except RefusedError as refusal:
             await _answer(refusal, scope, send)
             return
         await self._app(scope, receive, _with_headers(send))
 
     def check(self, method: str, path: str, headers: dict[str, str]) -> None:
-        """Raise a ``Refusal`` unless the page itself may ask this.
+        """Raise a ``RefusedError`` unless the page itself may ask this.
 
         Args:
             method: Of the request.
@@ -96,10 +96,10 @@ class Guard:
         """
         host = headers.get("host", "")
         if self._hosts is not None and host.rpartition(":")[0] not in self._hosts and host not in self._hosts:
-            raise Refusal(403, "this server is asked under another name")
+            raise RefusedError(403, "this server is asked under another name")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
-            raise Refusal(403, "this server answers its own page only")
+            raise RefusedError(403, "this server answers its own page only")
         if method in ("GET", "HEAD"):
             known = path in _READ or path.startswith(_READ_BELOW)
             if path.startswith(_FILE):
@@ -107,7 +107,7 @@ class Guard:
         else:
             known = method == "POST" and path in _WRITE
         if not known or ".." in path.split("/"):
-            raise Refusal(404, "not found")
+            raise RefusedError(404, "not found")
 
     def holds(self, path: object) -> bool:
         """Whether a path of a request leads into the folder, links and dots followed."""
@@ -122,9 +122,9 @@ class Guard:
         length = _headers(scope).get("content-length", "")
         # Without a length a body could go on without end, and browsers always give one.
         if not length.isdecimal():
-            raise Refusal(411, "the length of the body is missing")
+            raise RefusedError(411, "the length of the body is missing")
         if int(length) > limit:
-            raise Refusal(413, f"the body is longer than {limit} bytes")
+            raise RefusedError(413, f"the body is longer than {limit} bytes")
         if scope["path"] == _UPLOAD:
             return receive
         body = b""
@@ -134,7 +134,7 @@ class Guard:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > limit:
-                raise Refusal(413, f"the body is longer than {limit} bytes")
+                raise RefusedError(413, f"the body is longer than {limit} bytes")
         self.check_call(body)
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -145,14 +145,14 @@ class Guard:
         return replay
 
     def check_call(self, body: bytes) -> None:
-        """Raise a ``Refusal`` if a call is no JSON or names a file outside the folder."""
+        """Raise a ``RefusedError`` if a call is no JSON or names a file outside the folder."""
         try:
             call = json.loads(body)
         except (ValueError, RecursionError):
-            raise Refusal(400, "the body is no JSON") from None
+            raise RefusedError(400, "the body is no JSON") from None
         for entry in _dicts(call):
             if entry.get("path") is not None and not self.holds(entry["path"]):
-                raise Refusal(403, "a file that was not uploaded here")
+                raise RefusedError(403, "a file that was not uploaded here")
 
 
 def _dicts(value: Any) -> Iterator[dict[str, Any]]:
@@ -182,7 +182,7 @@ def _with_headers(send: Send) -> Send:
     return sending
 
 
-async def _answer(refusal: Refusal, scope: MutableMapping[str, Any], send: Send) -> None:
+async def _answer(refusal: RefusedError, scope: MutableMapping[str, Any], send: Send) -> None:
     if scope["type"] != "http":
         await send({"type": "websocket.close", "code": 1008})
         return

@@ -61,9 +61,7 @@ def failure(reason: str) -> str:
         >>> failure("no <b>")
         '<div class="results" data-state="failed"><p class="failure"><b>No picture.</b> no &lt;b&gt;</p></div>'
     """
-    return (
-        f'<div class="results" data-state="failed"><p class="failure"><b>No picture.</b> {escape(reason)}</p></div>'
-    )
+    return f'<div class="results" data-state="failed"><p class="failure"><b>No picture.</b> {escape(reason)}</p></div>'
 
 
 def idle() -> str:
@@ -161,9 +159,7 @@ def _download(look: Look, question: Question, shown: Sequence[Shown]) -> str:
     words = f"{look.name}-{look.label(question.target)}-{question.rule}"
     name = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     data = base64.b64encode(sheet(look, question, shown)).decode()
-    return (
-        f'<a class="download" download="{name}.png" href="data:image/png;base64,{data}">Download the sheet (PNG)</a>'
-    )
+    return f'<a class="download" download="{name}.png" href="data:image/png;base64,{data}">Download the sheet (PNG)</a>'
 
 
 def _overlay(look: Look, one: Shown) -> Any:

@@ -27,8 +27,7 @@ def free_port(host: str, port: int = 0) -> int:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 def serve(host: str, port: int, ready: Callable[[str], None]) -> None:

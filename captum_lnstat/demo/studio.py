@@ -100,7 +100,7 @@ class Look:
 
     def ranked(self, count: int) -> list[int]:
         """The classes the model finds most probable, best first."""
-        return np.argsort(self.confidence)[::-1][:count].tolist()
+        return [int(index) for index in np.argsort(self.confidence)[::-1][:count]]
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class _Method:
     attribute: Callable[[Any, Tensor, int], Tensor]
     signed: bool = False
     per_class: bool = True
+    ours: bool = True  # what it warns about is for those who look at the map
 
 
 BESIDE: dict[str, _Method] = {
@@ -166,7 +167,7 @@ BESIDE: dict[str, _Method] = {
         "attention weighted by the class's gradient",
         lambda model, inputs, target: GenericAttention(model).attribute(inputs, target),
     ),
-    "IntegratedGradients": _Method(f"Captum's, {INTEGRATED_STEPS} steps, signed", _integrated, signed=True),
+    "IntegratedGradients": _Method(f"Captum's, {INTEGRATED_STEPS} steps, signed", _integrated, signed=True, ours=False),
 }
 
 CAPTIONS: dict[Rule, str] = {
@@ -241,9 +242,7 @@ class Studio:
                 lnstat = LNStatAttribution(model, rule=rule, contrastive=contrastive)
                 return lnstat.attribute(look.inputs, question.target)[0]
             layered: Any = rule
-            found = map_after(
-                model, look.inputs, question.target, depth=depth, rule=layered, contrastive=contrastive
-            )
+            found = map_after(model, look.inputs, question.target, depth=depth, rule=layered, contrastive=contrastive)
             return found[None]
 
         # Another class changes nothing where no class is explained.
@@ -259,10 +258,16 @@ class Studio:
                 return method.attribute(look.subject.model, look.inputs, question.target)[0]
 
             key = (look.key, title, question.target if method.per_class else None)
-            yield self._shown(key, title, method.caption, method.signed, other)
+            yield self._shown(key, title, method.caption, method.signed, other, heed=method.ours)
 
     def _shown(
-        self, key: Hashable, title: str, caption: str, signed: bool, attribute: Callable[[], Tensor]
+        self,
+        key: Hashable,
+        title: str,
+        caption: str,
+        signed: bool,
+        attribute: Callable[[], Tensor],
+        heed: bool = True,
     ) -> Shown:
         def make() -> Shown:
             with warnings.catch_warnings(record=True) as said:
@@ -270,8 +275,8 @@ class Studio:
                 try:
                     relevance = to_map(attribute())
                 except Exception as error:  # whatever a model of timm may raise by itself
-                    raise DemoError(f"{title} cannot be computed: {one_line(error)}") from error
-            notes = tuple(one_line(entry.message) for entry in said if entry.category is UserWarning)
+                    raise DemoError(f"{title} cannot be computed.\n{str(error).strip()}") from error
+            notes = tuple(one_line(entry.message) for entry in said if heed and entry.category is UserWarning)
             return Shown(title, caption, relevance, signed, notes)
 
         with self._lock:

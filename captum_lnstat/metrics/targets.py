@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from captum_lnstat.warning import warn_caller
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -49,11 +51,18 @@ def class_indices(target: Classes, batch: Tensor, name: str = "target") -> Int[T
 def class_scores(forward: Callable[[Tensor], Any], images: Tensor, target: Tensor) -> Float[Tensor, "batch classes"]:
     """What ``forward`` gives for the images, without a graph, in float64; every target must be one of its classes.
 
+    A model in train mode is warned about.
+
     Raises:
         TypeError: ``forward`` returned something other than a tensor.
         IndexError: A target is not one of the classes.
         ValueError: Another shape than ``(batch, classes)``, or scores that are NaN.
     """
+    if isinstance(forward, nn.Module) and forward.training:
+        warn_caller(
+            f"{type(forward).__name__} is in train mode: dropout and stochastic depth make its scores random. Call "
+            "model.eval() first"
+        )
     with torch.no_grad():
         scores = forward(images)
     if not isinstance(scores, Tensor):

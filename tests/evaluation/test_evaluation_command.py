@@ -2,12 +2,18 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from captum_lnstat.cli import main
+from captum_lnstat.evaluation import methods
+from captum_lnstat.evaluation.command import evaluate
+from captum_lnstat.evaluation.datasets import KINDS
+from captum_lnstat.evaluation.measuring import MEASURES
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +77,20 @@ def test_what_makes_no_sense_is_one_line(finished, more, message):
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not result.stdout
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
+
+
+def test_the_page_names_all_there_is():
+    text = PAGE.read_text()
+    for name in (*KINDS, *methods.names(), *MEASURES, *(parameter.opts[0] for parameter in evaluate.params)):
+        assert re.search(rf"`(?:[^`]*[ ,|])?{re.escape(name)}\b", text) or f" {name} " in text, name
+
+
+def test_the_pages_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(compile(block, str(PAGE), "exec"), {})
+    assert "'interval'" in capsys.readouterr().out
+    assert (tmp_path / "run" / "figure.png").stat().st_size > 1000

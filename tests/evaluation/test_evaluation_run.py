@@ -13,7 +13,7 @@ from captum_lnstat import zoo
 from captum_lnstat.evaluation import figure
 from captum_lnstat.evaluation.datasets import BrokenFileError, open_dataset
 from captum_lnstat.evaluation.records import ResumeError
-from captum_lnstat.evaluation.run import RunError, Settings, evaluate
+from captum_lnstat.evaluation.run import RunError, Settings, _chosen, evaluate
 from captum_lnstat.evaluation.subject import Subject, read
 from captum_lnstat.evaluation.team import Team
 
@@ -148,6 +148,17 @@ def test_a_run_is_gone_on_with_and_not_repeated(tmp_path, subject, small_scenes)
     assert whole == run(tmp_path / "other", subject, small_scenes)
     again = run(folder, subject, small_scenes, limit=4)
     assert again == first
+
+
+def test_a_limit_is_a_draw_that_a_larger_one_goes_on_with():
+    def drawn(limit, seed):
+        return _chosen(1000, Settings("scenes", "vit-mini", "random", "two", "true", seed=seed, limit=limit))
+
+    assert drawn(50, 0) == sorted(drawn(50, 0))
+    assert max(drawn(50, 0)) > 800
+    assert set(drawn(20, 0)) < set(drawn(50, 0))
+    assert drawn(50, 0) != drawn(50, 1)
+    assert drawn(1000, 0) == drawn(None, 0) == list(range(1000))
 
 
 def test_other_settings_or_weights_do_not_go_on(tmp_path, subject, small_scenes):

@@ -52,6 +52,7 @@ def test_truth_goes_along_with_the_image(fit):
     """What is white in the image is what the mask, the box and the map have, wherever resizing and cutting put it."""
     mask = torch.zeros(120, 200, dtype=torch.bool)
     mask[30:90, 60:130] = True
+    mask[61] = False  # as thin as a pixel: the nearest pixel has it or not, a mean would close it
     image = Image.fromarray(np.repeat(mask.numpy()[..., None], 3, 2).astype(np.uint8) * 255)
     frame = Frame((48, 48), (60, 60), "center", HALF, HALF, Image.Resampling.NEAREST)
     frame = frame.squashed() if fit == "squash" else frame
@@ -63,7 +64,7 @@ def test_truth_goes_along_with_the_image(fit):
     assert torch.equal(framed.mask, white)
     assert torch.equal(framed.other_mask, ~white)
     assert torch.equal(framed.void, ~white)
-    assert torch.corrcoef(torch.stack([framed.human.flatten(), white.float().flatten()]))[0, 1] > 0.97
+    assert torch.corrcoef(torch.stack([framed.human.flatten(), white.float().flatten()]))[0, 1] > 0.95
     rows, columns = white.any(1).nonzero()[:, 0], white.any(0).nonzero()[:, 0]
     edges = torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
     assert float((framed.boxes[0] - edges).abs().max()) <= 0.75

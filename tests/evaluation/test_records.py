@@ -27,6 +27,13 @@ def test_no_record_counts_twice(tmp_path):
     assert [record["index"] for record in Records(tmp_path).read()] == [0, 7]
 
 
+def test_the_first_record_of_an_image_counts(tmp_path):
+    records = Records(tmp_path)
+    records.append([{"index": 0, "value": 1}])
+    records.append([{"index": 0, "value": 2}])
+    assert [record["value"] for record in records.read()] == [1]
+
+
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"index": 1}\n{"index":\n{"index": 2}\n')
     with pytest.raises(ResumeError, match=r"line 2 of .*a\.jsonl"):

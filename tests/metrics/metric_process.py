@@ -46,17 +46,13 @@ def everything():
         ("insertion", metrics.Insertion(metrics.mean_colour, steps=4), on_model),
         ("infidelity", metrics.Infidelity(fill, draws=3, patch=2), on_model),
         ("sensitivity", metrics.Sensitivity(draws=2), lambda places: (explain, images[places], classes[places])),
-        (
-            "top-1",
-            metrics.Top1Localisation(),
-            localised,
-        ),
+        ("top-1", metrics.Top1Localisation(), localised),
     ]
     return found
 
 
 def run(rank, folder):
-    """Two processes: the first takes four images in two batches, the second two; and none of the first's for one metric."""
+    """The first of two processes takes four images in two batches, the second two; of one metric it takes none."""
     assert "torchmetrics" not in sys.modules, "captum_lnstat.metrics imports torchmetrics before it is asked for"
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=600))
     values = {}

@@ -153,12 +153,14 @@ def test_steps_round_down_but_not_by_a_rounding_error():
 
 def test_the_images_and_the_maps_stay_and_no_graph_is_made(scene):
     _, images, maps, target = scene
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(90, CLASSES))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(90, CLASSES)).eval()
     before = images.clone(), maps.clone()
     curve = perturbation_curve(model, images, maps.requires_grad_(), target, fill=NOTHING)
     assert not curve.values.requires_grad
     assert torch.equal(images, before[0])
     assert torch.equal(maps, before[1])
+    with pytest.warns(UserWarning, match="Sequential is in train mode"):
+        perturbation_curve(model.train(), images, maps, target, fill=NOTHING)
 
 
 def test_what_cannot_be_right_is_refused(scene):
