@@ -11,7 +11,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
