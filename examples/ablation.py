@@ -247,7 +247,9 @@ ROWS: dict[str, dict[str, Row]] = {
         '`rule="gradient", normalized=False, contrastive=True`': lambda x, s: x.grid(
             rule="gradient", normalized=False, contrastive=True
         ),
-        "that, not contrastive, in the place of `P`": lambda x, s: rule(x.grid(rule="gradient", normalized=False), x.e(), s),
+        "that, not contrastive, in the place of `P`": lambda x, s: rule(
+            x.grid(rule="gradient", normalized=False), x.e(), s
+        ),
         "Chefer's generic rule": lambda x, s: x.grid(GenericAttention),
         "attention rollout": lambda x, s: x.grid(AttentionRollout),
     },
