@@ -82,7 +82,7 @@ def above_mean(values: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> above_mean(torch.full((1, 2, 5), 0.1, dtype=torch.float64)).any()
+        >>> above_mean(torch.full((1, 3, 3), 0.1, dtype=torch.float64)).any()
         tensor(False)
     """
     values = values.double()
