@@ -64,8 +64,8 @@ class LNStatAttribution(GridAttribution):
         rule (str): ``"lnstat"`` (default), ``max(P - mean P, P / 20) * max(G - median G, 0)`` in units of the score,
             with ``G`` the evidence smoothed over neighbouring patches.
             ``"evidence"``, ``E``: signed and complete. ``"rollout"``, ``P``: class-agnostic, sums to 1.
-            ``"gradient"``: Chefer's generic rule with token statistics, ``r <- alpha * r + r E_h[(dA * A)^+]``, with
-            one partial backward pass.
+            ``"gradient"``: Chefer's generic rule with token statistics, ``r <- alpha * r + ((1 - alpha) * r) A'`` with
+            the rows of ``A' = E_h[(dA * A)^+]`` divided by their sums, and one partial backward pass.
         residual (str): The residual share of perception and of ``"gradient"``: ``"ratio"`` (default),
             ``min(1, var(x) / var(x + d))``; ``"update"``, ``var(x) / (var(x) + var(d))``; ``"half"``. ``"evidence"``
             has none.
@@ -77,8 +77,8 @@ class LNStatAttribution(GridAttribution):
             their share of the variance at the merging's LayerNorm, or ``"uniform"``.
         contrastive (bool): Explain the target's score minus the probability-weighted mean of the others: sharper
             between classes, less of the object. Not for ``"rollout"``, which has no class. Default: False
-        normalized (bool): For ``"gradient"``: rows of the positive gradient attention divided by their sum.
-            Default: False
+        normalized (bool): For ``"gradient"``: rows of the positive gradient attention divided by their sum. False is
+            Chefer's form, which lights up whole windows of a Swin. Default: True
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
         output (str, int or Callable, optional): Which scores to explain if ``forward_func`` returns several: a key or
             attribute, a position, or a function of what it returns. By default the tensor itself, or a Hugging Face
@@ -115,7 +115,7 @@ class LNStatAttribution(GridAttribution):
         head_fusion: HeadFusion = "mean",
         merging: MergingShare = "variance",
         contrastive: bool = False,
-        normalized: bool = False,
+        normalized: bool = True,
         interpolation: Interpolation = "bilinear",
         output: Output = None,
     ) -> None:
@@ -129,7 +129,7 @@ class LNStatAttribution(GridAttribution):
             "evidence_residual": evidence_residual != "half",
             "head_fusion": head_fusion != "mean",
             "contrastive": contrastive,
-            "normalized": normalized,
+            "normalized": not normalized,
         }
         check_effect(rule, [name for name, changed in given.items() if changed])
         self.rule = rule

@@ -243,9 +243,13 @@ ROWS: dict[str, dict[str, Row]] = {
     },
     "Other rules": {
         '`rule="gradient"`': lambda x, s: x.grid(rule="gradient"),
-        '`rule="gradient", normalized=True`': lambda x, s: x.grid(rule="gradient", normalized=True),
-        '`rule="gradient", contrastive=True`': lambda x, s: x.grid(rule="gradient", contrastive=True),
-        "`gradient` in the place of `P`": lambda x, s: rule(x.grid(rule="gradient"), x.e(), s),
+        '`rule="gradient", normalized=False`': lambda x, s: x.grid(rule="gradient", normalized=False),
+        '`rule="gradient", normalized=False, contrastive=True`': lambda x, s: x.grid(
+            rule="gradient", normalized=False, contrastive=True
+        ),
+        "that, not contrastive, in the place of `P`": lambda x, s: rule(
+            x.grid(rule="gradient", normalized=False), x.e(), s
+        ),
         "Chefer's generic rule": lambda x, s: x.grid(GenericAttention),
         "attention rollout": lambda x, s: x.grid(AttentionRollout),
     },

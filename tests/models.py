@@ -11,11 +11,10 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Attention, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution
@@ -271,7 +270,7 @@ OPTIONS: dict[str, object] = {
     "head_fusion": "mean",
     "merging": "uniform",
     "contrastive": False,
-    "normalized": False,
+    "normalized": True,
 }
 
 

@@ -92,7 +92,7 @@ IGNORED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "evidence_residual": ("ratio", ("rollout", "gradient")),
     "head_fusion": ("max", ("gradient",)),
     "contrastive": (True, ("rollout",)),
-    "normalized": (True, ("lnstat", "evidence", "rollout")),
+    "normalized": (False, ("lnstat", "evidence", "rollout")),
 }
 RULES = ("lnstat", "evidence", "rollout", "gradient")
 
@@ -122,7 +122,7 @@ def test_the_defaults_said_in_full_are_no_mistake(model: nn.Module, rule: Any) -
         head_fusion="mean",
         merging="variance",
         contrastive=False,
-        normalized=False,
+        normalized=True,
     )
 
 

@@ -198,7 +198,7 @@ def test_the_page_in_a_browser(server, browser, tmp_path):
 
     def choose_class():
         page.one("#target input").click()
-        until(lambda: page.all("ul[role=listbox] li"), "the menu of classes")[3].click()
+        until(lambda: page.all("ul.options li"), "the menu of classes")[3].click()
 
     page.after(choose_class, "a class of the menu")
 
@@ -213,7 +213,7 @@ def test_the_page_in_a_browser(server, browser, tmp_path):
     zoo.scenes()[100].image.resize((200, 120)).save(photo)
 
     def upload():
-        page.one("#image button[aria-label=Clear], #image button[title=Clear]").click()
+        page.one("#image .top-panel button").click()
         until(lambda: page.state() == "idle", "the image is taken away")
         page.one("#image input[type=file]").send_keys(str(photo))
 

@@ -79,7 +79,7 @@ OPTIONS: dict[str, list[Any]] = {
     "head_fusion": ["mean", "max", "min", lambda attention: attention.mean(1)],
     "merging": ["uniform", "variance"],
     "contrastive": [True, False],
-    "normalized": [False],
+    "normalized": [True],
     "interpolation": ["bilinear", "nearest"],
     "block": [0, -1],
     "output": [None, lambda scores: scores],
@@ -188,7 +188,7 @@ def good_options(draw: st.DrawFn, kind: type) -> dict[str, Any]:
         if ruled and chosen.get("rule", "lnstat") not in _IN_EFFECT[name]:
             chosen.pop(name)
     if chosen.get("rule") == "gradient" and draw(st.booleans()):
-        chosen["normalized"] = True
+        chosen["normalized"] = False
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""The bars on the shipped models and held-out scenes; ``examples/localisation_table.py`` prints the whole table."""
+"""The bars on the shipped models and held-out scenes; ``examples/quality_table.py`` makes the whole table."""
 
 import pytest
 import torch

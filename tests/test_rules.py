@@ -191,7 +191,7 @@ def test_gradient_settings(name, residual, contrastive, merging):
     target = targets(2)
     options = {"residual": residual, "contrastive": contrastive, "merging": merging}
     found = rule(build(name), "gradient", images(CASES[name]), target, **options)
-    assert_same(found, dense(name, graph=True).gradient(target, **options), name)
+    assert_same(found, dense(name, graph=True).gradient(target, normalize=True, **options), name)
 
 
 METHODS = {
@@ -199,7 +199,7 @@ METHODS = {
     "evidence": lambda model: LNStatAttribution(model, rule="evidence"),
     "rollout": lambda model: LNStatAttribution(model, rule="rollout", merging="variance"),
     "gradient": lambda model: LNStatAttribution(model, rule="gradient"),
-    "normalized": lambda model: LNStatAttribution(model, rule="gradient", normalized=True),
+    "as Chefer et al.": lambda model: LNStatAttribution(model, rule="gradient", normalized=False),
     "AttentionRollout": AttentionRollout,
     "GenericAttention": GenericAttention,
 }

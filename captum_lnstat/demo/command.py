@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import click
 
 from captum_lnstat._console import fail, one_line
@@ -26,7 +28,9 @@ def demo(host: str, port: int, threads: int | None) -> None:
     removed after some minutes, and all of them when the page is stopped with Ctrl-C. Needs the extra "demo":
     pip install "captum-lnstat[demo]".
     """
-    import gradio  # noqa: F401  # what is missing is found before torch is loaded
+    # Found out before torch is loaded; imported later, when the folder that it takes for its own at import is set.
+    if importlib.util.find_spec("gradio") is None:
+        raise ModuleNotFoundError("No module named 'gradio'", name="gradio")
     import torch
 
     from captum_lnstat.demo.server import LOOPBACK, serve

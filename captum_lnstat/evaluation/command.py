@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -75,7 +75,7 @@ def evaluate(
     output: Path,
     asked: str | None,
     fill: str | None,
-    fit: str | None,
+    fit: Literal["squash"] | None,
     batch_size: int,
     limit: int | None,
     seed: int,

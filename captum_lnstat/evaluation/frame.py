@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -149,9 +149,10 @@ def timm_frame(config: Mapping[str, Any]) -> Frame:
     Raises:
         ValueError: A crop mode other than ``"center"`` and ``"squash"``.
     """
-    mode = config.get("crop_mode") or "center"
-    if mode not in ("center", "squash"):
-        raise ValueError(f"crop_mode {mode!r} puts borders around images; take --fit squash")
+    given = config.get("crop_mode") or "center"
+    mode: Fit | None = next((fit for fit in get_args(Fit) if fit == given), None)
+    if mode is None:
+        raise ValueError(f"crop_mode {given!r} puts borders around images; take --fit squash")
     size = (int(config["input_size"][1]), int(config["input_size"][2]))
     percent = config.get("crop_pct") or 0.875
     scale = (math.floor(size[0] / percent), math.floor(size[1] / percent))

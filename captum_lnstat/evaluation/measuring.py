@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def _filled(asked: Asked, name: str | None, usual: str) -> Tensor:
     raise ValueError(f"fill is {name!r}; expected one of {', '.join(FILLS)}")
 
 
-def _perturbation(spec: Spec, order: str) -> Measure:
+def _perturbation(spec: Spec, order: Literal["positive", "negative"]) -> Measure:
     options = _options(spec, fill=None)
 
     def compute(asked: Asked, maps: Tensor, method: Method) -> Values:

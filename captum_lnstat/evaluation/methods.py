@@ -226,13 +226,17 @@ def _imported(spec: Spec, subject: Subject, module: str, path: str) -> Method:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"method {spec.text!r} cannot be imported: {error}") from error
-    if not inspect.isclass(found) or not callable(getattr(found, "attribute", None)):
+    is_class = inspect.isclass(found)
+    if not is_class or not callable(getattr(found, "attribute", None)):
         raise ValueError(f"{spec.name!r} is no class with a method attribute; expected one like Captum's")
     made, called = inspect.signature(found).parameters, inspect.signature(found.attribute).parameters
     options = dict(spec.options)
     given: dict[str, Any] = {"model": subject.model} if "model" in list(made)[1:] else {}
     if isinstance(options.get("layer"), str) and "layer" in made:
-        options["layer"] = subject.model.get_submodule(options["layer"])
+        try:
+            options["layer"] = subject.model.get_submodule(options["layer"])
+        except AttributeError as error:
+            raise ValueError(f"method {spec.text!r}: {error}") from None
     given.update({key: options.pop(key) for key in list(options) if key in made})
     unknown = [key for key in options if key not in called and not _takes_any(called)]
     if unknown:

@@ -31,7 +31,8 @@ class Records:
         >>> with tempfile.TemporaryDirectory() as name:
         ...     records = Records(Path(name))
         ...     records.append([{"index": 1}, {"index": 0}])
-        ...     _ = next(Path(name).glob("*.jsonl")).open("a").write('{"index": 2')
+        ...     (file,) = Path(name).glob("*.jsonl")
+        ...     _ = file.write_bytes(file.read_bytes() + b'{"index": 2')
         ...     [record["index"] for record in records.read()]
         [0, 1]
     """

@@ -22,6 +22,7 @@ def seed_of(name: str, seed: int) -> int:
 @contextmanager
 def seeded(name: str, seed: int) -> Iterator[None]:
     """Torch's random state as it is for this image, and put back afterwards."""
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed_of(name, seed))
         yield

@@ -112,7 +112,7 @@ def read(
     """
     if checkpoint is not None and (pretrained or ":" in name):
         fail("--checkpoint is for models of the zoo and of timm, without --pretrained")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         library, _, rest = name.partition(":")
         model: Any

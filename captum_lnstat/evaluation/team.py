@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 # A process may wait for another that has more, or larger, images to do.
 _PATIENCE = timedelta(days=7)
@@ -96,9 +98,9 @@ def team(device: str = "auto") -> Iterator[Team]:
         torch.cuda.set_device(chosen)
     # Control, sums and barriers go over gloo; nccl is there for tensors that are on a GPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    store, rank, size = next(iter(dist.rendezvous("env://", rank, size, timeout=_PATIENCE)))
+    store, rank, size = next(iter(rendezvous("env://", rank, size, timeout=_PATIENCE)))
     # After a restart the store may still hold the addresses of the processes before it.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield Team(rank, size, chosen)
@@ -116,7 +118,7 @@ def _device(name: str, local: int) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"there is no GPU for device {name!r}; expected auto or cpu")
-        if device.index is None:
+        if ":" not in name:
             if local >= torch.cuda.device_count():
                 raise ValueError(f"process {local} of this host has no GPU; there are {torch.cuda.device_count()}")
             device = torch.device("cuda", local)

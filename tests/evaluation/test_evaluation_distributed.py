@@ -58,7 +58,7 @@ def start(size, *rest):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_member, args=(rank, size, port, *rest)) for rank in range(size)]
+    processes = [context.Process(target=_member, args=(rank, size, port, *rest), daemon=True) for rank in range(size)]
     for process in processes:
         process.start()
     return processes

@@ -101,6 +101,7 @@ def test_nothing_is_left_on_the_callers_images(subject, images):
         ("captum.attr:Nothing", "cannot be imported"),
         ("captum.attr:visualization", "no class with a method attribute"),
         ("captum.attr:Saliency(steps=3)", "neither Saliency nor its attribute takes 'steps'"),
+        ("captum.attr:LayerGradCam(layer=blocks.9)", "no attribute|has no"),
         ("gradcam:blocks.9.norm1", r"no module 'blocks\.9\.norm1'; the usual one is 'blocks\.3\.norm1'"),
     ],
 )

@@ -23,11 +23,11 @@ def entries(summary, method):
 
 def test_methods_are_compared_where_both_have_a_value():
     records = [record(i, a={"up": 1.0}, b={"up": 0.5} if i < 6 else {"failed": "why"}) for i in range(8)]
-    records += [record(8, a={"up": 9.0}, b={"failed": "why"})]
+    records += [record(8, a={"up": 9.0}, b={"failed": "why"}), record(9, a={}, b={"up": 4.0})]
     summary = summarize(records, ["a", "b"], [UP], 0)
     assert entries(summary, "a")["up"]["value"] == pytest.approx(17 / 9)
     found = entries(summary, "b")["up"]
-    assert (found["n"], found["value"], found["difference"]) == (6, 0.5, -0.5)
+    assert (found["n"], found["value"], found["difference"]) == (7, 1.0, -0.5)
     assert found["difference_interval"] == [-0.5, -0.5]
     assert [one["name"] for one in summary["methods"]["b"]["failed"]] == ["6#6", "7#7", "8#8"]
     assert "difference" not in entries(summary, "a")["up"]

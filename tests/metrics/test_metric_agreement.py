@@ -8,9 +8,9 @@ from captum_lnstat.metrics import spearman, spearman_ceiling
 from captum_lnstat.metrics.agreement import average_ranks
 
 
-@pytest.mark.parametrize("marks", [(0, 0, 0, 1, 1, 0), (0, 1, 1, 2, 2, 2), (1, 2, 3, 4, 5, 6), (0, 0, 0, 0, 0, 1)])
+@pytest.mark.parametrize("marks", [(0, 0, 1, 1, 0), (0, 1, 1, 2, 2), (1, 2, 3, 4, 5), (0, 0, 0, 0, 1)])
 def test_the_ceiling_is_the_best_of_all_orders(marks):
-    best = max(stats.spearmanr(order, marks).statistic for order in itertools.permutations(range(6)))
+    best = max(stats.spearmanr(order, marks).statistic for order in itertools.permutations(range(5)))
     human = torch.tensor([[marks]], dtype=torch.float64)
     assert spearman_ceiling(human).item() == pytest.approx(best, abs=1e-12)
 

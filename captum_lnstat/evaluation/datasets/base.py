@@ -149,9 +149,8 @@ def read_labels(path: Path) -> Shaped[np.ndarray, "height width"]:
     def decode(path: Path) -> Shaped[np.ndarray, "height width"]:
         with Image.open(path) as file:
             file.load()
-            if file.mode not in ("1", "L", "P", "I", "I;16", "F"):
-                file = file.convert("L")
-            return np.array(file)
+            as_stored = file.mode in ("1", "L", "P", "I", "I;16", "F")
+            return np.array(file if as_stored else file.convert("L"))
 
     return reading(path, decode, "a mask")
 

@@ -127,7 +127,8 @@ def decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray[Any, np.dtype
     if not segmentation:
         return None
     if isinstance(segmentation, list):
-        return np.any([_inside(polygon, width, height) for polygon in segmentation], axis=0)
+        inside: np.ndarray[Any, np.dtype[np.bool_]] = np.any([_inside(one, width, height) for one in segmentation], 0)
+        return inside
     if list(segmentation["size"]) != [height, width]:
         raise ValueError(f"a run-length code is of size {segmentation['size']}; expected {[height, width]}")
     counts = segmentation["counts"]

@@ -1,0 +1,128 @@
+"""What one process does with a batch of samples: explain, measure, and make records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from captum_lnstat._console import one_line
+from captum_lnstat.evaluation.datasets import BrokenFileError, Dataset
+from captum_lnstat.evaluation.frame import Framed
+from captum_lnstat.evaluation.loading import Broken, Partners
+from captum_lnstat.evaluation.measures import Asked, Measure
+from captum_lnstat.evaluation.methods import Method
+from captum_lnstat.evaluation.records import Record
+from captum_lnstat.evaluation.settings import RunError, Settings
+from captum_lnstat.evaluation.subject import Subject
+
+
+class Worker:
+    """What one process does with a block of samples."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        dataset: Dataset,
+        subject: Subject,
+        methods: Sequence[Method],
+        measures: Sequence[Measure],
+    ) -> None:
+        self.settings, self.dataset, self.subject = settings, dataset, subject
+        self.methods, self.measures = methods, measures
+        self.partners = Partners(dataset, subject.frame, settings.seed)
+
+    def records(self, block: Sequence[int], loaded: list[Framed | Broken]) -> Iterator[Record]:
+        """One record a sample."""
+        good = [(index, one) for index, one in zip(block, loaded, strict=True) if isinstance(one, Framed)]
+        for broken in loaded:
+            if isinstance(broken, Broken):
+                if not self.settings.skip_broken:
+                    raise BrokenFileError(
+                        f"{broken.reason}. To leave such images out and count them, add --skip-broken"
+                    )
+                yield {"index": broken.index, "name": broken.name, "group": broken.name, "broken": broken.reason}
+        if not good:
+            return
+        self.partners.forget()
+        asked, confidence = self._ask(tuple(one for _, one in good))
+        rows: list[Record] = [
+            {
+                "index": index,
+                "name": one.sample.name,
+                "group": one.sample.group,
+                "target": one.sample.target,
+                "predicted": int(asked.predicted[row]),
+                "confidence": _number(confidence[row]),
+                "explained": int(asked.targets[row]),
+                "only_two": one.sample.only_two,
+                "methods": {},
+            }
+            for row, (index, one) in enumerate(good)
+        ]
+        for method in self.methods:
+            for row, values in zip(rows, self._values(asked, method), strict=True):
+                row["methods"][method.name] = values
+        yield from rows
+
+    def _ask(self, framed: tuple[Framed, ...]) -> tuple[Asked, Tensor]:
+        images = torch.stack([one.image for one in framed]).to(self.subject.device)
+        with torch.no_grad():
+            probabilities = self.subject.forward(images).float().softmax(-1)
+        confidence, predicted = probabilities.max(-1)
+        targets = predicted
+        if self.settings.asked == "true":
+            missing = next((one.sample.name for one in framed if one.sample.target is None), None)
+            if missing is not None:
+                raise RunError(f"{missing} has no class to ask for; take --class predicted")
+            targets = torch.tensor([one.sample.target for one in framed], device=images.device)
+        fill, seed = self.settings.fill, self.settings.seed
+        return Asked(framed, images, targets, predicted, self.subject, seed, fill, self.partners), confidence
+
+    def _values(self, asked: Asked, method: Method) -> list[Record]:
+        """What a method gets on every image; image by image if it fails on one of them."""
+        try:
+            return self._measured(asked, method)
+        except Exception as error:  # whatever a method, or the user's own class, may raise
+            if len(asked.framed) > 1:
+                return [values for row in range(len(asked.framed)) for values in self._values(asked.of([row]), method)]
+            reason = one_line(error) if isinstance(error, RunError) else f"{type(error).__name__}: {one_line(error)}"
+            if not self.settings.skip_broken:
+                raise RunError(
+                    f"method {method.name!r} failed on {asked.names[0]}: {reason}. To leave such images out and count "
+                    "them, add --skip-broken"
+                ) from error
+            return [{"failed": reason}]
+
+    def _measured(self, asked: Asked, method: Method) -> list[Record]:
+        begin = self._now()
+        maps = method.maps(asked.images, asked.targets, asked.names, asked.seed)
+        seconds = (self._now() - begin) / len(maps)
+        found: list[Record] = [{"seconds": float(f"{seconds:.4g}")} for _ in asked.framed]
+        for measure in self.measures:
+            true = self.settings.asked == "true"
+            rows = [row for row, one in enumerate(asked.framed) if measure.applies(one, true)]
+            if not rows:
+                continue
+            chosen = maps if len(rows) == len(maps) else maps[rows]
+            try:
+                computed = measure.compute(asked.of(rows), chosen, method)
+            except Exception as error:
+                raise RunError(f"metric {measure.name!r}: {type(error).__name__}: {one_line(error)}") from error
+            for column, values in computed.items():
+                for row, value in zip(rows, values, strict=True):
+                    if bool(value.isfinite()):
+                        found[row][column] = _number(value)
+        return found
+
+    def _now(self) -> float:
+        if self.subject.device.type == "cuda":
+            torch.cuda.synchronize(self.subject.device)
+        return time.perf_counter()
+
+
+def _number(value: Tensor) -> float:
+    """As many digits as float32 has."""
+    return float(f"{float(value):.8g}")
