@@ -58,7 +58,7 @@ def test_lazy_names_are_those_that_type_checkers_see() -> None:
         assert isinstance(node, ast.ImportFrom)
         assert node.module is not None
         for name in node.names:
-            seen[name.name] = node.module.removeprefix("captum_lnstat").removeprefix(".") or name.name
+            seen[name.asname or name.name] = node.module.removeprefix("captum_lnstat").removeprefix(".") or name.name
     assert seen == captum_lnstat._HOMES
     assert sorted([*seen, "__version__"]) == captum_lnstat.__all__
     assert set(captum_lnstat.__all__) <= set(dir(captum_lnstat))
