@@ -312,17 +312,17 @@ def lnstat(
     looked, argued = _Perception(trace, settings), _Evidence(u, constant, settings)
     _walk(trace, [looked, argued], settings)
     (seen,), said = looked.row.relevance(trace), argued.at_the_image(trace)
-    return tuple(_both(seen.grid, one) for one in said), said
+    prefix, nothing = torch.zeros_like(said[0].prefix), torch.zeros_like(said[0].padding)
+    grids = _both(seen.grid, torch.stack([one.grid for one in said]))
+    return tuple(Relevance(grid, prefix, nothing, nothing) for grid in grids), said
 
 
-def _both(seen: Tensor, said: Relevance) -> Relevance:
+def _both(seen: Float[Tensor, "batch row column"], said: Float[Tensor, "score batch row column"]) -> Tensor:
     attention = torch.maximum(seen - seen.mean((1, 2), keepdim=True), seen / FAINT)
-    favour = (said.grid - said.grid.flatten(1).median(1).values[:, None, None]).clamp(min=0)
+    favour = (said - said.flatten(2).median(2).values[..., None, None]).clamp(min=0)
     product = attention * favour
-    total = product.sum((1, 2), keepdim=True)
-    grid = torch.where(total > 0, product * favour.sum((1, 2), keepdim=True) / total, product)
-    nothing = torch.zeros_like(said.padding)
-    return Relevance(grid, torch.zeros_like(said.prefix), nothing, nothing)
+    total = product.sum((2, 3), keepdim=True)
+    return torch.where(total > 0, product * favour.sum((2, 3), keepdim=True) / total, product)
 
 
 def gradient(

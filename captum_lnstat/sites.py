@@ -19,10 +19,11 @@ from captum_lnstat.statistics import accumulation_dtype
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# Probabilities of so many (batch, head, query, key) entries are held at once; more queries follow in turns.
-CHUNK = 1 << 22
-# So many entries stay in the cache while all that needs them reads them; more heads follow in turns.
-CACHED = 1 << 18
+# So many (batch, head, query, key) entries stay in the cache while all that needs them reads them. More heads, and in a
+# long sequence more queries, follow in turns.
+CHUNK = 1 << 18
+# Of fewer queries at a time the products are slow.
+QUERIES = 96
 
 # Which queries of a site.
 Queries = Union[slice, Tensor]
@@ -98,8 +99,8 @@ class AttentionSite(ABC):
         """
         batch, heads, count, keys = self.shape
         wanted = count if queries is None else len(queries)
-        at_once = wanted if whole_maps else max(1, min(wanted, CHUNK // max(1, batch * keys)))
-        step = max(1, min(CHUNK, CACHED) // max(1, batch * at_once * keys))
+        at_once = wanted if whole_maps else min(wanted, max(QUERIES, CHUNK // max(1, batch * keys)))
+        step = max(1, CHUNK // max(1, batch * at_once * keys))
         turns = [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
         for start in range(0, wanted, max(1, at_once)):
             some: Queries = slice(start, min(start + at_once, wanted))
