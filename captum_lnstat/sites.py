@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.shelf import Original, Shelf
 from captum_lnstat.statistics import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -32,20 +33,30 @@ EVERY = slice(None)
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor of the forward pass, kept by reference, with the version it had when it was seen.
+    """A tensor of the forward pass, kept by reference, with the version it had when it was seen; or a copy of it.
 
     A model may write into a tensor after it was recorded; reading it then would explain another computation.
     """
 
     tensor: Tensor
     version: int
+    original: Original | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> Kept:
         return cls(tensor, -1 if tensor.is_inference() else tensor._version)
 
+    @classmethod
+    def on(cls, shelf: Shelf | None, tensor: Tensor) -> Kept:
+        """A copy on the shelf if the tensor is large, so that what is kept does not lie between what is not."""
+        if shelf is None:
+            return cls.of(tensor)
+        copy, original = shelf.put(tensor)
+        return cls.of(tensor) if original is None else cls(copy, -1, original)
+
     def read(self) -> Tensor:
-        if self.version >= 0 and self.tensor._version != self.version:
+        changed = self.version >= 0 and self.tensor._version != self.version
+        if changed or (self.original is not None and self.original.changed):
             raise RecordingError(
                 f"a recorded tensor of shape {tuple(self.tensor.shape)} was changed in place later in the forward "
                 "pass, so its value at the attention is lost; expected a model that leaves these tensors alone"
