@@ -89,10 +89,7 @@ def hand_down(
     for queries, turns in site.chunks(wanted, whole_maps=callable(fusion)):
         left, fuser = lefts[:, :, queries], Fuser(fusion, site.shape[1], signed=site.signed)
         for heads, attention in turns:
-            if attention.shape[1] == 1:
-                heard[:, heads.start].baddbmm_(left, attention[:, 0])
-            else:
-                heard[:, heads] += left[:, None] @ attention
+            add_product(heard, heads, left, attention)
             if not additive:
                 fuser.add(attention)
             for part in (reader, probe):
@@ -208,26 +205,51 @@ def positive_gradient_attention(
             f"the output of {site.module!r} has {d_output.shape[1]} heads, its attention {site.shape[1]}"
         )
     probe = None if wiring is None else Probe(block)
-    wanted, grouped = _wanted(block, at, None), block.layout.gather(rows)
+    wanted, grouped = _wanted(block, at, None), block.layout.gather(rows).transpose(-2, -1)
     probing = None if probe is None or probe.columns is None else block.layout.gather(probe.columns).transpose(-2, -1)
     heard = grouped.new_zeros(len(grouped), site.shape[1], 1, site.shape[3])
-    mixed = grouped.new_zeros(len(grouped), site.shape[3], grouped.shape[-1])
+    mixed = grouped.new_zeros(len(grouped), grouped.shape[1], site.shape[3])
+    values = site.values(slice(0, site.shape[1])).transpose(-2, -1)
     for queries, turns in site.chunks(wanted):
-        fuser = Fuser("mean", site.shape[1])
+        left, fuser = grouped[:, :, queries], Fuser("mean", site.shape[1])
+        probed = None if probing is None else probing[:, :, queries]
         for heads, attention in turns:
-            if probing is not None:
-                heard[:, heads] += probing[:, None, :, queries] @ attention
+            if probed is not None:
+                add_product(heard, heads, probed, attention)
             elif probe is not None:
                 probe.add(queries, heads, attention)
-            d_attention = d_output[:, heads][:, :, queries] @ site.values(heads).transpose(-2, -1)
-            fuser.add(d_attention.mul_(attention).clamp_(min=0))
-        weighted = fuser.fused()
+            d_attention = product(d_output[:, heads][:, :, queries], values[:, heads])
+            positive = d_attention.mul_(attention).clamp_(min=0)
+            if normalized:
+                fuser.add(positive)
+            else:
+                mixed += (left @ positive[:, 0]) if positive.shape[1] == 1 else left @ positive.sum(1)
         if normalized:
+            weighted = fuser.fused()
             total = weighted.sum(-1, keepdim=True)
-            weighted = torch.where(total > 0, weighted / total, weighted)
-        mixed += weighted.transpose(-2, -1) @ grouped[:, queries]
+            mixed += left @ torch.where(total > 0, weighted / total, weighted)
+    if not normalized:
+        mixed /= site.shape[1]
     if probe is not None and probing is not None:
         probe.hear(heard)
     if wiring is not None and probe is not None:
         wiring.note(block.name, probe.excess(wanted))
-    return keys.scatter(mixed, len(rows))
+    return keys.scatter(mixed.transpose(-2, -1), len(rows))
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, head by head; that of a head alone where it lies in memory."""
+    return left @ right if left.shape[1] > 1 else torch.bmm(left[:, 0], right[:, 0])[:, None]
+
+
+def add_product(
+    total: Float[Tensor, "group head column key"],
+    heads: slice,
+    left: Float[Tensor, "group column query"],
+    attention: Float[Tensor, "group some_heads query key"],
+) -> None:
+    """Add the product of the same columns with the maps of some heads to theirs."""
+    if attention.shape[1] == 1:
+        total[:, heads.start].baddbmm_(left, attention[:, 0])
+    else:
+        total[:, heads] += left[:, None] @ attention

@@ -129,12 +129,11 @@ def _four_dimensional(tensor: Tensor, module: str) -> Tensor:
     return tensor
 
 
-def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def _scores(query: Tensor, key: Tensor, scale: float, nothing: Tensor) -> Tensor:
     """``scale * q k^T``."""
     if query.shape[1] == 1:
         # Heads lie interleaved in memory: one alone is multiplied where it lies, several would be copied first.
-        one, other = query[:, 0], key[:, 0].transpose(-2, -1)
-        return torch.baddbmm(one.new_empty(()), one, other, beta=0, alpha=scale)[:, None]
+        return torch.baddbmm(nothing, query[:, 0], key[:, 0].transpose(-2, -1), beta=0, alpha=scale)[:, None]
     return (query * scale) @ key.transpose(-2, -1)
 
 
@@ -155,11 +154,30 @@ class FusedSite(AttentionSite):
     is_causal: bool
     output: Tensor | None
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        query, key = self.query.read(), self.key.read()
+    # Read once: the pass is over, and every head and query reads them again.
+    @cached_property
+    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]
+        query, key = self._query, self.key.read()
         batch, heads, queries, _ = _four_dimensional(query, self.module).shape
         return batch, heads, queries, key.shape[-2]
+
+    @cached_property
+    def _query(self) -> Tensor:
+        query = self.query.read()
+        return query.to(accumulation_dtype(query))
+
+    @cached_property
+    def _key(self) -> Tensor:
+        return self.key.read().to(self._query.dtype)
+
+    @cached_property
+    def _value(self) -> Tensor:
+        value = self.value.read()
+        return value.to(accumulation_dtype(value))
+
+    @cached_property
+    def _nothing(self) -> Tensor:
+        return self._query.new_empty(())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,11 +190,10 @@ class FusedSite(AttentionSite):
         return tensor[:, torch.arange(heads.start, heads.stop, device=tensor.device) // groups]
 
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
-        query = self.query.read()[:, heads][:, :, queries]
-        dtype = accumulation_dtype(query)
-        key = self._grouped(self.key.read(), heads).to(dtype)
+        query = self._query[:, heads][:, :, queries]
+        dtype = query.dtype
         scale = 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
-        scores = _scores(query.to(dtype), key, scale)
+        scores = _scores(query, self._grouped(self._key, heads), scale, self._nothing)
         hidden = None
         if self.is_causal:
             everyone = torch.ones(self.shape[2:], dtype=torch.bool, device=scores.device)
@@ -202,8 +219,7 @@ class FusedSite(AttentionSite):
         return probabilities
 
     def values(self, heads: slice) -> Tensor:
-        value = self._grouped(self.value.read(), heads)
-        return value.to(accumulation_dtype(value))
+        return self._grouped(self._value, heads)
 
     def output_gradient(self, gradient: Tensor) -> Tensor:
         return gradient
