@@ -429,6 +429,8 @@ class Recorder(TorchFunctionMode):
             if not self._cut:
                 arguments, _ = with_constant_weights(function, arguments, {})
             output, *pair = torch.native_layer_norm(*arguments)
+            if self._shelf is not None and kept.original is not None:
+                pair = [self._shelf.put(moment, least=0)[0] for moment in pair]
             moments = (pair[0], pair[1])
         else:
             output = self._call(function, (input, normalized_shape, weight, bias, eps, *rest), kwargs)

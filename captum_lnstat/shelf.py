@@ -50,16 +50,20 @@ class Shelf:
         self._pieces: set[int] = set()
         self._known: dict[int, Original] = {}
 
-    def put(self, tensor: Tensor) -> tuple[Tensor, Original | None]:
+    def put(self, tensor: Tensor, least: int = LARGE) -> tuple[Tensor, Original | None]:
         """The copy of ``tensor`` and where it came from, or ``tensor`` itself if it is not to be copied.
 
         Views of one storage are views of one copy of it, so that what lies in the same place still does.
+
+        Args:
+            tensor: What is to be kept.
+            least: Tensors of so many bytes are copied. One of a few numbers splits a hole as a large one does.
         """
         if tensor.device.type != "cpu" or tensor.is_inference() or tensor.requires_grad or type(tensor) is not Tensor:
             return tensor, None
         storage = tensor.untyped_storage()
         size, width = storage.nbytes(), tensor.element_size()
-        if size < LARGE or size > PART * tensor.numel() * width or size % width or storage.data_ptr() in self._pieces:
+        if size < least or size > PART * tensor.numel() * width or size % width or storage.data_ptr() in self._pieces:
             return tensor, None
         original = self._known.get(storage.data_ptr())
         alive = original is not None and original.storage() is not None
