@@ -48,7 +48,9 @@ class Covector:
         return cls.at_tokens(at, u[:, at], u.shape[1])
 
     @classmethod
-    def at_tokens(cls, at: Int[Tensor, " place"], u: Float[Tensor, "batch place score channel"], tokens: int) -> Covector:
+    def at_tokens(
+        cls, at: Int[Tensor, " place"], u: Float[Tensor, "batch place score channel"], tokens: int
+    ) -> Covector:
         """As ``of``, from the covectors of the tokens ``at`` alone."""
         if len(at) > 1:
             one = cls._parallel(at, u, tokens)
