@@ -159,8 +159,7 @@ class _Reader:
     def hear(self, heard: Float[Tensor, "group head kind key"]) -> None:
         """With columns: what they became by the maps of all heads."""
         values, directions = self._site.values(slice(0, heard.shape[1])), self._directions
-        kinds, scores = directions.shape[1:3]
-        if scores == 1:
+        if directions.shape[2] == 1:
             read = read_values(values, directions[:, :, 0].permute(0, 2, 3, 1))
             self.said = (heard * read.transpose(-2, -1)).sum((1, 2))[..., None]
             return

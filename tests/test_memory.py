@@ -1,4 +1,4 @@
-"""What a pass keeps: counted in tensors that are alive, not in the size of the process, so that it cannot grow unseen."""
+"""What a pass keeps, counted in tensors that are alive and not in the size of the process: it cannot grow unseen."""
 
 from __future__ import annotations
 
