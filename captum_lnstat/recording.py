@@ -207,6 +207,7 @@ class Recorder(TorchFunctionMode):
         *,
         channels_first: bool = False,
         cut: bool = True,
+        compact: bool = False,
         freeze: Literal["head", "everything"] = "head",
     ) -> None:
         super().__init__()
@@ -217,7 +218,7 @@ class Recorder(TorchFunctionMode):
         self._channels_first = channels_first
         self._cut = cut
         # What is in a graph is kept by the graph, where it is.
-        self._shelf = Shelf() if cut else None
+        self._shelf = Shelf() if cut and compact else None
         self._freezer = Freezer() if freeze == "everything" else None
         self._thread = threading.get_ident()
         self._handles: list[RemovableHandle] = []
