@@ -8,6 +8,7 @@ same above and below a residual block), and each patch merging makes four direct
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,9 +44,14 @@ class Covector:
     @classmethod
     def of(cls, u: Float[Tensor, "batch token score channel"]) -> Covector:
         """The same covectors, in as few directions as there are: one if all are parallel, else one a token."""
-        tokens = u.shape[1]
         at = u.ne(0).flatten(2).any(-1).any(0).nonzero()[:, 0]
-        u = u[:, at]
+        return cls.at_tokens(at, u[:, at], u.shape[1])
+
+    @classmethod
+    def at_tokens(
+        cls, at: Int[Tensor, " place"], u: Float[Tensor, "batch place score channel"], tokens: int
+    ) -> Covector:
+        """As ``of``, from the covectors of the tokens ``at`` alone."""
         if len(at) > 1:
             one = cls._parallel(at, u, tokens)
             if one is not None:
@@ -82,6 +88,15 @@ class Covector:
         """How many scores there are."""
         return self.directions.shape[2]
 
+    @cached_property
+    def _by_kind(self) -> tuple[Tensor, Tensor] | None:
+        """The order in which tokens of a kind stand together and the way back, if there are as many of every kind."""
+        counts = torch.bincount(self.kind, minlength=self.kinds)
+        if bool((counts != counts[0]).any()):
+            return None
+        order = self.kind.argsort(stable=True)
+        return order, order.argsort()
+
     def dense(self) -> Float[Tensor, "batch place score channel"]:
         """The covectors of the tokens ``at``, written out."""
         return self.scale[..., None, None] * self.directions[:, self.kind]
@@ -93,6 +108,11 @@ class Covector:
             said = x @ self.directions[:, 0].transpose(-2, -1)
         elif self.scores == 1:
             said = (x * self.directions[:, self.kind, 0]).sum(-1, keepdim=True)
+        elif self._by_kind is not None:
+            # As many tokens of every kind: one product for all of them.
+            order, back = self._by_kind
+            sorted_x = x[:, order].reshape(len(x), self.kinds, -1, x.shape[-1])
+            said = (sorted_x @ self.directions.transpose(-2, -1)).flatten(1, 2)[:, back]
         else:
             said = x.new_empty(*x.shape[:2], self.scores)
             for kind in range(self.kinds):

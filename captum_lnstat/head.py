@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,11 @@ from captum_lnstat.errors import RecordingError
 from captum_lnstat.statistics import accumulation_dtype, stream
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
+
+# Gradients of so many entries are held at once, those of a few scores at least.
+HELD = 1 << 20
+FEWEST = 4
 
 
 def plain_target(target: Any) -> Any:
@@ -106,9 +110,10 @@ def head_covector(
     The LayerNorms of the head were recorded with frozen statistics, so for a head of norms, pooling and linear layers
     this is exact. For any other head it is the first-order expansion, the remainder being part of the constant.
     """
-    slopes = _slopes(scores, stream_end)
-    u = stream(slopes.flatten(0, 1)).reshape(*slopes.shape[:2], -1, slopes.shape[-1]).movedim(0, 2)
-    covector = Covector.of(u)
+    parts = [_nonzero(part) for part in _slopes(scores, stream_end)]
+    some = torch.stack([mask for mask, _ in parts]).any(0)
+    u = torch.cat([_spread(part, mask, some) for mask, part in parts], 2)
+    covector = Covector.at_tokens(some.nonzero()[:, 0], u, len(some))
     said = covector.read(stream(stream_end.detach())).sum(1)
     values = torch.stack([score.detach() for score in scores], 1)
     return covector, values.to(said.dtype) - said
@@ -116,15 +121,36 @@ def head_covector(
 
 def _slopes(
     scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor
-) -> Float[Tensor, "score batch *tokens channel"]:
-    """The gradient of every score at the end of the stream; those of many scores in one backward pass."""
-    if len(scores) == 1:
-        return gradients(scores[0], [stream_end])[0][None]
+) -> Iterator[Float[Tensor, "batch token score channel"]]:
+    """The gradient of every score at the end of the stream, that of some scores in one backward pass."""
     _check_differentiable(scores[0])
-    together = torch.stack([score.sum() for score in scores])
-    one_each = torch.eye(len(scores), dtype=together.dtype, device=together.device)
-    slopes: Tensor = torch.autograd.grad(together, [stream_end], one_each, is_grads_batched=True)[0]
-    return slopes
+    if len(scores) == 1:
+        yield stream(gradients(scores[0], [stream_end])[0])[:, :, None]
+        return
+    at_once = max(FEWEST, HELD // stream_end.numel())
+    for start in range(0, len(scores), at_once):
+        together = torch.stack([score.sum() for score in scores[start : start + at_once]])
+        one_each = torch.eye(len(together), dtype=together.dtype, device=together.device)
+        more = start + at_once < len(scores)
+        slopes: Tensor = torch.autograd.grad(
+            together, [stream_end], one_each, retain_graph=more, is_grads_batched=True
+        )[0]
+        yield stream(slopes.flatten(0, 1)).reshape(*slopes.shape[:2], -1, slopes.shape[-1]).movedim(0, 2)
+
+
+def _nonzero(u: Float[Tensor, "batch token score channel"]) -> tuple[Bool[Tensor, " token"], Tensor]:
+    """At which tokens it is not zero, and what it is there: a head that reads one token leaves the others without."""
+    some = u.ne(0).flatten(2).any(-1).any(0)
+    return some, u[:, some]
+
+
+def _spread(u: Float[Tensor, "batch place score channel"], mask: Tensor, wanted: Tensor) -> Tensor:
+    """What is known at the tokens of one mask at those of a larger one."""
+    if torch.equal(mask, wanted):
+        return u
+    spread = u.new_zeros(len(u), len(mask), *u.shape[2:])
+    spread[:, mask] = u
+    return spread[:, wanted]
 
 
 def _check_differentiable(score: Tensor) -> None:

@@ -24,8 +24,10 @@ from torch.utils.hooks import RemovableHandle
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.freezing import LAYER_NORMS, SOFTMAXES, Freezer
 from captum_lnstat.frozen import FrozenLayerNorm, FrozenNorm
+from captum_lnstat.shelf import Shelf
 from captum_lnstat.sites import AttentionSite, FusedSite, Kept, MultiHeadSite, SoftmaxSite
 from captum_lnstat.statistics import TokenStatistics, token_statistics
+from captum_lnstat.weights import with_constant_weights
 
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 # What may stand between the softmax and the product with the values without being another quantity.
@@ -205,6 +207,7 @@ class Recorder(TorchFunctionMode):
         *,
         channels_first: bool = False,
         cut: bool = True,
+        compact: bool = False,
         freeze: Literal["head", "everything"] = "head",
     ) -> None:
         super().__init__()
@@ -214,6 +217,8 @@ class Recorder(TorchFunctionMode):
         self._head_follows = head_follows
         self._channels_first = channels_first
         self._cut = cut
+        # What is in a graph is kept by the graph, where it is.
+        self._shelf = Shelf() if cut and compact else None
         self._freezer = Freezer() if freeze == "everything" else None
         self._thread = threading.get_ident()
         self._handles: list[RemovableHandle] = []
@@ -258,6 +263,9 @@ class Recorder(TorchFunctionMode):
             handle.remove()
         self._handles.clear()
 
+    def _keep(self, tensor: Tensor) -> Kept:
+        return Kept.on(self._shelf, tensor)
+
     # Other threads may run the same model while this one records: their calls are none of our business.
     def _elsewhere(self) -> bool:
         return threading.get_ident() != self._thread
@@ -282,7 +290,7 @@ class Recorder(TorchFunctionMode):
             # A block may return its attention maps beside its tokens.
             first = output[0] if isinstance(output, tuple) and output else output
             if module in self._taps and isinstance(first, Tensor) and inputs and isinstance(inputs[0], Tensor):
-                self._calls.setdefault(name, []).append(ModuleCall(Kept.of(inputs[0]), Kept.of(first)))
+                self._calls.setdefault(name, []).append(ModuleCall(self._keep(inputs[0]), self._keep(first)))
             if module is not self._head_follows or not isinstance(first, Tensor):
                 return None
             begun = self._begin_head(first)
@@ -304,6 +312,8 @@ class Recorder(TorchFunctionMode):
         if not self._cut:
             self._stream_end = stream
             return stream.movedim(-1, 1) if first else None
+        # Where it lies is where what was kept of it lies.
+        stream = self._keep(stream).tensor
         # The caller's grad mode comes back when the forward_func call returns: see engine.py.
         torch.set_grad_enabled(True)
         self._stream_end = stream.detach().requires_grad_()
@@ -344,9 +354,13 @@ class Recorder(TorchFunctionMode):
 
     def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What forward_func does around the model (a softmax of the scores) is differentiated as it is.
-        if self._freezer is None or len(self._running) == 1:
+        if len(self._running) == 1:
             return function(*args, **kwargs)
-        return self._freezer(function, args, kwargs)
+        if self._freezer is not None:
+            return self._freezer(function, args, kwargs)
+        if not self._cut:
+            args, kwargs = with_constant_weights(function, args, kwargs)
+        return function(*args, **kwargs)
 
     def _fused(
         self,
@@ -360,8 +374,8 @@ class Recorder(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        mask = None if attn_mask is None else Kept.of(attn_mask)
-        q, k, v = Kept.of(query), Kept.of(key), Kept.of(value)
+        mask = None if attn_mask is None else self._keep(attn_mask)
+        q, k, v = self._keep(query), self._keep(key), self._keep(value)
         self._events.append(FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, _in_graph(output)))
 
     def _multi_head(self, output: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -370,7 +384,7 @@ class Recorder(TorchFunctionMode):
         named = dict(arguments.arguments)
         for name in ("query", "key", "value", "attn_mask", "key_padding_mask"):
             if named[name] is not None:
-                named[name] = Kept.of(named[name])
+                named[name] = self._keep(named[name])
         self._events.append(MultiHeadSite(self._running[-1], named, _in_graph(output)))
 
     def _join(self, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
@@ -380,7 +394,7 @@ class Recorder(TorchFunctionMode):
     def _softmax(self, output: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> None:
         # Attention normalises over the keys, the last of at least three dimensions; the rest are other softmaxes.
         if input.dim() >= 3 and dim in (-1, input.dim() - 1):
-            event = _Softmax(self._running[-1], Kept.of(output))
+            event = _Softmax(self._running[-1], self._keep(output))
             self._events.append(event)
             self._softmaxes[id(output)] = (output, event)
 
@@ -391,7 +405,7 @@ class Recorder(TorchFunctionMode):
         if function in _PASSING:
             self._softmaxes[id(output)] = (output, event)
         elif function in _PRODUCTS and not event.multiplied:
-            event.value = Kept.of(args[1] if len(args) > 1 else next(iter(kwargs.values())))
+            event.value = self._keep(args[1] if len(args) > 1 else next(iter(kwargs.values())))
             event.output = _in_graph(output)
             event.multiplied = True
 
@@ -407,12 +421,17 @@ class Recorder(TorchFunctionMode):
         **kwargs: Any,
     ) -> Tensor:
         shape, moments = tuple(normalized_shape), None
-        kept, name = Kept.of(input), self._running[-1]
+        kept, name = self._keep(input), self._running[-1]
         if self._in_cut_head and torch.is_grad_enabled():
             output = FrozenLayerNorm.apply(input, shape, weight, bias, float(eps))
         elif self._freezer is None and _returns_moments(input):
             # What layer_norm itself calls. Reading the statistics here saves reading the tokens again for them.
-            output, *pair = torch.native_layer_norm(input, shape, weight, bias, float(eps))
+            arguments = (input, shape, weight, bias, float(eps))
+            if not self._cut:
+                arguments, _ = with_constant_weights(function, arguments, {})
+            output, *pair = torch.native_layer_norm(*arguments)
+            if self._shelf is not None and kept.original is not None:
+                pair = [self._shelf.put(moment, least=0)[0] for moment in pair]
             moments = (pair[0], pair[1])
         else:
             output = self._call(function, (input, normalized_shape, weight, bias, eps, *rest), kwargs)
@@ -423,5 +442,5 @@ class Recorder(TorchFunctionMode):
         self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
     ) -> None:
         epsilon = torch.finfo(input.dtype).eps if eps is None else float(eps)
-        kept = Kept.of(input)
+        kept = self._keep(input)
         self._norms.append(NormCall(self._running[-1], "rms_norm", kept, len(normalized_shape), weight, None, epsilon))

@@ -28,9 +28,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 # Up to so many directions in u, what values said is summed over the queries before it is read, not after.
-FEW = 4
+FEW = 16
 # With many scores what is read is wider than a window is large up to so many directions.
-FEW_OF_MANY_SCORES = 16
+FEW_OF_MANY_SCORES = 64
+# From so many row vectors on, the heads' maps are fused before they are multiplied, not the products after.
+WIDE = 16
+# So many entries of what is summed over for many scores are held at once.
+HELD = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -74,28 +78,32 @@ def hand_down(
     site, keys, count = block.site, block.keys or block.layout, rows.shape[-1]
     reader = None if u is None else _Reader(block, u)
     probe = None if wiring is None else Probe(block)
+    additive = fusion == "mean" and not site.signed and count < WIDE  # no head-fused map is needed
     # What is multiplied with every head's map from the left, side by side.
-    columns = [rows] + [part.columns for part in (reader, probe) if part is not None]
-    wanted, grouped = _wanted(block, at, u), block.layout.gather(torch.cat(columns, -1)).transpose(-2, -1)
-    ends = [0, *itertools.accumulate(part.shape[-1] for part in columns)]
-    parts = [slice(*pair) for pair in itertools.pairwise(ends)]
+    columns = [rows] if additive else []
+    columns += [part.columns for part in (reader, probe) if part is not None and part.columns is not None]
+    wanted, grouped = _wanted(block, at, u), block.layout.gather(rows).transpose(-2, -1)
+    lefts = block.layout.gather(torch.cat(columns, -1)).transpose(-2, -1) if columns else grouped[:, :0]
+    heard = lefts.new_zeros(len(lefts), site.shape[1], lefts.shape[1], site.shape[3])
     mixed = rows.new_zeros(len(grouped), count, site.shape[3])
-    additive = fusion == "mean" and not site.signed  # no head-fused map is needed
     for queries, turns in site.chunks(wanted, whole_maps=callable(fusion)):
-        left, fuser = grouped[:, :, queries], Fuser(fusion, site.shape[1], signed=site.signed)
+        left, fuser = lefts[:, :, queries], Fuser(fusion, site.shape[1], signed=site.signed)
         for heads, attention in turns:
-            # (group, head, column, key)
-            heard = left[:, None] @ attention if attention.shape[1] > 1 else (left @ attention[:, 0])[:, None]
-            if additive:
-                mixed += heard[:, :, :count].sum(1) / site.shape[1]
-            else:
+            add_product(heard, heads, left, attention)
+            if not additive:
                 fuser.add(attention)
-            if reader is not None:
-                reader.add(queries, heads, attention, heard[:, :, parts[1]])
-            if probe is not None:
-                probe.add(queries, heads, attention, heard[:, :, parts[-1]])
+            for part in (reader, probe):
+                if part is not None and part.columns is None:
+                    part.add(queries, heads, attention)
         if not additive:
-            mixed += left[:, :count] @ fuser.fused()
+            mixed += grouped[:, :, queries] @ fuser.fused()
+    ends = [0, *itertools.accumulate(part.shape[-1] for part in columns)]
+    shares = [heard[:, :, slice(*pair)] for pair in itertools.pairwise(ends)]
+    if additive:
+        mixed = shares.pop(0).mean(1)
+    for part in (reader, probe):
+        if part is not None and part.columns is not None:
+            part.hear(shares.pop(0))
     if wiring is not None and probe is not None:
         wiring.note(block.name, probe.excess(wanted))
     handed, lost = keys.scatter(mixed.transpose(-2, -1), len(rows))
@@ -115,46 +123,56 @@ def _wanted(block: Block, at: Tensor | None, u: Covector | None) -> Tensor | Non
 
 
 class _Reader:
-    """Collects what the values of a block said about the scores, head by head.
+    """Collects what the values of a block said about the scores.
 
     Of a covector with few directions ``p_k``: ``sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j)``, where nothing wide is
-    multiplied with a map. The inner sums are the ``columns`` times the map.
+    multiplied with a map. The inner sums are the ``columns`` times the map, head by head. With more directions there
+    are no columns, and what each query hears is carried to the keys as it is.
     """
 
     def __init__(self, block: Block, u: Covector) -> None:
-        self._site, self._scores = block.site, u.scores
+        self._site = block.site
         if block.layout.covered is not None:
             u = u.scaled(block.layout.covered.to(u.scale.dtype)[None])  # a token that takes no part hears no bias
         pulled, constant = pull_through(block.path, u)
         self.constant = constant.sum(1)
         batch, heads = len(u.scale), block.site.shape[1]
-        self._dense: Tensor | None = None
+        self.columns: Tensor | None = None
         if u.kinds <= (FEW if u.scores == 1 else FEW_OF_MANY_SCORES):
             one_hot = F.one_hot(pulled.kind, pulled.kinds).to(u.scale.dtype)
             self.columns = pulled.spread(pulled.scale[..., None] * one_hot)
-            directions = pulled.directions.reshape(batch, pulled.kinds * u.scores, heads, -1)
-            self._directions = directions.permute(0, 2, 3, 1)  # (batch, head, head channel, kind and score)
+            # (batch, kind, score, head, head channel)
+            self._directions = pulled.directions.reshape(batch, pulled.kinds, u.scores, heads, -1)
         else:
             grouped = block.layout.gather(pulled.spread(pulled.dense().flatten(2)))
             split = grouped.reshape(*grouped.shape[:2], u.scores, heads, -1)
             self._dense = split.permute(0, 3, 1, 2, 4)  # (group, head, query, score, head channel)
-            self.columns = u.scale.new_zeros(batch, u.tokens, 0)
         self.said = u.scale.new_zeros(block.site.shape[0], block.site.shape[3], u.scores)
 
-    def add(self, queries: Queries, heads: slice, attention: Tensor, heard: Tensor) -> None:
-        values = self._site.values(heads)
-        if self._dense is not None:
-            pulled = self._dense[:, heads][:, :, queries]
-            carried = attention.transpose(-2, -1) @ pulled.flatten(3)
-            carried = carried.reshape(*carried.shape[:3], *pulled.shape[3:])
-            self.said += (carried * values[:, :, :, None]).sum((1, 4))
+    def add(self, queries: Queries, heads: slice, attention: Float[Tensor, "group head query key"]) -> None:
+        """Without columns: what the queries heard through some heads."""
+        values, pulled = self._site.values(heads), self._dense[:, heads][:, :, queries]
+        carried = attention.transpose(-2, -1) @ pulled.flatten(3)
+        carried = carried.reshape(*carried.shape[:3], *pulled.shape[3:])
+        self.said += (carried * values[:, :, :, None]).sum((1, 4))
+
+    def hear(self, heard: Float[Tensor, "group head kind key"]) -> None:
+        """With columns: what they became by the maps of all heads."""
+        values, directions = self._site.values(slice(0, heard.shape[1])), self._directions
+        if directions.shape[2] == 1:
+            read = read_values(values, directions[:, :, 0].permute(0, 2, 3, 1))
+            self.said = (heard * read.transpose(-2, -1)).sum((1, 2))[..., None]
             return
-        read = read_values(values, self._directions[:, heads])
-        if read.shape[-1] == 1:
-            self.said += (heard[:, :, 0] * read[..., 0]).sum(1)[..., None]
-        else:
-            read = read.reshape(*read.shape[:3], -1, self._scores)
-            self.said += torch.einsum("ghmk,ghkms->gks", heard, read)
+        # Heads, kinds and channels are summed over in one product for all scores, for some groups at a time.
+        summed = directions.permute(0, 3, 1, 4, 2).flatten(1, 3)  # (batch, head and kind and channel, score)
+        per_image = len(values) // len(directions)
+        groups = max(1, HELD // max(1, summed.shape[1] * values.shape[2]))
+        for image, its in enumerate(summed):
+            for start in range(image * per_image, (image + 1) * per_image, groups):
+                some = slice(start, min(start + groups, (image + 1) * per_image))
+                # (group, key, head, kind, channel)
+                weighted = heard[some].permute(0, 3, 1, 2)[..., None] * values[some].transpose(1, 2)[:, :, :, None]
+                self.said[some] = weighted.flatten(2) @ its
 
 
 def check_layout(block: Block) -> None:
@@ -186,21 +204,51 @@ def positive_gradient_attention(
             f"the output of {site.module!r} has {d_output.shape[1]} heads, its attention {site.shape[1]}"
         )
     probe = None if wiring is None else Probe(block)
-    wanted, grouped = _wanted(block, at, None), block.layout.gather(rows)
-    probing = None if probe is None else block.layout.gather(probe.columns).transpose(-2, -1)
-    mixed = grouped.new_zeros(len(grouped), site.shape[3], grouped.shape[-1])
+    wanted, grouped = _wanted(block, at, None), block.layout.gather(rows).transpose(-2, -1)
+    probing = None if probe is None or probe.columns is None else block.layout.gather(probe.columns).transpose(-2, -1)
+    heard = grouped.new_zeros(len(grouped), site.shape[1], 1, site.shape[3])
+    mixed = grouped.new_zeros(len(grouped), grouped.shape[1], site.shape[3])
+    values = site.values(slice(0, site.shape[1])).transpose(-2, -1)
     for queries, turns in site.chunks(wanted):
-        fuser = Fuser("mean", site.shape[1])
+        left, fuser = grouped[:, :, queries], Fuser("mean", site.shape[1])
+        probed = None if probing is None else probing[:, :, queries]
         for heads, attention in turns:
-            if probe is not None and probing is not None:
-                probe.add(queries, heads, attention, probing[:, None, :, queries] @ attention)
-            d_attention = d_output[:, heads][:, :, queries] @ site.values(heads).transpose(-2, -1)
-            fuser.add(d_attention.mul_(attention).clamp_(min=0))
-        weighted = fuser.fused()
+            if probed is not None:
+                add_product(heard, heads, probed, attention)
+            elif probe is not None:
+                probe.add(queries, heads, attention)
+            d_attention = product(d_output[:, heads][:, :, queries], values[:, heads])
+            positive = d_attention.mul_(attention).clamp_(min=0)
+            if normalized:
+                fuser.add(positive)
+            else:
+                mixed += (left @ positive[:, 0]) if positive.shape[1] == 1 else left @ positive.sum(1)
         if normalized:
+            weighted = fuser.fused()
             total = weighted.sum(-1, keepdim=True)
-            weighted = torch.where(total > 0, weighted / total, weighted)
-        mixed += weighted.transpose(-2, -1) @ grouped[:, queries]
+            mixed += left @ torch.where(total > 0, weighted / total, weighted)
+    if not normalized:
+        mixed /= site.shape[1]
+    if probe is not None and probing is not None:
+        probe.hear(heard)
     if wiring is not None and probe is not None:
         wiring.note(block.name, probe.excess(wanted))
-    return keys.scatter(mixed, len(rows))
+    return keys.scatter(mixed.transpose(-2, -1), len(rows))
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, head by head; that of a head alone where it lies in memory."""
+    return left @ right if left.shape[1] > 1 else torch.bmm(left[:, 0], right[:, 0])[:, None]
+
+
+def add_product(
+    total: Float[Tensor, "group head column key"],
+    heads: slice,
+    left: Float[Tensor, "group column query"],
+    attention: Float[Tensor, "group some_heads query key"],
+) -> None:
+    """Add the product of the same columns with the maps of some heads to theirs."""
+    if attention.shape[1] == 1:
+        total[:, heads.start].baddbmm_(left, attention[:, 0])
+    else:
+        total[:, heads] += left[:, None] @ attention

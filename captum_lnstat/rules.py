@@ -316,19 +316,21 @@ def lnstat(
     looked, argued = _Perception(trace, settings), _Evidence(u, constant, settings)
     _walk(trace, [looked, argued], settings)
     (seen,), said = looked.row.relevance(trace), argued.at_the_image(trace)
-    sigma = tuple(max(1.0, side / 2) for side in trace.grain)
-    return tuple(_both(seen.grid, one, sigma) for one in said), said
+    prefix, nothing = torch.zeros_like(said[0].prefix), torch.zeros_like(said[0].padding)
+    sigma = max(1.0, trace.grain[0] / 2), max(1.0, trace.grain[1] / 2)
+    grids = _both(seen.grid, torch.stack([one.grid for one in said]), sigma)
+    return tuple(Relevance(grid, prefix, nothing, nothing) for grid in grids), said
 
 
-def _both(seen: Tensor, said: Relevance, sigma: tuple[float, ...]) -> Relevance:
+def _both(
+    seen: Float[Tensor, "batch row column"], said: Float[Tensor, "score batch row column"], sigma: tuple[float, float]
+) -> Float[Tensor, "score batch row column"]:
     attention = torch.maximum(seen - seen.mean((1, 2), keepdim=True), seen / FAINT)
-    around = smoothed(said.grid, (sigma[0], sigma[1]))
-    favour = (around - around.flatten(1).median(1).values[:, None, None]).clamp(min=0)
+    around = smoothed(said, sigma)
+    favour = (around - around.flatten(2).median(2).values[..., None, None]).clamp(min=0)
     product = attention * favour
-    total = product.sum((1, 2), keepdim=True)
-    grid = torch.where(total > 0, product * favour.sum((1, 2), keepdim=True) / total, product)
-    nothing = torch.zeros_like(said.padding)
-    return Relevance(grid, torch.zeros_like(said.prefix), nothing, nothing)
+    total = product.sum((2, 3), keepdim=True)
+    return torch.where(total > 0, product * favour.sum((2, 3), keepdim=True) / total, product)
 
 
 def gradient(

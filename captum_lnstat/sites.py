@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.shelf import Original, Shelf
 from captum_lnstat.statistics import accumulation_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# Probabilities of so many (batch, head, query, key) entries are held at once; more queries follow in turns.
-CHUNK = 1 << 22
-# So many entries stay in the cache while all that needs them reads them; more heads follow in turns.
-CACHED = 1 << 18
+# So many (batch, head, query, key) entries stay in the cache while all that needs them reads them. More heads, and in a
+# long sequence more queries, follow in turns.
+CHUNK = 1 << 18
+# Of fewer queries at a time the products are slow.
+QUERIES = 96
 
 # Which queries of a site.
 Queries = Union[slice, Tensor]
@@ -31,20 +33,30 @@ EVERY = slice(None)
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor of the forward pass, kept by reference, with the version it had when it was seen.
+    """A tensor of the forward pass, kept by reference, with the version it had when it was seen; or a copy of it.
 
     A model may write into a tensor after it was recorded; reading it then would explain another computation.
     """
 
     tensor: Tensor
     version: int
+    original: Original | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> Kept:
         return cls(tensor, -1 if tensor.is_inference() else tensor._version)
 
+    @classmethod
+    def on(cls, shelf: Shelf | None, tensor: Tensor) -> Kept:
+        """A copy on the shelf if the tensor is large, so that what is kept does not lie between what is not."""
+        if shelf is None:
+            return cls.of(tensor)
+        copy, original = shelf.put(tensor)
+        return cls.of(tensor) if original is None else cls(copy, -1, original)
+
     def read(self) -> Tensor:
-        if self.version >= 0 and self.tensor._version != self.version:
+        changed = self.version >= 0 and self.tensor._version != self.version
+        if changed or (self.original is not None and self.original.changed):
             raise RecordingError(
                 f"a recorded tensor of shape {tuple(self.tensor.shape)} was changed in place later in the forward "
                 "pass, so its value at the attention is lost; expected a model that leaves these tensors alone"
@@ -98,8 +110,8 @@ class AttentionSite(ABC):
         """
         batch, heads, count, keys = self.shape
         wanted = count if queries is None else len(queries)
-        at_once = wanted if whole_maps else max(1, min(wanted, CHUNK // max(1, batch * keys)))
-        step = max(1, min(CHUNK, CACHED) // max(1, batch * at_once * keys))
+        at_once = wanted if whole_maps else min(wanted, max(QUERIES, CHUNK // max(1, batch * keys)))
+        step = max(1, CHUNK // max(1, batch * at_once * keys))
         turns = [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
         for start in range(0, wanted, max(1, at_once)):
             some: Queries = slice(start, min(start + at_once, wanted))
@@ -117,12 +129,11 @@ def _four_dimensional(tensor: Tensor, module: str) -> Tensor:
     return tensor
 
 
-def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def _scores(query: Tensor, key: Tensor, scale: float, nothing: Tensor) -> Tensor:
     """``scale * q k^T``."""
     if query.shape[1] == 1:
         # Heads lie interleaved in memory: one alone is multiplied where it lies, several would be copied first.
-        one, other = query[:, 0], key[:, 0].transpose(-2, -1)
-        return torch.baddbmm(one.new_empty(()), one, other, beta=0, alpha=scale)[:, None]
+        return torch.baddbmm(nothing, query[:, 0], key[:, 0].transpose(-2, -1), beta=0, alpha=scale)[:, None]
     return (query * scale) @ key.transpose(-2, -1)
 
 
@@ -143,11 +154,30 @@ class FusedSite(AttentionSite):
     is_causal: bool
     output: Tensor | None
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        query, key = self.query.read(), self.key.read()
+    # Read once: the pass is over, and every head and query reads them again.
+    @cached_property
+    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]
+        query, key = self._query, self.key.read()
         batch, heads, queries, _ = _four_dimensional(query, self.module).shape
         return batch, heads, queries, key.shape[-2]
+
+    @cached_property
+    def _query(self) -> Tensor:
+        query = self.query.read()
+        return query.to(accumulation_dtype(query))
+
+    @cached_property
+    def _key(self) -> Tensor:
+        return self.key.read().to(self._query.dtype)
+
+    @cached_property
+    def _value(self) -> Tensor:
+        value = self.value.read()
+        return value.to(accumulation_dtype(value))
+
+    @cached_property
+    def _nothing(self) -> Tensor:
+        return self._query.new_empty(())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -160,11 +190,10 @@ class FusedSite(AttentionSite):
         return tensor[:, torch.arange(heads.start, heads.stop, device=tensor.device) // groups]
 
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
-        query = self.query.read()[:, heads][:, :, queries]
-        dtype = accumulation_dtype(query)
-        key = self._grouped(self.key.read(), heads).to(dtype)
+        query = self._query[:, heads][:, :, queries]
+        dtype = query.dtype
         scale = 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
-        scores = _scores(query.to(dtype), key, scale)
+        scores = _scores(query, self._grouped(self._key, heads), scale, self._nothing)
         hidden = None
         if self.is_causal:
             everyone = torch.ones(self.shape[2:], dtype=torch.bool, device=scores.device)
@@ -190,8 +219,7 @@ class FusedSite(AttentionSite):
         return probabilities
 
     def values(self, heads: slice) -> Tensor:
-        value = self._grouped(self.value.read(), heads)
-        return value.to(accumulation_dtype(value))
+        return self._grouped(self._value, heads)
 
     def output_gradient(self, gradient: Tensor) -> Tensor:
         return gradient

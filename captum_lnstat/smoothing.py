@@ -18,7 +18,9 @@ def _axis(cells: int, sigma: float, like: Tensor) -> Float[Tensor, "cell cell"]:
     return weights / weights.sum(1, keepdim=True)
 
 
-def smoothed(grid: Float[Tensor, "batch row column"], sigma: tuple[float, float]) -> Float[Tensor, "batch row column"]:
+def smoothed(
+    grid: Float[Tensor, "*batch row column"], sigma: tuple[float, float]
+) -> Float[Tensor, "*batch row column"]:
     """Mean over the grid around every patch, weighted by a Gaussian of the distance.
 
     Args:
@@ -33,5 +35,5 @@ def smoothed(grid: Float[Tensor, "batch row column"], sigma: tuple[float, float]
         >>> smoothed(torch.tensor([[[0.0, 1.0, 0.0]]]), (1.0, 0.5))
         tensor([[[0.1192, 0.7870, 0.1192]]])
     """
-    rows, columns = _axis(grid.shape[1], sigma[0], grid), _axis(grid.shape[2], sigma[1], grid)
+    rows, columns = _axis(grid.shape[-2], sigma[0], grid), _axis(grid.shape[-1], sigma[1], grid)
     return rows @ grid @ columns.T

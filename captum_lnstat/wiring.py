@@ -21,6 +21,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.2
 # So many channels of the stream are compared, others in every block.
 PROBED = 64
+# Up to so many directions, zeros for other heads cost less than heads one by one.
+ONE_PRODUCT = 4
 
 
 def _scattered(count: int, like: Tensor) -> Tensor:
@@ -77,24 +79,27 @@ class Probe:
         u = Covector(everywhere, self._z.expand(batch, -1), directions, torch.zeros_like(everywhere), tokens)
         self._u, self._constant = pull_through(block.path, u)
         site = block.site
-        self._dense = self._u.kinds > 1
-        if self._dense:
-            self.columns = self._u.scale.new_zeros(batch, tokens, 0)
+        # What is multiplied with every head's map from the left, if the covector has one direction for all tokens.
+        self.columns: Tensor | None = None
+        if self._u.kinds > 1:
             grouped = block.layout.gather(self._u.dense()[:, :, 0])
             self._per_query = grouped.reshape(*grouped.shape[:2], site.shape[1], -1).transpose(1, 2)
         else:
             self.columns = self._u.scale[..., None]
-            split = self._u.directions.reshape(batch, 1, site.shape[1], -1).permute(0, 2, 3, 1)
-            self._read = read_values(site.values(slice(0, site.shape[1])), split)[..., 0]  # (group, head, key)
         self._told = w.new_zeros(batch)
 
-    def add(self, queries: Queries, heads: slice, attention: Tensor, heard: Tensor) -> None:
-        if self._dense:
-            averaged = attention @ self._block.site.values(heads)
-            told = averaged * self._per_query[:, heads][:, :, queries]
-        else:
-            told = heard[:, :, 0] * self._read[:, heads]
+    def add(self, queries: Queries, heads: slice, attention: Float[Tensor, "group head query key"]) -> None:
+        """Without columns: what some heads' maps make of the values."""
+        averaged = attention @ self._block.site.values(heads)
+        told = averaged * self._per_query[:, heads][:, :, queries]
         self._told += told.reshape(len(self._told), -1).sum(1)
+
+    def hear(self, heard: Float[Tensor, "group head 1 key"]) -> None:
+        """With columns: what they became by the maps of all heads."""
+        site = self._block.site
+        directions = self._u.directions.reshape(len(self._told), site.shape[1], -1, 1)
+        read = read_values(site.values(slice(0, site.shape[1])), directions)[..., 0]  # (group, head, key)
+        self._told += (heard[:, :, 0] * read).reshape(len(self._told), -1).sum(1)
 
     def excess(self, wanted: Tensor | None) -> Float[Tensor, " batch"]:
         """How far the two sides are apart, in units of what rounding explains."""
@@ -120,10 +125,13 @@ def read_values(
     values: Float[Tensor, "group head key channel"], directions: Float[Tensor, "batch head channel direction"]
 ) -> Float[Tensor, "group head key direction"]:
     """``p . v_j`` of every value with every direction of its image."""
-    per_image = values.reshape(len(directions), -1, *values.shape[1:])
-    if directions.shape[-1] == 1:
-        read = (per_image * directions[:, None, :, None, :, 0]).sum(-1, keepdim=True)
-    else:
-        read = per_image @ directions[:, None]
-    flat: Tensor = read.flatten(0, 1)
+    images, heads, channels, count = directions.shape
+    if count <= ONE_PRODUCT:
+        # Heads lie side by side in memory: all are read where they lie, by one product with zeros for other heads.
+        joined = values.transpose(1, 2).reshape(images, -1, heads * channels)
+        own = torch.eye(heads, dtype=directions.dtype, device=directions.device)[:, None, :, None]
+        read = joined @ (directions[:, :, :, None] * own).reshape(images, heads * channels, -1)
+        return read.reshape(len(values), -1, heads, count).transpose(1, 2)
+    per_image = values.reshape(images, -1, *values.shape[1:])
+    flat: Tensor = (per_image @ directions[:, None]).flatten(0, 1)
     return flat

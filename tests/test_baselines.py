@@ -239,6 +239,7 @@ def test_an_activation_in_place(activation):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_fused_attention_is_a_constant_matrix(mask, groups, monkeypatch):
     monkeypatch.setattr("captum_lnstat.sites.CHUNK", 1)
+    monkeypatch.setattr("captum_lnstat.sites.QUERIES", 1)
     rng = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 5, 3, generator=rng, dtype=torch.float64)
     k, v = (torch.randn(2, 4 // groups, 5, 3, generator=rng, dtype=torch.float64) for _ in range(2))

@@ -92,6 +92,7 @@ def test_unknown_fusion_is_refused():
 @pytest.mark.parametrize("chunk", [1, 1 << 23])
 def test_fuse_takes_all_heads_of_a_site(fusion, chunk, monkeypatch):
     monkeypatch.setattr("captum_lnstat.sites.CHUNK", chunk)
+    monkeypatch.setattr("captum_lnstat.sites.QUERIES", 1)
     q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64).unbind()
     site = FusedSite("", Kept.of(q), Kept.of(k), Kept.of(v), None, None, False, None)
     expected = FUSIONS[fusion]((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1))

@@ -1,17 +1,20 @@
 """What an explanation costs: time and memory against one plain forward pass, as a table and two figures.
 
-    python tests/benchmarks/cost.py            # everything, about half an hour on one core
+    python tests/benchmarks/cost.py            # everything, about a quarter of an hour on one quiet core
+    python tests/benchmarks/cost.py --quick    # the rules at 224 px and the memory at 518 px, two minutes, only printed
     python tests/benchmarks/cost.py --only swin_tiny_patch4_window7_224@224x4 --pairs 5
 
 Time: CPU seconds of this process, one thread, methods taken in turns in one process, medians of the ratios to the
 forward pass of the same turn. Memory: the largest resident size of a process of its own, over that with the model and
-the images loaded. Results are kept in ``docs/cost.json``, so that parts can be measured again, and written as a page.
+the images loaded. On a GPU, where there is one: batches of 32, wall-clock seconds between synchronisations. Results are
+kept in ``docs/cost.json``, so that parts can be measured again, and written as a page.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import platform
 import statistics
@@ -47,8 +50,12 @@ SETTINGS = [
     (DINO, 518, 2),
     (SWIN, 448, 1),
     (SWIN, 896, 1),
+    (VIT, 1024, 1),
 ]
-MEMORY = [*SETTINGS, (VIT, 448, 1), (VIT, 1024, 1)]
+MEMORY = [*SETTINGS, (VIT, 448, 1)]
+# How often each is measured, unless --pairs says so: all of it has to end in a quarter of an hour.
+TURNS = {(224, 4): 4, (224, 1): 5, (448, 1): 3, (518, 2): 2, (896, 1): 1, (1024, 1): 1}
+QUICK = [(VIT, 224, 4), (SWIN, 224, 4)]
 TARGET = 1
 HUNDRED = "LNStatAttribution, 100 classes"
 # Memory is that of the rules, and of what they are compared with.
@@ -128,6 +135,17 @@ def _methods() -> dict[str, Callable[[nn.Module], Callable[[Tensor], object]]]:
     return found
 
 
+# At more than 224 px the others would only repeat what these show; at 1024 px the rules alone are measured.
+LARGE = (
+    "plain forward",
+    "LNStatAttribution, lnstat",
+    "LNStatAttribution, rollout",
+    "LNStatAttribution, gradient",
+    "GenericAttention",
+    "LNStatAttribution, 100 classes",
+    "Captum Saliency",
+    "pytorch-grad-cam GradCAM",
+)
 SLOW = ("Captum IntegratedGradients, 50 steps", "Captum Occlusion, 64 px, stride 32")
 METHODS = _methods()
 
@@ -142,15 +160,23 @@ def _seconds(run: Callable[[Tensor], object], x: Tensor) -> float:
     return time.process_time() - begin
 
 
-def time_setting(name: str, pixels: int, batch: int, pairs: int) -> dict[str, dict[str, float]]:
+def _measured(method: str, name: str, pixels: int, batch: int) -> bool:
+    if method in SLOW:
+        return pixels == 224 and batch == 1
+    if method == HUNDRED and "swin" in name and pixels > 224:
+        return False
+    return pixels == 224 or (method in LARGE and (pixels < 1000 or method in LARGE[:4]))
+
+
+def time_setting(
+    name: str, pixels: int, batch: int, pairs: int, methods: tuple[str, ...] = ()
+) -> dict[str, dict[str, float]]:
     """Ratios to a plain forward pass: median, lowest and highest."""
     model, x = build(name, pixels), torch.randn(batch, 3, pixels, pixels)
     runs: dict[str, Callable[[Tensor], object]] = {}
     ratios: dict[str, list[float]] = {}
     for method, make in METHODS.items():
-        if method in SLOW and (pixels > 224 or batch > 1):
-            continue
-        if method == HUNDRED and "swin" in name and pixels > 224:
+        if not _measured(method, name, pixels, batch) or (methods and method not in methods):
             continue
         run = make(model)
         try:
@@ -171,6 +197,30 @@ def time_setting(name: str, pixels: int, batch: int, pairs: int) -> dict[str, di
             ratios[method].append(_seconds(run, x) / base)
     result = {m: {"median": statistics.median(r), "low": min(r), "high": max(r)} for m, r in ratios.items() if r}
     return {**result, "plain forward": {"seconds": statistics.median(forwards)}}
+
+
+def time_on_gpu(name: str, kind: torch.dtype, turns: int = 20) -> dict[str, dict[str, float]]:
+    """Ratios to a plain forward pass of 32 images at 224 px on a GPU, in wall-clock seconds."""
+    model = build(name, 224).to("cuda", kind)
+    x = torch.randn(32, 3, 224, 224, device="cuda", dtype=kind)
+
+    def seconds(run: Callable[[Tensor], object]) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run(x)
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    runs = {method: METHODS[method](model) for method in LARGE[:4]}
+    for run in runs.values():
+        run(x)
+    plain, ratios = [], {method: [] for method in runs if method != "plain forward"}
+    for _ in range(turns):
+        for method, found in ratios.items():
+            plain.append(seconds(runs["plain forward"]))
+            found.append(seconds(runs[method]) / plain[-1])
+    result = {m: {"median": statistics.median(r), "low": min(r), "high": max(r)} for m, r in ratios.items()}
+    return {**result, "plain forward": {"seconds": statistics.median(plain)}}
 
 
 def _resident(field: str) -> float:
@@ -217,6 +267,18 @@ def _sizes(record: dict) -> bool:
     return all(_key(VIT, size, 1) in record["memory"] for size in (224, 1024))
 
 
+def _gpu_lines(gpu: dict) -> list[str]:
+    rows = {key: row for key, row in gpu.items() if key != "machine"}
+    if not rows:
+        return []
+    lines = ["", f"On a GPU ({gpu['machine']}), 32 images at 224 px, wall-clock seconds:", ""]
+    lines += ["| model | plain forward, seconds | " + " | ".join(LARGE[1:4]) + " |", "|---" * 5 + "|"]
+    for key, row in rows.items():
+        cells = [f"{row[m]['median']:.2f} ({row[m]['low']:.2f} to {row[m]['high']:.2f})" for m in LARGE[1:4]]
+        lines.append(f"| {key} | {row['plain forward']['seconds']:.4f} s | " + " | ".join(cells) + " |")
+    return lines
+
+
 def page(record: dict) -> str:
     times, memory = record["time"], record["memory"]
     lines = [
@@ -250,9 +312,23 @@ def page(record: dict) -> str:
         cells = [_number(memory[key].get(method), ".0f") for key in columns]
         if any(cells):
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += _gpu_lines(record.get("gpu", {}))
     lines += [
         "",
         "![Cost of the methods](pictures/cost-methods.png)",
+        "",
+    ]
+    lines += [
+        "What is kept, in residual streams (tokens x channels) of each ViT block: 5 without a graph (queries, keys, values, "
+        "the stream before and after the attention), 10 for `gradient` (and the hidden layer of the MLP and the output "
+        "of the attention). No map of all tokens against all tokens is kept: maps are made again in pieces of a "
+        "megabyte. `tests/test_memory.py` holds that in place, `tests/test_flops.py` the arithmetic.",
+        "",
+        "Many classes of one image: what grows with their number is the evidence, `2 T K C S` operations a block for "
+        "`T` tokens, `C` channels, `S` classes and the `K` directions that the head's weights have after the mergings "
+        "above: 1 in a ViT, 4, 16 and 64 in the third, second and first stage of a Swin. In Swin-T's first stage, 2 "
+        "blocks of 3136 tokens, a window has 49 of the 64, so that no order of the sums needs fewer than 49: 5.9 billion "
+        "operations for 100 classes, two thirds of a forward pass.",
         "",
     ]
     if _sizes(record):
@@ -307,7 +383,8 @@ def figures(record: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="settings, such as vit_small_patch16_224@224x4")
-    parser.add_argument("--pairs", type=int, default=9, help="turns")
+    parser.add_argument("--pairs", type=int, help="turns; by default more of small settings than of large ones")
+    parser.add_argument("--quick", action="store_true", help="the rules at 224 px, and memory at 518 px; only printed")
     parser.add_argument("--skip-memory", action="store_true")
     parser.add_argument("--skip-time", action="store_true")
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
@@ -317,6 +394,9 @@ def main() -> None:
         name, pixels, batch, method = arguments.memory_of
         print(measure_memory(name, int(pixels), int(batch), method))
         return
+    if arguments.quick:
+        quick(arguments.pairs or 5)
+        return
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"time": {}, "memory": {}, "pairs": {}}
     record["machine"] = f"{platform.machine()}, torch {torch.__version__.split('+')[0]}, timm {timm.__version__}"
     for setting in MEMORY:
@@ -325,13 +405,28 @@ def main() -> None:
             continue
         print(key, flush=True)
         if setting in SETTINGS and not arguments.skip_time:
-            record["time"][key] = time_setting(*setting, arguments.pairs)
-            record["pairs"][key] = arguments.pairs
+            record["pairs"][key] = arguments.pairs or TURNS[setting[1:]]
+            record["time"][key] = time_setting(*setting, record["pairs"][key])
         if not arguments.skip_memory:
             record["memory"][key] = memory_setting(*setting)
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    if torch.cuda.is_available() and not arguments.skip_time and not arguments.only:
+        record["gpu"] = {"machine": torch.cuda.get_device_name()}
+        for name, kind in itertools.product((VIT, SWIN), (torch.float32, torch.bfloat16)):
+            record["gpu"][f"{name}, {str(kind).split('.')[1]}"] = time_on_gpu(name, kind)
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
     figures(record)
     PAGE.write_text(page(record))
+
+
+def quick(pairs: int) -> None:
+    """Print what the bars are about."""
+    for setting in QUICK:
+        for method, row in time_setting(*setting, pairs, (*LARGE[:4], HUNDRED)).items():
+            shown = f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if "median" in row else row
+            print(_key(*setting), method, shown, flush=True)
+    for method, mib in memory_setting(DINO, 518, 2).items():
+        print(_key(DINO, 518, 2), method, f"{mib:.0f} MiB", flush=True)
 
 
 if __name__ == "__main__":
