@@ -76,7 +76,7 @@ def residual_block(
         norm = first.frozen
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
         path = (*path_to_update(name, parts, site, recording, joined_norm), flat)
-    return Block(name, site, layout, before, between, after, path, norms=norms)
+    return Block(name, site, layout, before, between, after, path, norms=norms, post_norm=norms is None)
 
 
 def _parts(name: str, block: nn.Module) -> BlockParts:
