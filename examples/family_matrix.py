@@ -26,6 +26,7 @@ from captum_lnstat import LNStatAttribution
 from captum_lnstat.attribution import RULES
 from captum_lnstat.testing import (
     PEAKS,
+    Ground,
     check_batch,
     check_completeness,
     check_layout,
@@ -43,6 +44,7 @@ from captum_lnstat.testing import (
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "models.json"
 TIMEOUT = 600
+NOT_TAKEN = "not taken by the model"
 # Millions of parameters of the largest model that is run at full size.
 LARGEST = 100
 
@@ -127,9 +129,9 @@ def examine(row: Row) -> dict[str, Any]:
     measured("completeness", lambda: check_completeness(model, images))
     measured("batch", lambda: check_batch(model, images, defined))
     measured("untouched", lambda: check_untouched(model, images, defined) is None)
-    measured("sizes", lambda: {f"{h} x {w}": _at(model, (h, w)) for h, w in row.others})
+    measured("sizes", lambda: other_sizes(row))
     try:
-        place = ground(model, row.size, stimulus=row.stimulus, step=row.step, margin=row.margin)
+        place = _ground(row, model)
     except Exception as error:
         found["failed"]["placement"] = said(error)
         return found
@@ -137,12 +139,30 @@ def examine(row: Row) -> dict[str, Any]:
     measured("layout", lambda: check_layout(model, *planted_images(place), regions))
 
     def placed() -> dict[str, list[float]]:
-        placement, (steps, loss) = check_placement(model, place, rules=defined, required=(), steps=row.steps)
-        found["training"] = [steps, round(loss, 4)]
-        return {rule: [p.hits, p.regions, round(min(p.margin, 1e6), 2)] for rule, p in placement.items()}
+        total: dict[str, list[float]] = {}
+        for seed in range(row.seeds):
+            # Of several, each is on a ground of its own from the beginning, so that one can be done again alone.
+            here = place if row.seeds == 1 else _ground(row, model, seed)
+            placement, (steps, loss) = check_placement(model, here, rules=defined, required=(), steps=row.steps)
+            found.setdefault("training", []).append([steps, round(loss, 4)])
+            for rule, p in placement.items():
+                hits, regions, least, exact = total.get(rule, [0, 0, 1e6, 0])
+                least = round(min(p.margin, least), 2)
+                total[rule] = [hits + p.hits, regions + p.regions, least, exact + p.exact]
+        return total
 
     measured("placed", placed)
     return found
+
+
+def _ground(row: Row, model: torch.nn.Module, seed: int = 0) -> Ground:
+    return ground(model, row.size, stimulus=row.stimulus, step=row.step, margin=row.margin, seed=seed)
+
+
+def other_sizes(row: Row) -> dict[str, str]:
+    """What came of images of other sizes."""
+    model = wake((row.elsewhere or row.build)())
+    return {f"{h} x {w}": _at(model, (h, w)) for h, w in row.others}
 
 
 def _at(model: torch.nn.Module, size: tuple[int, int]) -> str:
@@ -151,7 +171,7 @@ def _at(model: torch.nn.Module, size: tuple[int, int]) -> str:
         with torch.no_grad():
             model(images)
     except Exception:  # the model's own limit
-        return "not taken by the model"
+        return NOT_TAKEN
     try:
         for rule in ("lnstat", "rollout"):
             check_rule(model, images, rule)
@@ -318,7 +338,7 @@ def exceptions(results: dict[str, Any]) -> list[str]:
         said_of += [f"refused: {found['refused']}"] if "refused" in found else []
         said_of += [in_words(what, why, found) for what, why in found.get("failed", {}).items()]
         margin = found.get("margin", 0)
-        for rule, (hits, regions, _) in found.get("placed", {}).items():
+        for rule, (hits, regions, *_) in found.get("placed", {}).items():
             if rule in PEAKS and hits < regions:
                 where = f"within {margin} px of the stimulus" if margin else "on the stimulus"
                 said_of.append(f"the peak of `{rule}` lies {where} in {hits} of {regions} regions")
