@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,13 +32,15 @@ class RulePlacement:
     """How one rule's map lies on the stimulus.
 
     Attributes:
-        hits: Regions in which the map's peak lay.
+        hits: Regions in which the map's peak lay, or beside which it lay by no more than the margin.
         regions: Regions tried.
+        exact: Regions in which the map's peak lay, whatever the margin.
         margin: Smallest ratio of the map's maximum inside the stimulus to that outside; of evidence, above its median.
     """
 
     hits: int
     regions: int
+    exact: int
     margin: float
 
 
@@ -101,8 +104,9 @@ def ground(
     woken = wake(model)
     with accepted("recognised"):
         trace = run(woken, woken, noise(woken, image_size, 1, channels), None, None, Needs(), output).trace
-    coarsest = max(1, min(step.after.shape[1] for step in trace.steps) - trace.prefix)
-    times = max(1, round((trace.grid[0] * trace.grid[1] / coarsest) ** 0.5))
+    below = (step.skip if isinstance(step, Block) else getattr(step, "groups", None) for step in trace.steps)
+    # So many patches lie under a token of the last block, fewer only at an odd grid's edge.
+    times = round(math.prod(groups.index.shape[1] for groups in below if groups is not None) ** 0.5)
     size = stimulus or (trace.patch[0] * times, trace.patch[1] * times)
     scenes = Scenes(image_size, size, trace.patch, channels, seed, _dtype(model))
     return Ground(scenes, lattice(image_size, size, step or size), trace.patch, margin)
@@ -207,7 +211,7 @@ def check_placement(
         with accepted(f"placement, rule {rule!r}"):
             grids = torch.cat([method.relevance(part) for part in torch.split(images, 5)])
         missed = []
-        hits, margins = 0, []
+        hits, exact, margins = 0, 0, []
         for region, grid in zip(place.regions, grids, strict=True):
             y, x = _peak(grid, place.patch)
             inside = _inside(region, grid, place.patch)
@@ -215,11 +219,12 @@ def check_placement(
             under, rest = grid[inside].flatten(), float(grid[~inside].max() - base)
             best = float(under.max() - base) if len(under) else 0.0
             margins.append(best / rest if rest > 0 else float("inf"))
+            exact += region.holds(y, x)
             if region.grown(place.margin).holds(y, x):
                 hits += 1
             else:
                 missed.append(f"the stimulus at {region} has its peak at row {y:.0f}, column {x:.0f}")
-        placement[str(rule)] = RulePlacement(hits, len(place.regions), min(margins))
+        placement[str(rule)] = RulePlacement(hits, len(place.regions), exact, min(margins))
         assert rule not in required or not missed, (
             f"placement, rule {rule!r}: the map's peak lies on the stimulus in {hits} of {len(place.regions)} regions; "
             f"expected all: {missed[0]}"

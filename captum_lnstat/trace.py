@@ -48,6 +48,7 @@ class Block:
         grid: For such a block: rows and columns of tokens after it.
         norms: The calls of the LayerNorms that read ``base`` and ``between``, if they did; their statistics are known.
         pull: For such a block: from the covector of ``carried`` to that of ``before``, as in a ``Transition``.
+        post_norm: The update was normalised before it was added, and no LayerNorm reads the stream.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Block:
     grid: tuple[int, int] | None = None
     norms: tuple[NormCall, NormCall] | None = None
     pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
+    post_norm: bool = False
 
     @property
     def base(self) -> Float[Tensor, "batch query_token out_channel"]:
@@ -86,12 +88,16 @@ class Block:
         return _statistics(self.base, first), _statistics(self.between, second)
 
     def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
-        """Share of each token after the attention that is the token before it; 1 where it takes no part."""
-        if form == "ratio":
+        """Share of each token after the attention that is the token before it; 1 where it takes no part.
+
+        ``"ratio"`` is a ratio of what two LayerNorms read. In a post-norm block they do not read the stream: the
+        update was given its variance by the norm, and ``var(x) / (var(x) + var(d))`` is what the statistics say.
+        """
+        if form == "ratio" and not self.post_norm:
             own, joined = self.statistics
             share = ratio_share(own.variance, joined.variance)
         else:
-            share = residual_share(self.base, self.attention_update, form)
+            share = residual_share(self.base, self.attention_update, "update" if form == "ratio" else form)
         covered = self.layout.covered
         return share if covered is None else torch.where(covered, share, 1.0)
 

@@ -26,6 +26,7 @@ from captum_lnstat import LNStatAttribution
 from captum_lnstat.attribution import RULES
 from captum_lnstat.testing import (
     PEAKS,
+    Ground,
     check_batch,
     check_completeness,
     check_layout,
@@ -42,7 +43,10 @@ from captum_lnstat.testing import (
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "models.json"
-TIMEOUT = 300
+TIMEOUT = 600
+NOT_TAKEN = "not taken by the model"
+# Millions of parameters of the largest model that is run at full size.
+LARGEST = 100
 
 # Rival entry points on the fifteen, each called as its README says: run in November 2026 with grad-cam 1.5.5,
 # vit-explain of 2020-12, fast-vit-rollout 0.1.1, timm 1.0.31, torchxai-explain 0.3.0, daam-timm-vit 0.2.1 and
@@ -125,9 +129,9 @@ def examine(row: Row) -> dict[str, Any]:
     measured("completeness", lambda: check_completeness(model, images))
     measured("batch", lambda: check_batch(model, images, defined))
     measured("untouched", lambda: check_untouched(model, images, defined) is None)
-    measured("sizes", lambda: {f"{h} x {w}": _at(model, (h, w)) for h, w in row.others})
+    measured("sizes", lambda: other_sizes(row))
     try:
-        place = ground(model, row.size, stimulus=row.stimulus, step=row.step, margin=row.margin)
+        place = _ground(row, model)
     except Exception as error:
         found["failed"]["placement"] = said(error)
         return found
@@ -135,12 +139,30 @@ def examine(row: Row) -> dict[str, Any]:
     measured("layout", lambda: check_layout(model, *planted_images(place), regions))
 
     def placed() -> dict[str, list[float]]:
-        placement, (steps, loss) = check_placement(model, place, rules=defined, required=(), steps=row.steps)
-        found["training"] = [steps, round(loss, 4)]
-        return {rule: [p.hits, p.regions, round(min(p.margin, 1e6), 2)] for rule, p in placement.items()}
+        total: dict[str, list[float]] = {}
+        for seed in range(row.seeds):
+            # Of several, each is on a ground of its own from the beginning, so that one can be done again alone.
+            here = place if row.seeds == 1 else _ground(row, model, seed)
+            placement, (steps, loss) = check_placement(model, here, rules=defined, required=(), steps=row.steps)
+            found.setdefault("training", []).append([steps, round(loss, 4)])
+            for rule, p in placement.items():
+                hits, regions, least, exact = total.get(rule, [0, 0, 1e6, 0])
+                least = round(min(p.margin, least), 2)
+                total[rule] = [hits + p.hits, regions + p.regions, least, exact + p.exact]
+        return total
 
     measured("placed", placed)
     return found
+
+
+def _ground(row: Row, model: torch.nn.Module, seed: int = 0) -> Ground:
+    return ground(model, row.size, stimulus=row.stimulus, step=row.step, margin=row.margin, seed=seed)
+
+
+def other_sizes(row: Row) -> dict[str, str]:
+    """What came of images of other sizes."""
+    model = wake((row.elsewhere or row.build)())
+    return {f"{h} x {w}": _at(model, (h, w)) for h, w in row.others}
 
 
 def _at(model: torch.nn.Module, size: tuple[int, int]) -> str:
@@ -149,7 +171,7 @@ def _at(model: torch.nn.Module, size: tuple[int, int]) -> str:
         with torch.no_grad():
             model(images)
     except Exception:  # the model's own limit
-        return "not taken by the model"
+        return NOT_TAKEN
     try:
         for rule in ("lnstat", "rollout"):
             check_rule(model, images, rule)
@@ -160,22 +182,52 @@ def _at(model: torch.nn.Module, size: tuple[int, int]) -> str:
 
 
 def examine_default(row: Row) -> dict[str, Any]:
-    """The model as its name gives it, one image, every rule."""
+    """The model as its name gives it, with the weights it is made with: one image, every rule."""
     assert row.default is not None
     build, size = row.default
+    found: dict[str, Any] = {"size": list(size), "rules": {}, "failed": {}}
     try:
+        found["parameters"] = round(_parameters(build) / 1e6, 1)
+        if found["parameters"] > LARGEST:
+            return {**found, "left out": f"{found['parameters']:.0f}M parameters; expected at most {LARGEST}M"}
         model = build().eval()
     except Exception as error:
         return {"unavailable": f"{type(error).__name__}: {said(error)}"}
-    images, times = noise(model, size, 1), {}
+    images = noise(model, size, 1)
+    begin = time.process_time()
+    with torch.no_grad():
+        model(images)
+    found["forward"] = round(time.process_time() - begin, 2)
     for rule in RULES:
         begin = time.process_time()
         try:
-            LNStatAttribution(model, rule=rule).relevance(images, 0)
-            times[rule] = round(time.process_time() - begin, 2)
+            outcome, relevance = LNStatAttribution(model, rule=rule)._explain(images, 0, None)
         except Exception as error:
-            return {"size": list(size), "refused": f"rule {rule!r}: {said(error)}"}
-    return {"size": list(size), "rules": times}
+            found["failed"][rule] = f"{type(error).__name__}: {said(error)}"
+            continue
+        found["rules"][rule] = round(time.process_time() - begin, 2)
+        grid = relevance.grid
+        found["grid"] = list(grid.shape[1:])
+        if not bool(torch.isfinite(grid).all()):
+            found["failed"][rule] = "the map is not finite"
+        elif float(grid.max() - grid.min()) <= 1e-6 * float(grid.abs().max()):
+            found["failed"][rule] = f"the map is constant, {float(grid.max()):.2g} everywhere"
+        if rule == "rollout":
+            found["mass"] = float((relevance.total - 1).abs().max())
+        if rule == "evidence" and outcome.score is not None:
+            scale = outcome.score.abs().clamp(min=1.0)
+            found["completeness"] = float(((relevance.total - outcome.score).abs() / scale).max())
+    return found
+
+
+def _parameters(build: Callable[[], torch.nn.Module]) -> int:
+    """How many parameters a model has, without making them where it can be told so."""
+    try:
+        with torch.device("meta"):
+            model = build()
+    except Exception:  # a library that computes with numbers while it builds
+        model = build()
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def in_a_process(name: str, default: bool) -> dict[str, Any]:
@@ -286,7 +338,7 @@ def exceptions(results: dict[str, Any]) -> list[str]:
         said_of += [f"refused: {found['refused']}"] if "refused" in found else []
         said_of += [in_words(what, why, found) for what, why in found.get("failed", {}).items()]
         margin = found.get("margin", 0)
-        for rule, (hits, regions, _) in found.get("placed", {}).items():
+        for rule, (hits, regions, *_) in found.get("placed", {}).items():
             if rule in PEAKS and hits < regions:
                 where = f"within {margin} px of the stimulus" if margin else "on the stimulus"
                 said_of.append(f"the peak of `{rule}` lies {where} in {hits} of {regions} regions")

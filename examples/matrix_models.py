@@ -6,6 +6,7 @@ A row's builder is called in the process that examines it, so that a library tha
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,8 @@ class Row:
         stimulus: Height and width of the stimulus; as large as a token of the last block by default.
         step: Regions lie at multiples of so many pixels; of the stimulus by default.
         steps: Steps of training at most.
+        seeds: Times a model is trained and its peaks are counted, with other textures and scenes each time.
+        elsewhere: Makes the small model for the other sizes, if it has to be told that it will be given some.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Row:
     stimulus: Size | None = None
     step: Size | None = None
     steps: int = 250
+    seeds: int = 1
+    elsewhere: Callable[[], nn.Module] | None = None
 
 
 def _timm(name: str, **options: Any) -> nn.Module:
@@ -104,7 +109,24 @@ def timm_row(
 def vit_row(name: str, patch: int = 16, native: int | Size = 224, **options: Any) -> Row:
     """A plain model of two narrow blocks on 4 x 6 patches."""
     size = (4 * patch, 6 * patch)
-    return timm_row(name, size, native, img_size=size, **{**VIT, **options})
+    row = timm_row(name, size, native, img_size=size, **{**VIT, **options})
+    others = (6 * patch, 6 * patch), (3 * patch, 3 * patch), (6 * patch, 4 * patch), (4 * patch + 6, 6 * patch + 5)
+    return replace(row, others=others, elsewhere=partial(_any_size, row.build))
+
+
+def _any_size(build: Callable[..., nn.Module]) -> nn.Module:
+    """A model of timm that is told to take any size, as far as its class knows how to."""
+    told: tuple[dict[str, bool], ...] = (
+        {"dynamic_img_size": True, "dynamic_img_pad": True},
+        {"dynamic_img_size": True},
+        {"strict_img_size": False},
+    )
+    for options in told:
+        try:
+            return build(**options)
+        except (TypeError, AssertionError):  # not an option of this class
+            continue
+    return build()
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:
@@ -129,15 +151,27 @@ def torchvision_row(name: str, size: Size, others: tuple[Size, ...] = (), native
     return Row(name, "torchvision", partial(_torchvision, name, **options), size, others, (whole, (native, native)))
 
 
+class Interpolated(nn.Module):
+    """A model of transformers that is told to interpolate its position embedding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=images, interpolate_pos_encoding=True).logits
+
+
 class Head(nn.Module):
     """A user's classifier on what a bare vision tower pools."""
 
     def __init__(self, tower: nn.Module, width: int) -> None:
         super().__init__()
         self.tower, self.head = tower, nn.Linear(width, 10)
+        self.options: dict[str, bool] = {}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.tower(pixel_values=images).pooler_output)
+        return self.head(self.tower(pixel_values=images, **self.options).pooler_output)
 
 
 def _hf(config: str, attention: str, tower: str | None = None, model: str | None = None, **options: Any) -> nn.Module:
@@ -150,6 +184,18 @@ def _hf(config: str, attention: str, tower: str | None = None, model: str | None
         return getattr(transformers, model)(made)
     made.num_labels = 10
     return transformers.AutoModelForImageClassification.from_config(made)
+
+
+def _interpolated(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model, told to interpolate its position embedding if it can be told so."""
+    model = build()
+    asked = inspect.signature(getattr(model, "tower", model).forward).parameters
+    if "interpolate_pos_encoding" not in asked:
+        return model
+    if isinstance(model, Head):
+        model.options = {"interpolate_pos_encoding": True}
+        return model
+    return Interpolated(model)
 
 
 HF_VIT = {
@@ -167,12 +213,18 @@ def hf_rows(
     for attention in ("sdpa", "eager"):
         default = partial(_hf, config, attention, **kind)
         made = partial(_hf, config, attention, **kind, **small)
-        rows.append(Row(f"{name} ({attention})", "transformers", made, size, others, (default, (224, 224))))
+        row = Row(f"{name} ({attention})", "transformers", made, size, others, (default, (224, 224)))
+        # A Swin takes what it is given; the others have a position embedding of one size.
+        rows.append(row if "swin" in name.lower() else replace(row, elsewhere=partial(_interpolated, made)))
     return rows
 
 
 def _scripted() -> nn.Module:
     return torch.jit.trace(_timm("vit_tiny_patch16_224", img_size=64, **VIT).eval(), torch.rand(1, 3, 64, 64))
+
+
+def any_size(row: Row) -> Row:
+    return replace(row, elsewhere=partial(_any_size, row.build))
 
 
 PYRAMID = {"depths": (1, 2, 2), "num_heads": (1, 2, 3), "embed_dims": (16, 32, 48)}
@@ -206,7 +258,8 @@ TV_MAXVIT = {
     "num_classes": 10,
 }
 WIDE, SQUARE, ODD = (64, 96), (64, 64), (72, 100)
-HF_OTHERS = ((64, 96), (96, 96))
+HF_OTHERS = ((64, 96), (96, 96), (48, 48))
+SIZES = ((96, 96), (32, 64), ODD)
 STAGES4 = {"embed_dims": (16, 32, 32, 48), "num_heads": (1, 2, 2, 2), "depths": (1, 1, 2, 1)}
 
 FIFTEEN: list[Row] = [
@@ -223,17 +276,18 @@ FIFTEEN: list[Row] = [
     ),
     vit_row("deit_tiny_distilled_patch16_224"),
     vit_row("vit_small_patch14_reg4_dinov2", 14, 518),
-    timm_row("swin_tiny_patch4_window7_224", WIDE, img_size=WIDE, **SWIN),
-    timm_row("swinv2_tiny_window8_256", WIDE, 256, img_size=WIDE, **SWIN),
-    replace(maxxvit_row("maxvit_tiny_tf_224", "maxvit_tiny_tf", WIDE, (32, 32, 48), 224, **PARTS), margin=4),
-    replace(timm_row("pvt_v2_b0", (128, 160), others=((160, 160), (140, 172)), **STAGES4), margin=4),
+    any_size(timm_row("swin_tiny_patch4_window7_224", WIDE, others=SIZES, img_size=WIDE, **SWIN)),
+    replace(any_size(timm_row("swinv2_tiny_window8_256", WIDE, 256, SIZES, img_size=WIDE, **SWIN)), seeds=6),
+    replace(maxxvit_row("maxvit_tiny_tf_224", "maxvit_tiny_tf", WIDE, (32, 32, 48), 224, **PARTS), margin=4,
+        others=SIZES),
+    replace(timm_row("pvt_v2_b0", (128, 160), others=((160, 160), (140, 172), (64, 96)), **STAGES4), margin=4),
     vit_row("eva02_tiny_patch14_224", 14),
-    replace(timm_row("hiera_tiny_224", WIDE, img_size=WIDE, head_init_scale=1.0, **HIERA), margin=4),
+    replace(timm_row("hiera_tiny_224", WIDE, others=SIZES, img_size=WIDE, head_init_scale=1.0, **HIERA), margin=4),
     vit_row("vit_base_patch16_siglip_224"),
-    torchvision_row("vit_b_16", SQUARE, image_size=64),
-    torchvision_row("swin_t", WIDE, (ODD, (96, 96))),
-    *hf_rows("ViT", "ViTConfig", HF_VIT, SQUARE)[:1],
-    *hf_rows("Swin", "SwinConfig", HF_SWIN, SQUARE, (*HF_OTHERS, ODD))[:1],
+    torchvision_row("vit_b_16", SQUARE, HF_OTHERS, image_size=64),
+    torchvision_row("swin_t", WIDE, SIZES),
+    *hf_rows("ViT", "ViTConfig", HF_VIT, SQUARE, HF_OTHERS)[:1],
+    *hf_rows("Swin", "SwinConfig", HF_SWIN, SQUARE, (*HF_OTHERS[:2], ODD))[:1],
 ]
 
 ONWARD: list[Row] = [
@@ -265,50 +319,56 @@ ONWARD: list[Row] = [
     timm_row("naflexvit_base_patch16_gap", (64, 96), 384, ((96, 96), (128, 64)), **VIT),
     vit_row("samvit_base_patch16_224", window_size=4, global_attn_indexes=(1,)),
     vit_row("cait_xxs24_224"),
-    timm_row("swin_s3_tiny_224", WIDE, img_size=WIDE, **{**SWIN, "window_size": (4, 4, 2)}),
-    timm_row("swinv2_cr_tiny_ns_224", WIDE, img_size=WIDE, **SWIN),
+    any_size(timm_row("swin_s3_tiny_224", WIDE, others=SIZES, img_size=WIDE, **{**SWIN, "window_size": (4, 4, 2)})),
+    replace(any_size(timm_row("swinv2_cr_tiny_ns_224", WIDE, others=SIZES, img_size=WIDE, **SWIN)), seeds=3),
     Row("swin_tiny_patch4_window7_224, any size", "timm",
         partial(_timm, "swin_tiny_patch4_window7_224", img_size=WIDE, strict_img_size=False, **SWIN), WIDE,
         ((96, 96), ODD, (32, 64))),
-    replace(timm_row("twins_pcpvt_small", WIDE, others=((96, 96),), img_size=WIDE, **TWINS), margin=4),
-    replace(timm_row("twins_svt_small", WIDE, others=((96, 96),), img_size=WIDE, wss=(3, 3, 3), **TWINS), margin=4),
+    replace(timm_row("twins_pcpvt_small", WIDE, others=SIZES, img_size=WIDE, **TWINS), margin=4),
+    replace(timm_row("twins_svt_small", WIDE, others=SIZES, img_size=WIDE, wss=(3, 3, 3), **TWINS), margin=4),
     Row("nest_tiny", "timm", partial(_class, "nest", "Nest", img_size=64, **{**PYRAMID, "depths": (2, 1, 2)},
         mlp_ratio=2.0, num_classes=10), SQUARE, default=(partial(_timm_default, "nest_tiny"), (224, 224)),
-        margin=8, stimulus=(32, 32), step=(16, 16)),
+        margin=8, stimulus=(32, 32), step=(16, 16), others=SIZES),
     Row("gcvit_xxtiny", "timm", partial(_class, "gcvit", "GlobalContextVit", img_size=(96, 128),
         embed_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 2, 2, 2), num_classes=10), (96, 128),
-        default=(partial(_timm_default, "gcvit_xxtiny"), (224, 224)), margin=4),
+        default=(partial(_timm_default, "gcvit_xxtiny"), (224, 224)), margin=4,
+        others=((128, 128), (96, 96), (100, 132))),
     Row("mvitv2_tiny", "timm", _mvit, (128, 128),
-        default=(partial(_timm_default, "mvitv2_tiny"), (224, 224)), margin=4),
+        default=(partial(_timm_default, "mvitv2_tiny"), (224, 224)), margin=4,
+        others=((160, 160), (96, 128), (132, 164))),
     Row("maxvit_tiny_tf_224, two stages", "timm",
         partial(_timm, "maxvit_tiny_tf_224", embed_dim=(32, 64), depths=(1, 1), img_size=224), (224, 224)),
     replace(maxxvit_row("maxxvit_rmlp_nano_rw_256", "maxxvit_rmlp_nano_rw", WIDE, (32, 64, 128), 256, **PARTS),
-        margin=4, steps=800),
-    replace(maxxvit_row("coatnet_0_rw_224", "coatnet_0_rw", (128, 160), (32, 32, 48, 64), 224), margin=8),
-    replace(timm_row("tiny_vit_5m_224", WIDE, window_sizes=(3, 3, 4), **PYRAMID), margin=8),
-    replace(timm_row("efficientvit_m0", (224, 224)), margin=8),
-    replace(timm_row("pvt_v2_b2_li", (128, 160), **STAGES4), margin=4),
-    torchvision_row("swin_v2_t", WIDE, (ODD, (96, 96)), 256),
+        margin=4, steps=800, others=SIZES),
+    replace(maxxvit_row("coatnet_0_rw_224", "coatnet_0_rw", (128, 160), (32, 32, 48, 64), 224), margin=8,
+        others=((160, 160), (96, 96))),
+    replace(timm_row("tiny_vit_5m_224", (96, 128), others=SIZES, window_sizes=(3, 3, 4), **PYRAMID), margin=8,
+        stimulus=(32, 32), step=(16, 16)),
+    replace(timm_row("efficientvit_m0", (224, 224), others=((256, 256), (192, 224))), margin=8),
+    replace(timm_row("pvt_v2_b2_li", (128, 160), others=((160, 160), (140, 172), (64, 96)), **STAGES4), margin=4),
+    torchvision_row("swin_v2_t", WIDE, SIZES, 256),
     torchvision_row("vit_b_32", (128, 128), image_size=128, patch_size=32),
     torchvision_row("vit_l_16", (96, 96), image_size=96),
-    replace(torchvision_row("maxvit_t", SQUARE, **TV_MAXVIT), margin=4, steps=800),
-    *hf_rows("ViT", "ViTConfig", HF_VIT, SQUARE)[1:],
-    *hf_rows("Swin", "SwinConfig", HF_SWIN, SQUARE, (*HF_OTHERS, ODD))[1:],
-    *hf_rows("SwinV2", "Swinv2Config", HF_SWIN, SQUARE, (*HF_OTHERS, ODD))[1:],
-    *hf_rows("DeiT", "DeiTConfig", HF_VIT, SQUARE, model="DeiTForImageClassification"),
-    *hf_rows("DeiT with teacher", "DeiTConfig", HF_VIT, SQUARE, model="DeiTForImageClassificationWithTeacher"),
+    replace(torchvision_row("maxvit_t", SQUARE, HF_OTHERS, **TV_MAXVIT), margin=4, steps=800),
+    *hf_rows("ViT", "ViTConfig", HF_VIT, SQUARE, HF_OTHERS)[1:],
+    *hf_rows("Swin", "SwinConfig", HF_SWIN, SQUARE, (*HF_OTHERS[:2], ODD))[1:],
+    *hf_rows("SwinV2", "Swinv2Config", HF_SWIN, SQUARE, (*HF_OTHERS[:2], ODD))[1:],
+    *hf_rows("DeiT", "DeiTConfig", HF_VIT, SQUARE, HF_OTHERS, model="DeiTForImageClassification"),
+    *hf_rows("DeiT with teacher", "DeiTConfig", HF_VIT, SQUARE, HF_OTHERS,
+        model="DeiTForImageClassificationWithTeacher"),
     *hf_rows("DINOv2", "Dinov2Config", HF_VIT, SQUARE, HF_OTHERS),
     *hf_rows("DINOv2 with registers", "Dinov2WithRegistersConfig", HF_VIT, SQUARE, HF_OTHERS),
     *hf_rows("DINOv3 ViT, own head", "DINOv3ViTConfig", HF_VIT, SQUARE, HF_OTHERS, tower="DINOv3ViTModel"),
-    *hf_rows("BEiT", "BeitConfig", HF_VIT, SQUARE),
-    *hf_rows("CLIP vision tower, own head", "CLIPVisionConfig", HF_VIT, SQUARE, tower="CLIPVisionModel"),
-    *hf_rows("SigLIP vision tower, own head", "SiglipVisionConfig", HF_VIT, SQUARE, tower="SiglipVisionModel"),
+    *hf_rows("BEiT", "BeitConfig", HF_VIT, SQUARE, HF_OTHERS),
+    *hf_rows("CLIP vision tower, own head", "CLIPVisionConfig", HF_VIT, SQUARE, HF_OTHERS, tower="CLIPVisionModel"),
+    *hf_rows("SigLIP vision tower, own head", "SiglipVisionConfig", HF_VIT, SQUARE, HF_OTHERS,
+        tower="SiglipVisionModel"),
     *(
         replace(row, margin=4)
         for row in (
-            *hf_rows("PVT", "PvtConfig", {**HF_PVT, "sequence_reduction_ratios": [4, 2, 1]}, SQUARE)[1:],
-            *hf_rows("PVTv2", "PvtV2Config", {**HF_PVT, "sr_ratios": [4, 2, 1]}, WIDE)[1:],
-            *hf_rows("Hiera", "HieraConfig", HF_HIERA, SQUARE)[1:],
+            *hf_rows("PVT", "PvtConfig", {**HF_PVT, "sequence_reduction_ratios": [4, 2, 1]}, SQUARE, HF_OTHERS)[1:],
+            *hf_rows("PVTv2", "PvtV2Config", {**HF_PVT, "sr_ratios": [4, 2, 1]}, WIDE, SIZES)[1:],
+            *hf_rows("Hiera", "HieraConfig", HF_HIERA, SQUARE, HF_OTHERS)[1:],
         )
     ),
 ]  # fmt: skip

@@ -68,7 +68,8 @@ class CascadedReader(Reader):
             )
         width = joined.shape[-1] // heads
         seen = [recording.call(f"{attention}.{self.values_name}.{i}").output.read() for i in range(heads)]
-        values = torch.stack([channels_first(part)[..., -width:] for part in seen], 1)
+        # In the dtype of the model: how closely an update can be known depends on it.
+        values = torch.stack([channels_first(part)[..., -width:].to(part.dtype) for part in seen], 1)
         site = SoftmaxSite(attention, Kept.of(torch.stack(maps, 1)), Kept.of(values), None)
         side = math.isqrt(site.shape[2])
         layout = windows(before.grid, (side, side), (0, 0), before.tokens.device)

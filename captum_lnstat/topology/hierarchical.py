@@ -78,7 +78,11 @@ class HierarchicalTopology(Topology):
 
     @cached_property
     def _last(self) -> _Item:
-        """The last block, or the last convolution that stands beside it in the same module."""
+        """The last block, or a convolution that runs after it.
+
+        That is the last one beside it in the same module, or, where the last stage is one block, that of a list with
+        one convolution for each stage (the position convolutions of Twins, behind the first block of a stage).
+        """
         place = max(place for place, item in enumerate(self._items) if item.reader is not None)
         parent = self._items[place].name.rpartition(".")[0]
         last = self._items[place]
@@ -86,7 +90,13 @@ class HierarchicalTopology(Topology):
             if not parent or item.name.rpartition(".")[0] != parent or not convolutions(item.module):
                 break
             last = item
-        return last
+        if last is not self._items[place]:
+            return last
+        stages = [item.name.rpartition(".")[0] for item in self._items if item.reader is not None]
+        later = [item for item in self._items[place + 1 :] if convolutions(item.module) and "." in item.name]
+        beside = [item for item in later if item.name.rpartition(".")[0] == later[0].name.rpartition(".")[0]]
+        alone = stages.count(stages[-1]) == 1 and len(beside) == len(set(stages)) > 1
+        return beside[-1] if alone else last
 
     @property
     def channels_first(self) -> bool:

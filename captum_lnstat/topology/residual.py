@@ -71,12 +71,17 @@ def residual_block(
         between, norms = stream(second.input.read()), (first, second)
         path = path_to_update(name, parts, site, recording, joined_norm)
     else:
-        between, norms = before + _output(first), None
-        _check_sum(name, between + _output(second), after)
+        attended, mlp, norms = _output(first), _output(second), None
         norm = first.frozen
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
         path = (*path_to_update(name, parts, site, recording, joined_norm), flat)
-    return Block(name, site, layout, before, between, after, path, norms=norms)
+        if block.training:
+            kept, mlp_kept = _kept(after - before, attended, mlp)
+            attended, mlp = kept * attended, mlp_kept * mlp
+            path = (*path, FrozenScale(kept.expand_as(before)))
+        between = before + attended
+        _check_sum(name, between + mlp, after)
+    return Block(name, site, layout, before, between, after, path, norms=norms, post_norm=norms is None)
 
 
 def _parts(name: str, block: nn.Module) -> BlockParts:
@@ -160,12 +165,19 @@ def _output(norm: NormCall) -> Tensor:
         return stream(nn.functional.layer_norm(x, x.shape[-norm.dims :], norm.weight, norm.bias, norm.eps))
 
 
+def _kept(both: Tensor, attended: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of each image's two updates stochastic depth let through, ``(batch, 1, 1)`` each, by least squares."""
+    updates = torch.stack([attended.flatten(1), mlp.flatten(1)], 2).double()
+    kept = torch.linalg.lstsq(updates, both.flatten(1)[..., None].double()).solution.to(both.dtype)
+    return kept[:, 0, :, None], kept[:, 1, :, None]
+
+
 def _check_sum(name: str, expected: Tensor, seen: Tensor) -> None:
     # Half precision rounds the stream after each addition; the tolerance only has to tell another wiring apart.
     error, size = (seen - expected).abs().amax(), seen.abs().amax()
     if torch.isfinite(size) and error > 0.05 * size:
         raise RecordingError(
             f"block {name!r} does not return x + norm(attention(x)) + norm(mlp(x')), or the norm of it: off by "
-            f"{error:.3g} at values up to {size:.3g}. Either its wiring is neither pre-norm nor post-norm, or "
-            "stochastic depth dropped an update (train mode: call model.eval()); its relevance cannot be placed"
+            f"{error:.3g} at values up to {size:.3g}. Its wiring is neither pre-norm nor post-norm; its relevance "
+            "cannot be placed"
         )

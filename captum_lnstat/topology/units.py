@@ -168,7 +168,8 @@ def _position(returned: Tensor, after: Stream, positions: Sequence[Tensor]) -> t
         for position in positions:
             if position.numel() == tokens[0].numel():
                 added = position.detach().reshape(tokens.shape[1:])
-                if torch.equal(read + added, tokens):
+                # Added in the dtype of the model, which rounds the sum.
+                if torch.equal((read.to(returned.dtype) + added).to(tokens.dtype), tokens):
                     return (read,)
     return None
 

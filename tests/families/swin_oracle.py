@@ -159,7 +159,7 @@ class SwinDense(Dense):
         assert torch.allclose(torch.einsum("bica,bia->bic", out, heard) + offset, update, atol=1e-9)
         assert torch.allclose(before + update + mlp, after, atol=1e-9)
         name = next(name for name, module in self.model.named_modules() if module is block)
-        return DenseBlock(name, attention, values, before, update, mlp, out, offset, live, place)
+        return DenseBlock(name, attention, values, before, update, mlp, out, offset, live, place, library.post)
 
     def _maps(self, block: Any, attention: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         heard = torch.einsum("bhim,bhmd->bihd", attention, values).flatten(2)
