@@ -156,7 +156,7 @@ class FusedSite(AttentionSite):
 
     # Read once: the pass is over, and every head and query reads them again.
     @cached_property
-    def shape(self) -> tuple[int, int, int, int]:  # type: ignore[override]
+    def shape(self) -> tuple[int, int, int, int]:
         query, key = self._query, self.key.read()
         batch, heads, queries, _ = _four_dimensional(query, self.module).shape
         return batch, heads, queries, key.shape[-2]
