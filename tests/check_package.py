@@ -7,9 +7,9 @@ script and no test: building fetches setuptools, and what takes how long is for 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import venv
 import zipfile
@@ -51,9 +51,12 @@ print(json.dumps(seconds))
 
 
 def run(*command: str | Path, **options: object) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
+    # Not this tree: what is installed.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = tuple(map(str, command))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, **options)
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command[:4]))} failed:\n{done.stdout}\n{done.stderr}")
+        sys.exit(f"{' '.join(command[:4])} failed:\n{done.stdout}\n{done.stderr}")
     return done.stdout
 
 
@@ -76,7 +79,8 @@ def installed(wheel: Path, folder: Path) -> Path:
     python = folder / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     # A path file in a folder that is itself added by one is not read: no editable install of this package comes along.
-    Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    folders = [path for path in sys.path if path.endswith("site-packages")]
+    Path(site, "dependencies.pth").write_text("\n".join(folders) + "\n", encoding="utf-8")
     run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--force-reinstall", wheel)
     return python
 

@@ -83,3 +83,18 @@ def test_version_and_licence_are_the_same_everywhere() -> None:
     assert fields["version"] == captum_lnstat.__version__
     assert f'license = "{fields["license"]}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(rf"^## {re.escape(captum_lnstat.__version__)}\b", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+
+
+def test_lower_bounds_are_the_versions_that_were_run() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^dependencies = \[(.*?)\]", text, re.M | re.S)
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', listed))
+    pinned = dict(
+        re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "tests" / "oldest-requirements.txt").read_text("utf-8"), re.M)
+    )
+    assert len(bounds) == len(listed.split(",")) - 1
+    for name, bound in bounds.items():
+        parts = [int(part) for part in bound.split(".")]
+        run = [int(part) for part in pinned[name].split(".")]
+        assert run[: len(parts)] == parts, f"{name}: {bound} in pyproject.toml, {pinned[name]} was run"
+        assert not any(run[len(parts) :]), f"{name}: {pinned[name]} was run, {bound} was not"
