@@ -45,6 +45,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = DOCS / "models.json"
 TIMEOUT = 600
 NOT_TAKEN = "not taken by the model"
+# What is said of a rule that a family does not have, in the words of the package: as it should be, not a fault.
+UNDEFINED = "not defined for it; expected one of"
 # Millions of parameters of the largest model that is run at full size.
 LARGEST = 100
 
@@ -254,7 +256,8 @@ def verdict(row: Row, found: dict[str, Any] | None) -> str:
         return "NOT REFUSED"
     peaks = found.get("placed", {})
     missed = [rule for rule in PEAKS if rule not in peaks or peaks[rule][0] < peaks[rule][1]]
-    return "ok" if not found["failed"] and not missed else "part"
+    failed = [why for why in found["failed"].values() if UNDEFINED not in why]
+    return "ok" if not failed and not missed else "part"
 
 
 def number(value: object) -> str:
@@ -264,6 +267,14 @@ def number(value: object) -> str:
 def _margin(found: dict[str, Any]) -> str:
     size = " x ".join(map(str, found.get("stimulus", ())))
     return f"{found.get('margin', 0)}{size and f', stimulus {size}'}"
+
+
+def _exact(found: dict[str, Any]) -> str:
+    """Peaks on the stimulus itself, where a margin was allowed beside it."""
+    counted = {rule: p for rule, p in found.get("placed", {}).items() if rule in PEAKS and len(p) > 3}
+    if not found.get("margin") or not counted:
+        return ""
+    return ", ".join(f"{rule} {p[3]}/{p[1]}" for rule, p in counted.items())
 
 
 def line(row: Row, found: dict[str, Any] | None) -> str:
@@ -283,6 +294,7 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
         number(found.get("batch")) if "batch" in found else "",
         f"{found['layout']} of {found['attentions']}" if "layout" in found else "",
         *(peaks.get(rule, "") for rule in RULES),
+        _exact(found),
         ", ".join(size for size, what in sizes.items() if what == "ok"),
     ]
     return "| " + " | ".join(cells) + " |"
@@ -291,7 +303,7 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
 HEADER = (
     "| model | verdict | family | px | grid | margin | rules | mass | complete | batch | layout | "
     + " | ".join(f"peak {rule}" for rule in RULES)
-    + " | other sizes |"
+    + " | without margin | other sizes |"
 )
 
 
@@ -342,7 +354,11 @@ def exceptions(results: dict[str, Any]) -> list[str]:
             if rule in PEAKS and hits < regions:
                 where = f"within {margin} px of the stimulus" if margin else "on the stimulus"
                 said_of.append(f"the peak of `{rule}` lies {where} in {hits} of {regions} regions")
-        said_of += [f"at {size}: {what}" for size, what in found.get("sizes", {}).items() if what != "ok"]
+        said_of += [
+            f"at {size}: {what}" for size, what in found.get("sizes", {}).items() if what not in ("ok", NOT_TAKEN)
+        ]
+        if said_of and row.note:
+            said_of.append(row.note)
         if said_of:
             lines.append(f"- **{key(row)}**: {'; '.join(said_of)}.")
     return lines
@@ -373,6 +389,43 @@ def fifteen(results: dict[str, Any]) -> list[str]:
     return [*lines, "| right on | " + " | ".join([*totals, f"**{own}**"]) + " |"]
 
 
+def full_size(full: list[tuple[Row, dict[str, Any]]]) -> list[str]:
+    """The models as their names give them."""
+    many = sum(row.default is not None for row in ROWS)
+    parts = [
+        "",
+        "## At full size",
+        "",
+        f"{len(full)} of {many} models as their names give them, one image of noise: every rule, with the weights that",
+        "the library draws. Process time of one core in seconds, on a machine that did other things at the same time. A",
+        "model that is made with a head of zeros has the same score whatever the image, and is refused. Written by",
+        "`python examples/family_matrix.py --defaults`; `--missing` goes on where it was stopped.",
+        "",
+        "| model | M parameters | px | grid | forward | " + " | ".join(RULES) + " | mass | complete | besides |",
+        "|---" * (len(RULES) + 8) + "|",
+    ]
+    for row, found in full:
+        times = found.get("rules", {})
+        besides = {f"{rule}: {why}": None for rule, why in found.get("failed", {}).items()}
+        messages = {why.split(": ", 1)[-1] for why in found.get("failed", {}).values()}
+        if len(messages) == 1 and not times:
+            besides = {f"refused: {messages.pop()}": None}
+        besides |= {found[what]: None for what in ("left out", "unavailable") if what in found}
+        cells = [
+            key(row),
+            str(found.get("parameters", "")),
+            " x ".join(map(str, found.get("size", ()))),
+            " x ".join(map(str, found.get("grid", ()))),
+            str(found.get("forward", "")),
+            *(f"{times[rule]:.2f}" if rule in times else "" for rule in RULES),
+            number(found["mass"]) if "mass" in found else "",
+            number(found["completeness"]) if "completeness" in found else "",
+            "; ".join(besides).replace("|", "/"),
+        ]
+        parts.append("| " + " | ".join(cells) + " |")
+    return parts
+
+
 def page(results: dict[str, Any]) -> str:
     counts: dict[str, int] = {}
     for row in ROWS:
@@ -399,8 +452,15 @@ def page(results: dict[str, Any]) -> str:
         "- **margin**: so many pixels beside the stimulus still count as on it, in layout and peak. None where patches",
         "  are cut apart. Where convolutions make the tokens, a token is made of more than the patch it stands for and",
         "  sees the stimulus from beside it; 8 px at most. The stimulus is as large as a token of the last block,",
-        "  or of the size that stands here.",
-        "- **other sizes**: image sizes, besides the first one, on which `lnstat`, `rollout` and completeness held.",
+        "  or of the size that stands here. **without margin**: of such a model, regions in which the peak lies on the",
+        "  stimulus itself; empty where that was not counted.",
+        "- **other sizes**: image sizes, besides the first one, on which `lnstat`, `rollout` and completeness held:",
+        "  smaller, larger, of another shape, and not a multiple of patch or window, as far as the model takes them.",
+        "  It is told to take any where its library can be told so (`dynamic_img_size`, `strict_img_size=False`,",
+        "  `interpolate_pos_encoding`). None: it takes the one that it was built for.",
+        "",
+        "Regions of more than one training are counted together: six of `swinv2_tiny_window8_256`, three of",
+        "`swinv2_cr_tiny_ns_224`, each with other textures and scenes.",
         "",
         "`ok`: everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",
         "`RecordingError`, listed below, and no map; `refused, as it must be` where a map would mean nothing.",
@@ -430,15 +490,7 @@ def page(results: dict[str, Any]) -> str:
         *covered(results),
     ]
     full = [(row, results[key(row)]["default"]) for row in ROWS if "default" in (results.get(key(row)) or {})]
-    if full:
-        parts += ["", "## At full size", "", "One image, random weights, process time of one core in seconds.", ""]
-        parts += ["| model | px | " + " | ".join(RULES) + " |", "|---" * (len(RULES) + 2) + "|"]
-        for row, found in full:
-            times = found.get("rules", {})
-            cells = [f"{times[rule]:.1f}" if rule in times else "" for rule in RULES]
-            if not times:
-                cells[0] = found.get("refused") or "not run: " + found.get("unavailable", "")
-            parts.append(f"| {key(row)} | {' x '.join(map(str, found.get('size', ())))} | " + " | ".join(cells) + " |")
+    parts += full_size(full) if full else []
     return "\n".join(parts) + "\n"
 
 

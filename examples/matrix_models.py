@@ -36,6 +36,7 @@ class Row:
         step: Regions lie at multiples of so many pixels; of the stimulus by default.
         steps: Steps of training at most.
         seeds: Times a model is trained and its peaks are counted, with other textures and scenes each time.
+        note: Why an exception is one, in words.
         elsewhere: Makes the small model for the other sizes, if it has to be told that it will be given some.
     """
 
@@ -52,6 +53,7 @@ class Row:
     step: Size | None = None
     steps: int = 250
     seeds: int = 1
+    note: str = ""
     elsewhere: Callable[[], nn.Module] | None = None
 
 
@@ -262,6 +264,15 @@ HF_OTHERS = ((64, 96), (96, 96), (48, 48))
 SIZES = ((96, 96), (32, 64), ODD)
 STAGES4 = {"embed_dims": (16, 32, 32, 48), "num_heads": (1, 2, 2, 2), "depths": (1, 1, 2, 1)}
 
+STEM = (
+    "attention cannot see through the ResNet that makes the tokens, and each of them reads far more than its patch: what "
+    "a token beside the stimulus saw of it is counted at that token"
+)
+BELOW = (
+    "attention cannot see through the convolutions between its stages: below the last of them evidence is shared evenly "
+    "by the tokens under a token, and those read beyond their patch"
+)
+
 FIFTEEN: list[Row] = [
     vit_row("vit_tiny_patch16_224"),
     Row(
@@ -278,8 +289,9 @@ FIFTEEN: list[Row] = [
     vit_row("vit_small_patch14_reg4_dinov2", 14, 518),
     any_size(timm_row("swin_tiny_patch4_window7_224", WIDE, others=SIZES, img_size=WIDE, **SWIN)),
     replace(any_size(timm_row("swinv2_tiny_window8_256", WIDE, 256, SIZES, img_size=WIDE, **SWIN)), seeds=6),
-    replace(maxxvit_row("maxvit_tiny_tf_224", "maxvit_tiny_tf", WIDE, (32, 32, 48), 224, **PARTS), margin=4,
-        others=SIZES),
+    replace(
+        maxxvit_row("maxvit_tiny_tf_224", "maxvit_tiny_tf", WIDE, (32, 32, 48), 224, **PARTS), margin=4, others=SIZES
+    ),
     replace(timm_row("pvt_v2_b0", (128, 160), others=((160, 160), (140, 172), (64, 96)), **STAGES4), margin=4),
     vit_row("eva02_tiny_patch14_224", 14),
     replace(timm_row("hiera_tiny_224", WIDE, others=SIZES, img_size=WIDE, head_init_scale=1.0, **HIERA), margin=4),
@@ -314,7 +326,7 @@ ONWARD: list[Row] = [
     Row("vit_tiny_patch16_224, dynamic size", "timm",
         partial(_timm, "vit_tiny_patch16_224", img_size=(64, 96), dynamic_img_size=True, dynamic_img_pad=True, **VIT),
         (64, 96), ((128, 96), (70, 101), (48, 48))),
-    replace(vit_row("vit_small_r26_s32_224", 32), margin=8),
+    replace(vit_row("vit_small_r26_s32_224", 32), margin=8, note=STEM),
     replace(vit_row("vit_small_resnet26d_224", 32), margin=8),
     timm_row("naflexvit_base_patch16_gap", (64, 96), 384, ((96, 96), (128, 64)), **VIT),
     vit_row("samvit_base_patch16_224", window_size=4, global_attn_indexes=(1,)),
@@ -342,9 +354,8 @@ ONWARD: list[Row] = [
         margin=4, steps=800, others=SIZES),
     replace(maxxvit_row("coatnet_0_rw_224", "coatnet_0_rw", (128, 160), (32, 32, 48, 64), 224), margin=8,
         others=((160, 160), (96, 96))),
-    replace(timm_row("tiny_vit_5m_224", (96, 128), others=SIZES, window_sizes=(3, 3, 4), **PYRAMID), margin=8,
-        stimulus=(32, 32), step=(16, 16)),
-    replace(timm_row("efficientvit_m0", (224, 224), others=((256, 256), (192, 224))), margin=8),
+    replace(timm_row("tiny_vit_5m_224", WIDE, others=SIZES, window_sizes=(3, 3, 4), **PYRAMID), margin=8, note=BELOW),
+    replace(timm_row("efficientvit_m0", (224, 224), others=((256, 256), (192, 224))), margin=8, note=BELOW),
     replace(timm_row("pvt_v2_b2_li", (128, 160), others=((160, 160), (140, 172), (64, 96)), **STAGES4), margin=4),
     torchvision_row("swin_v2_t", WIDE, SIZES, 256),
     torchvision_row("vit_b_32", (128, 128), image_size=128, patch_size=32),

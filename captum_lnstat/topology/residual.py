@@ -167,8 +167,8 @@ def _output(norm: NormCall) -> Tensor:
 
 def _kept(both: Tensor, attended: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
     """How much of each image's two updates stochastic depth let through, ``(batch, 1, 1)`` each, by least squares."""
-    updates = torch.stack([attended.flatten(1), mlp.flatten(1)], 2).double()
-    kept = torch.linalg.lstsq(updates, both.flatten(1)[..., None].double()).solution.to(both.dtype)
+    updates = torch.stack([attended.flatten(1), mlp.flatten(1)], 2)
+    kept = torch.linalg.lstsq(updates, both.flatten(1)[..., None]).solution
     return kept[:, 0, :, None], kept[:, 1, :, None]
 
 

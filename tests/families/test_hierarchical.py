@@ -431,3 +431,30 @@ def test_shortcuts_lead_from_all_channels_to_all():
     names = [name for name, _ in units.shortcuts(conv)]
     assert names[0] == "shortcut"
     assert not any(name.startswith("conv") for name in names)
+
+
+@pytest.mark.parametrize("build", [nest, lambda: efficientvit(img_size=64)], ids=["nest", "efficientvit"])
+def test_in_half_precision(build):
+    """What is added in bfloat16 is compared with what it is made of in bfloat16."""
+    model, x = lively(build()), images(2, 64)
+    exact = LNStatAttribution(model, rule="rollout").relevance(x)
+    rounded = LNStatAttribution(model.bfloat16(), rule="rollout").relevance(x.bfloat16())
+    assert torch.corrcoef(torch.stack([exact.flatten(), rounded.float().flatten()]))[0, 1] > 0.9
+    # The rows of a softmax in bfloat16 sum to one no better than that.
+    torch.testing.assert_close(rounded.float().sum((1, 2)), torch.ones(2), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("wss", [None, (3, 3, 3)], ids=["pcpvt", "svt"])
+def test_a_convolution_after_the_only_block_of_the_last_stage(wss):
+    model, x = lively(twins(depths=(2, 1, 1), wss=wss)), images(2, 64)
+    steps = _steps(model, x)
+    assert [step.name for step in steps[-2:]] == ["blocks.2.0", "pos_block.2"]
+    assert isinstance(steps[-1], Update)
+    check_mass(model, x)
+    check_completeness(model, x)
+
+
+def test_a_stimulus_is_as_large_as_a_token_of_an_odd_grid():
+    """9 x 13 patches of 4 px become 5 x 7 and 3 x 4 tokens: 4 x 4 patches a token, fewer at the edge."""
+    region = ground(wake(pvt_v2()), (36, 52), step=(8, 8)).regions[0]
+    assert (region.height, region.width) == (16, 16)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from contract_helpers import lively
 from models import CLASSES, OPTIONS, Case, enliven, images, targets
 from oracles import Dense
 from swin_oracle import HuggingFace, Library, SwinDense, TimmCr, Torchvision
@@ -412,3 +413,26 @@ def test_a_convolution_between_the_blocks_is_refused():
     model.features[2] = nn.Sequential(nn.Linear(16, 16).double(), model.features[2])
     with pytest.raises(RecordingError, match="does not read what the step before it returned"):
         explain(model, "rollout", x, target)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_stochastic_depth_of_post_norm_blocks_is_followed(seed):
+    """What was let through of each update is seen, so that evidence of a pass in train mode adds up, too."""
+    model, x = lively(_torchvision(2, stochastic_depth_prob=0.5)).train(), torch.randn(3, 3, 32, 48)
+    torch.manual_seed(seed)
+    with pytest.warns(UserWarning, match="train mode"):
+        outcome, relevance = LNStatAttribution(model, rule="evidence")._explain(x, 1, None)
+    blocks = outcome.trace.blocks
+    kept = torch.stack([block.attention_update.abs().amax((1, 2)) for block in blocks]) > 1e-5
+    assert bool(kept.any())
+    assert not bool(kept.all())
+    torch.testing.assert_close(relevance.total, outcome.score, rtol=1e-4, atol=1e-4)
+
+
+def test_the_share_of_a_normalised_update():
+    """No LayerNorm reads the stream of a post-norm block: the ratio is of the variances of stream and update."""
+    model, x = lively(_torchvision(2)), torch.randn(1, 3, 32, 48)
+    method = LNStatAttribution(model)
+    for block in method._pass(x, 1, None, method._needs()).trace.blocks:
+        own, update = (t.var(-1, correction=0) for t in (block.before, block.between - block.before))
+        torch.testing.assert_close(block.residual_share("ratio"), own / (own + update))
