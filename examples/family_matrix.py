@@ -397,7 +397,7 @@ def full_size(full: list[tuple[Row, dict[str, Any]]]) -> list[str]:
         "## At full size",
         "",
         f"{len(full)} of {many} models as their names give them, one image of noise: every rule, with the weights that",
-        "the library draws. Process time of one core in seconds, on a machine that did other things at the same time. A",
+        "the library draws. Process time of one core in seconds, on a machine that did other things as well. A",
         "model that is made with a head of zeros has the same score whatever the image, and is refused. Written by",
         "`python examples/family_matrix.py --defaults`; `--missing` goes on where it was stopped.",
         "",
