@@ -265,12 +265,12 @@ SIZES = ((96, 96), (32, 64), ODD)
 STAGES4 = {"embed_dims": (16, 32, 32, 48), "num_heads": (1, 2, 2, 2), "depths": (1, 1, 2, 1)}
 
 STEM = (
-    "attention cannot see through the ResNet that makes the tokens, and each of them reads far more than its patch: what "
-    "a token beside the stimulus saw of it is counted at that token"
+    "attention cannot see through the ResNet that makes the tokens, and each of them reads far more than its patch: "
+    "what a token beside the stimulus saw of it is counted at that token"
 )
 BELOW = (
-    "attention cannot see through the convolutions between its stages: below the last of them evidence is shared evenly "
-    "by the tokens under a token, and those read beyond their patch"
+    "attention cannot see through the convolutions between its stages: below the last of them evidence is shared "
+    "evenly by the tokens under a token, and those read beyond their patch"
 )
 
 FIFTEEN: list[Row] = [
