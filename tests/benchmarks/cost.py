@@ -321,8 +321,8 @@ def page(record: dict) -> str:
     lines += [
         "What is kept, in residual streams (tokens x channels) of each ViT block: 5 without a graph (queries, keys, "
         "values, the stream before and after the attention), 10 for `gradient` (and the hidden layer of the MLP and "
-        "the output of the attention). No map of all tokens against all tokens is kept: maps are made again in pieces of a "
-        "megabyte. `tests/test_memory.py` holds that in place, `tests/test_flops.py` the arithmetic.",
+        "the output of the attention). No map of all tokens against all tokens is kept: maps are made again in pieces "
+        "of a megabyte. `tests/test_memory.py` holds that in place, `tests/test_flops.py` the arithmetic.",
         "",
         "Many classes of one image: what grows with their number is the evidence, `2 T K C S` operations a block for "
         "`T` tokens, `C` channels, `S` classes and the `K` directions that the head's weights have after the mergings "
