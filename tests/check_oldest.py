@@ -14,18 +14,23 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 CORE = (
-    "test_attribution.py",
-    "test_baselines.py",
-    "test_captum_page.py",
-    "test_completeness.py",
-    "test_feature_mask.py",
-    "test_layer.py",
-    "test_outputs.py",
     "test_readme.py",
-    "test_recording.py",
-    "test_statistics.py",
+    "test_captum_page.py",
     "test_zoo.py",
-    "families/test_swin.py",
+    "test_feature_mask.py",
+    "test_statistics.py",
+    "test_recording.py",
+)
+# What timm 1.0.17's Swins (padding, windows a stage, dynamic sizes) and torch 2.4.1 (grouped queries, rows that may see
+# nothing) do not have themselves.
+NOT_THERE = (
+    "swin2-padded",
+    "windows-per-stage",
+    "dynamic",
+    "always-partition",
+    "swin2-resized",
+    "grouped_queries",
+    "blind",
 )
 
 
@@ -34,8 +39,10 @@ def main() -> int:
     for name, wanted in re.findall(r"^([\w-]+)==(\S+)$", text, re.M):
         if version(name).split("+")[0] != wanted:
             sys.exit(f"{name} is {version(name)}; expected {wanted}, as in tests/oldest-requirements.txt")
-    command = [sys.executable, "-m", "pytest", "-o", "filterwarnings=", *sys.argv[1:]]
-    return subprocess.run([*command, *(str(TESTS / name) for name in CORE)], check=False, cwd=TESTS.parent).returncode
+    command = [sys.executable, "-m", "pytest", "-o", "filterwarnings=", "-k", f"not ({' or '.join(NOT_THERE)})"]
+    return subprocess.run(
+        [*command, *sys.argv[1:], *(str(TESTS / name) for name in CORE)], check=False, cwd=TESTS.parent
+    ).returncode
 
 
 if __name__ == "__main__":
