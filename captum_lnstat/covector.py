@@ -92,7 +92,7 @@ class Covector:
     def _by_kind(self) -> tuple[Tensor, Tensor] | None:
         """The order in which tokens of a kind stand together and the way back, if there are as many of every kind."""
         counts = torch.bincount(self.kind, minlength=self.kinds)
-        if bool((counts != counts[0]).any()):
+        if not self.kinds or bool((counts != counts[0]).any()):
             return None
         order = self.kind.argsort(stable=True)
         return order, order.argsort()

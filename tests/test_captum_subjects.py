@@ -198,7 +198,10 @@ def test_relevance_is_a_contribution(name: str) -> None:
         twice.head.bias.mul_(2)
     first, second = (METHODS[name](m).relevance(images(), target=1) for m in (once, twice))
     power = 0 if name in ("rollout", "RawAttention", "AttentionRollout") else 1
-    if name in ("gradient", "GenericAttention"):  # r + r A' over several blocks: a polynomial in the weights
+    if name == "gradient":  # rows that are divided by their sums do not know how large the score is
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
+        return
+    if name == "GenericAttention":  # r + r A' over several blocks: a polynomial in the weights
         assert (second > first).any()
         return
     torch.testing.assert_close(second, first * 2**power, rtol=1e-4, atol=1e-5)

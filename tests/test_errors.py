@@ -152,7 +152,7 @@ def test_switches_are_true_or_false(option: str, value: Any) -> None:
         LNStatAttribution(vit(), **{option: value})
 
 
-@pytest.mark.parametrize("name", ["lnstat", "evidence", "gradient", "FrozenLayerNorm", "LayerLNStat"])
+@pytest.mark.parametrize("name", ["lnstat", "evidence", "GenericAttention", "FrozenLayerNorm", "LayerLNStat"])
 def test_relevance_too_large_for_the_dtype_of_the_images(name: str) -> None:
     other = vit()
     method = EVERY_METHOD[name](lambda x: other(x) * 1e10, other)

@@ -127,7 +127,8 @@ def oracle(name: str) -> _GcDense:
 @pytest.mark.parametrize("rule", ["rollout", "evidence", "gradient"])
 def test_rules_are_the_dense_products(name, rule):
     target, dense = targets(2), oracle(name)
-    expected = dense.rollout() if rule == "rollout" else getattr(dense, rule)(target)
+    options = {"normalize": True} if rule == "gradient" else {}
+    expected = dense.rollout() if rule == "rollout" else getattr(dense, rule)(target, **options)
     found = explain(build(name), rule, show(name), target)
     grid, _ = expected.split(dense.case)
     grid = grid.detach()
