@@ -17,7 +17,7 @@ import pytest
 from captum_lnstat import zoo
 from captum_lnstat.demo.photo import MAX_BYTES
 
-PATIENCE = 180  # seconds; all of it together takes ten on a machine that does nothing else
+PATIENCE = 60  # seconds; all of it together takes ten on a machine that does nothing else
 
 GRADIO = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason='gradio is not installed: pip install ".[demo]"'
@@ -198,7 +198,7 @@ def test_the_page_in_a_browser(server, browser, tmp_path):
 
     def choose_class():
         page.one("#target input").click()
-        until(lambda: page.all("ul.options li"), "the menu of classes")[3].click()
+        until(lambda: page.all("ul[role=listbox] li"), "the menu of classes")[3].click()
 
     page.after(choose_class, "a class of the menu")
 
