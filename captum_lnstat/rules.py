@@ -306,7 +306,7 @@ def lnstat(
     ``G`` is the evidence ``E``, smoothed.
     What the model looked at more than at the average patch, and counted in favour of the class more than around a
     typical patch, in units of the score. Evidence is put on the token that said it, which has heard from its
-    neighbours: it is known no finer than a token of the last stage, so it is smoothed by half the side of one, by one
+    neighbours: it is known no finer than a token of the last stage, so it is smoothed by a quarter of its side, by one
     patch at least. Where exactly it was looked is for ``P`` to say. A patch that was looked at less keeps a twentieth
     of its weight, so that a class that is argued for only there still gets a map.
 
@@ -317,7 +317,7 @@ def lnstat(
     _walk(trace, [looked, argued], settings)
     (seen,), said = looked.row.relevance(trace), argued.at_the_image(trace)
     prefix, nothing = torch.zeros_like(said[0].prefix), torch.zeros_like(said[0].padding)
-    sigma = max(1.0, trace.grain[0] / 2), max(1.0, trace.grain[1] / 2)
+    sigma = max(1.0, trace.grain[0] / 4), max(1.0, trace.grain[1] / 4)
     grids = _both(seen.grid, torch.stack([one.grid for one in said]), sigma)
     return tuple(Relevance(grid, prefix, nothing, nothing) for grid in grids), said
 

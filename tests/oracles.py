@@ -614,8 +614,8 @@ def dense(name: str, seed: int = 0, batch: int = 2, graph: bool = False) -> Dens
 
 
 def out_of_focus(grid: Tensor, side: tuple[float, float]) -> Tensor:
-    """Every patch as the mean over all, weighted by a Gaussian of half a side, or one patch if that is more."""
-    down, across = (max(1.0, length / 2) for length in side)
+    """Every patch as the mean over all, weighted by a Gaussian of a quarter of a side, or one patch if that is more."""
+    down, across = (max(1.0, length / 4) for length in side)
     result = torch.zeros_like(grid)
     for row, column in itertools.product(range(grid.shape[0]), range(grid.shape[1])):
         weights = torch.zeros_like(grid)
