@@ -97,6 +97,11 @@ class Covector:
         order = self.kind.argsort(stable=True)
         return order, order.argsort()
 
+    @cached_property
+    def _of_places(self) -> Float[Tensor, "batch place channel"]:
+        """Each token's direction, of the one score there is: read with in every block of a stage."""
+        return self.directions[:, self.kind, 0]
+
     def dense(self) -> Float[Tensor, "batch place score channel"]:
         """The covectors of the tokens ``at``, written out."""
         return self.scale[..., None, None] * self.directions[:, self.kind]
@@ -107,7 +112,7 @@ class Covector:
         if self.kinds == 1:
             said = x @ self.directions[:, 0].transpose(-2, -1)
         elif self.scores == 1:
-            said = (x * self.directions[:, self.kind, 0]).sum(-1, keepdim=True)
+            said = torch.linalg.vecdot(x, self._of_places)[..., None]
         elif self._by_kind is not None:
             # As many tokens of every kind: one product for all of them.
             order, back = self._by_kind

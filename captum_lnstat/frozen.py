@@ -90,6 +90,11 @@ def pull_through(path: Iterable[FrozenMap], u: Covector) -> tuple[Covector, Floa
     return u, constant
 
 
+def returns_moments(x: Tensor) -> bool:
+    """Whether the kernel of a LayerNorm gives mean and ``1 / sigma`` of every token of ``x`` in full precision."""
+    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+
+
 class FrozenLayerNorm(torch.autograd.Function):
     """``F.layer_norm`` in value; in the backward pass its standard deviation is a constant."""
 
@@ -97,16 +102,19 @@ class FrozenLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        dims = tuple(range(-len(shape), 0))
-        deviation = (x.detach().to(accumulation_dtype(x)).var(dims, correction=0, keepdim=True) + eps).sqrt()
-        ctx.dims = dims
-        ctx.save_for_backward(deviation, weight)
-        return F.layer_norm(x, list(shape), weight, bias, eps)
+        ctx.dims = dims = tuple(range(-len(shape), 0))
+        if returns_moments(x):
+            normed, _, inverse = torch.native_layer_norm(x, list(shape), weight, bias, eps)
+        else:
+            normed = F.layer_norm(x, list(shape), weight, bias, eps)
+            inverse = (x.detach().to(accumulation_dtype(x)).var(dims, correction=0, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(inverse, weight)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        deviation, weight = ctx.saved_tensors
+        inverse, weight = ctx.saved_tensors
         # With many scores at once this is large: no more copies of it than the one.
-        scaled = gradient / deviation
+        scaled = gradient * inverse
         scaled = scaled if weight is None else scaled.mul_(weight)
         return scaled.sub_(scaled.mean(ctx.dims, keepdim=True)).to(gradient.dtype), None, None, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 PADDING = -1
+# So many layouts are remembered.
+LAYOUTS = 64
 
 
 class Layout(Protocol):
@@ -139,6 +141,8 @@ def even_shares(groups: Groups, dtype: torch.dtype = torch.float32) -> Float[Ten
     return real.to(dtype) / real.sum(-1, keepdim=True)
 
 
+# The same for every image of a size, and of every block with the same windows.
+@lru_cache(LAYOUTS)
 def windows(
     grid: tuple[int, int],
     window: tuple[int, int],

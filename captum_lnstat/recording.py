@@ -12,8 +12,9 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.freezing import LAYER_NORMS, SOFTMAXES, Freezer
-from captum_lnstat.frozen import FrozenLayerNorm, FrozenNorm
+from captum_lnstat.frozen import FrozenLayerNorm, FrozenNorm, returns_moments
 from captum_lnstat.shelf import Shelf
 from captum_lnstat.sites import AttentionSite, FusedSite, Kept, MultiHeadSite, SoftmaxSite
 from captum_lnstat.statistics import TokenStatistics, token_statistics
@@ -33,16 +34,27 @@ _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.b
 # What may stand between the softmax and the product with the values without being another quantity.
 _PASSING = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as, Tensor.contiguous, Tensor.float, Tensor.half}
 _JOINS = {torch.cat, torch.concat, torch.concatenate}
+_WATCHED = {
+    *LAYER_NORMS,
+    *_JOINS,
+    *SOFTMAXES,
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+    F.rms_norm,
+    torch.einsum,
+}
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
+
+
+# Modules in which neither attention nor a norm runs: which of them is running need not be known.
+_LEAVES = {
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish),
+}
 
 
 # So many units of rounding of eps, a variance next to it is known well.
 MANY = 1e4
-
-
-def _returns_moments(input: Tensor) -> bool:
-    """Whether layer_norm's own kernel gives the statistics in full precision."""
-    return input.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(input.device.type)
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,9 @@ class NormCall:
         return FrozenNorm((self.statistics.variance + self.eps).sqrt(), self.weight, self.bias)
 
 
+_Event = TypeVar("_Event", NormCall, AttentionSite)
+
+
 @dataclass(frozen=True)
 class ModuleCall:
     """The first tensor a module was given and the tensor it returned."""
@@ -120,7 +135,7 @@ class Recording:
 
     def site(self, module: str) -> AttentionSite:
         """The one attention site inside a module."""
-        found = [site for site in self.sites if _inside(site.module, module)]
+        found = self._sites_inside.get(module, [])
         if len(found) != 1:
             raise RecordingError(
                 f"{len(found)} attention computations were seen inside {module!r}; expected one. A kernel that hides "
@@ -130,7 +145,7 @@ class Recording:
 
     def norm(self, module: str) -> NormCall:
         """The one norm call of a module."""
-        found = [norm for norm in self.norms if _inside(norm.module, module)]
+        found = self.norms_inside(module)
         if len(found) != 1 or found[0].kind != "layer_norm":
             seen = ", ".join(norm.kind for norm in found) or "none"
             raise RecordingError(f"expected one LayerNorm call at {module!r}, saw: {seen}")
@@ -138,11 +153,34 @@ class Recording:
 
     def norms_inside(self, module: str) -> list[NormCall]:
         """Every norm call inside a module, in order."""
-        return [norm for norm in self.norms if _inside(norm.module, module)]
+        return self._norms_inside.get(module, [])
+
+    def in_order(self, norms: Iterable[NormCall]) -> list[NormCall]:
+        """Some of the norm calls, first to last."""
+        return sorted(norms, key=lambda norm: self._place_of_norm[id(norm)])
+
+    # Asked for every block: looked through once.
+    @cached_property
+    def _sites_inside(self) -> dict[str, list[AttentionSite]]:
+        return _by_module(self.sites)
+
+    @cached_property
+    def _norms_inside(self) -> dict[str, list[NormCall]]:
+        return _by_module(self.norms)
+
+    @cached_property
+    def _place_of_norm(self) -> dict[int, int]:
+        return {id(norm): place for place, norm in enumerate(self.norms)}
 
 
-def _inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
+def _by_module(events: Sequence[_Event]) -> dict[str, list[_Event]]:
+    """Events by the name of every module that they happened in; by that of the model itself if in no other."""
+    found: dict[str, list[_Event]] = {}
+    for event in events:
+        parts = event.module.split(".")
+        for end in range(len(parts)):
+            found.setdefault(".".join(parts[: end + 1]), []).append(event)
+    return found
 
 
 @dataclass
@@ -220,6 +258,8 @@ class Recorder(TorchFunctionMode):
         # What is in a graph is kept by the graph, where it is.
         self._shelf = Shelf() if cut and compact else None
         self._freezer = Freezer() if freeze == "everything" else None
+        # Every function is called as it is, and only some are looked at.
+        self._plain = cut and self._freezer is None
         self._thread = threading.get_ident()
         self._handles: list[RemovableHandle] = []
         self._running: list[str] = [""]
@@ -239,7 +279,10 @@ class Recorder(TorchFunctionMode):
 
     def __enter__(self) -> Recorder:
         try:
+            stamped = self._taps | {self._model, self._head_begins, self._head_follows}
             for dotted, module in self._model.named_modules():
+                if type(module) in _LEAVES and module not in stamped:
+                    continue
                 name = dotted.replace("._orig_mod", "")  # a block wrapped by torch.compile
                 self._handles.append(module.register_forward_pre_hook(self._entering(name)))
                 self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
@@ -331,7 +374,7 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._elsewhere():
+        if self._elsewhere() or (self._plain and function not in _WATCHED and self._is_new(args)):
             return function(*args, **kwargs)
         if function in LAYER_NORMS:
             return self._layer_norm(function, *args, **kwargs)
@@ -351,6 +394,10 @@ class Recorder(TorchFunctionMode):
                 function, args = torch.matmul, args[1:]
             self._follow(function, output, args, kwargs)
         return output
+
+    def _is_new(self, args: tuple[Any, ...]) -> bool:
+        """Whether a function does not read the output of a softmax first."""
+        return not args or id(args[0]) not in self._softmaxes
 
     def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What forward_func does around the model (a softmax of the scores) is differentiated as it is.
@@ -424,7 +471,7 @@ class Recorder(TorchFunctionMode):
         kept, name = self._keep(input), self._running[-1]
         if self._in_cut_head and torch.is_grad_enabled():
             output = FrozenLayerNorm.apply(input, shape, weight, bias, float(eps))
-        elif self._freezer is None and _returns_moments(input):
+        elif self._freezer is None and returns_moments(input):
             # What layer_norm itself calls. Reading the statistics here saves reading the tokens again for them.
             arguments = (input, shape, weight, bias, float(eps))
             if not self._cut:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Up to so many directions in u, what values said is summed over the queries before it is read, not after.
 FEW = 16
+# Up to so many, the directions are weighted with what is heard of them, and not the values read with each.
+FEW_TO_WEIGH = 4
 # With many scores what is read is wider than a window is large up to so many directions.
 FEW_OF_MANY_SCORES = 64
 # From so many row vectors on, the heads' maps are fused before they are multiplied, not the products after.
@@ -159,6 +161,11 @@ class _Reader:
     def hear(self, heard: Float[Tensor, "group head kind key"]) -> None:
         """With columns: what they became by the maps of all heads."""
         values, directions = self._site.values(slice(0, heard.shape[1])), self._directions
+        if directions.shape[2] == 1 and 1 < directions.shape[1] <= FEW_TO_WEIGH:
+            # What is heard of each direction, at every key: as large as the values, which are read where they lie.
+            every = directions[:, :, 0].transpose(1, 2).repeat_interleave(len(values) // len(directions), 0)
+            self.said = torch.linalg.vecdot(heard.transpose(-2, -1) @ every, values).sum(1)[..., None]
+            return
         if directions.shape[2] == 1:
             read = read_values(values, directions[:, :, 0].permute(0, 2, 3, 1))
             self.said = (heard * read.transpose(-2, -1)).sum((1, 2))[..., None]

@@ -129,15 +129,17 @@ class _Perception:
         self.u: Covector | None = None
         start = trace.start(settings.head_fusion)
         self.row = _Row(start[..., None], start.ne(0).any(0).nonzero()[:, 0])
+        self._kept = self.row.tokens
 
     def _keep(self, block: Block) -> Tensor:
         return block.residual_share(self._settings.residual)[..., None] * self.row.tokens
 
     def give(self, block: Block) -> Tensor:
-        return self.row.tokens - self._keep(block)
+        self._kept = self._keep(block)
+        return self.row.tokens - self._kept
 
     def take(self, block: Block, handed: Tensor, lost: Tensor, said: Handed) -> None:
-        self.row.through_block(block, self._keep(block), handed, lost)
+        self.row.through_block(block, self._kept, handed, lost)
 
     def beside(self, step: Merging | Update | Transition) -> None:
         """Nothing is said."""
@@ -169,6 +171,7 @@ class _Evidence:
         self.u: Covector | None = u
         self.constant = constant
         self.row = _Row(u.spread(u.scale.new_zeros(*u.scale.shape, u.scores)), u.at)
+        self._kept = self.row.tokens
 
     def _add(self, said: Tensor) -> None:
         assert self.u is not None
@@ -180,10 +183,11 @@ class _Evidence:
     def give(self, block: Block) -> Tensor:
         if self.u is not None and block.after is not block.between:
             self._add(self.u.read(block.after) - self.u.read(block.between))
-        return self.row.tokens - self._keep(block)
+        self._kept = self._keep(block)
+        return self.row.tokens - self._kept
 
     def take(self, block: Block, handed: Tensor, lost: Tensor, said: Handed) -> None:
-        keep = self._keep(block)
+        keep = self._kept
         if self.u is not None:
             assert said.said is not None
             assert said.said_lost is not None
@@ -237,7 +241,7 @@ def _walk(trace: Trace, walkers: Sequence[_Walker], settings: Settings) -> None:
         if not isinstance(step, Block):
             for walker in walkers:
                 walker.beside(step)
-                _hand_to_children(walker.row, step, settings)
+            _hand_to_children([walker.row for walker in walkers], step, settings)
             continue
         given = [walker.give(step) for walker in walkers]
         u = next((walker.u for walker in walkers if walker.u is not None), None)
@@ -251,11 +255,15 @@ def _walk(trace: Trace, walkers: Sequence[_Walker], settings: Settings) -> None:
         wiring.verify()
 
 
-def _hand_to_children(row: _Row, step: Merging | Update | Transition, settings: Settings) -> None:
+def _hand_to_children(rows: Sequence[_Row], step: Merging | Update | Transition, settings: Settings) -> None:
+    if isinstance(step, Update):
+        return
     if isinstance(step, Merging):
-        row.split(step.groups, merging_share(step, settings.merging))
-    elif isinstance(step, Transition):
-        row.split(step.groups, even_shares(step.groups, row.tokens.dtype)[None])
+        shares = merging_share(step, settings.merging)
+    else:
+        shares = even_shares(step.groups, rows[0].tokens.dtype)[None]
+    for row in rows:
+        row.split(step.groups, shares)
 
 
 def perception(trace: Trace, settings: Settings) -> Relevance:
@@ -352,7 +360,7 @@ def gradient(
     gradients, wiring = list(output_gradients), None if trace.training else Wiring()
     for step in reversed(trace.steps):
         if not isinstance(step, Block):
-            _hand_to_children(row, step, settings)
+            _hand_to_children([row], step, settings)
             continue
         r = row.tokens
         kept = r if keep else step.residual_share(settings.residual)[..., None] * r

@@ -117,8 +117,8 @@ def merging_share(merging: Merging, form: MergingShare) -> Float[Tensor, "batch 
         gathered = merging.groups.gather(merging.children)
         children = gathered.reshape(batch, -1, *gathered.shape[1:])
         if merging.norm_first:
-            mean = children.mean((-2, -1), keepdim=True)
-            weight = (children - mean).square().sum(-1) * real
+            centred = children - children.mean((-2, -1), keepdim=True)
+            weight = torch.linalg.vecdot(centred, centred) * real
         else:
             weights = merging.reduction.to(children.dtype).reshape(len(merging.reduction), index.shape[1], -1)
             weight = token_variance(torch.einsum("bpkc,okc->bpko", children, weights)) * real

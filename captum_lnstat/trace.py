@@ -93,7 +93,9 @@ class Block:
         ``"ratio"`` is a ratio of what two LayerNorms read. In a post-norm block they do not read the stream: the
         update was given its variance by the norm, and ``var(x) / (var(x) + var(d))`` is what the statistics say.
         """
-        if form == "ratio" and not self.post_norm:
+        if form == "half":
+            share = self.base.new_full(self.base.shape[:2], 0.5)
+        elif form == "ratio" and not self.post_norm:
             own, joined = self.statistics
             share = ratio_share(own.variance, joined.variance)
         else:

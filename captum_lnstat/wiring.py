@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +22,12 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.2
 # So many channels of the stream are compared, others in every block.
 PROBED = 64
-# Up to so many directions, zeros for other heads cost less than heads one by one.
-ONE_PRODUCT = 4
 
 
-def _scattered(count: int, like: Tensor) -> Tensor:
+@lru_cache(16)
+def _scattered(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Fixed numbers in which no structure of a model lies."""
-    n = torch.arange(count, device=like.device, dtype=like.dtype)
+    n = torch.arange(count, device=device, dtype=dtype)
     return torch.sin(0.7 * n * n + 1)
 
 
@@ -72,8 +72,8 @@ class Probe:
         first = sum(map(ord, block.name)) * PROBED % channels
         self._channels = slice(min(first, max(0, channels - PROBED)), first + PROBED)
         w = block.between.new_zeros(channels)
-        w[self._channels] = _scattered(len(w[self._channels]), w)
-        self._w, self._z = w, _scattered(tokens, w)
+        w[self._channels] = _scattered(len(w[self._channels]), w.device, w.dtype)
+        self._w, self._z = w, _scattered(tokens, w.device, w.dtype)
         everywhere = torch.arange(tokens, device=w.device)
         directions = w.expand(batch, 1, 1, channels)
         u = Covector(everywhere, self._z.expand(batch, -1), directions, torch.zeros_like(everywhere), tokens)
@@ -96,19 +96,22 @@ class Probe:
 
     def hear(self, heard: Float[Tensor, "group head 1 key"]) -> None:
         """With columns: what they became by the maps of all heads."""
-        site = self._block.site
-        directions = self._u.directions.reshape(len(self._told), site.shape[1], -1, 1)
-        read = read_values(site.values(slice(0, site.shape[1])), directions)[..., 0]  # (group, head, key)
-        self._told += (heard[:, :, 0] * read).reshape(len(self._told), -1).sum(1)
+        site, batch = self._block.site, len(self._told)
+        averaged = heard @ site.values(slice(0, site.shape[1]))  # (group, head, 1, channel)
+        directions = self._u.directions.reshape(batch, 1, -1)
+        self._told += (averaged.reshape(batch, -1, directions.shape[-1]) * directions).sum((1, 2))
 
     def excess(self, wanted: Tensor | None) -> Float[Tensor, " batch"]:
         """How far the two sides are apart, in units of what rounding explains."""
         block, w = self._block, self._w[self._channels]
-        taken = torch.zeros_like(self._z, dtype=torch.bool)
-        taken[slice(None) if wanted is None else wanted] = True
-        z = self._z * taken
-        asked = taken if block.layout.covered is None else taken & block.layout.covered
-        told = self._told + (self._constant[..., 0] * asked).sum(1)
+        z, told, covered = self._z, self._told, block.layout.covered
+        if wanted is None and covered is None:
+            told = told + self._constant.sum((1, 2))
+        else:
+            taken = torch.zeros_like(z, dtype=torch.bool)
+            taken[slice(None) if wanted is None else wanted] = True
+            z, asked = z * taken, taken if covered is None else taken & covered
+            told = told + (self._constant[..., 0] * asked).sum(1)
         terms = z * (block.between[..., self._channels] @ w - block.base[..., self._channels] @ w)
         # The update is a difference of two streams, and a small one of large streams is known to their rounding only.
         own, kind = block.statistics[0], torch.finfo(block.site.dtype)
@@ -125,13 +128,12 @@ def read_values(
     values: Float[Tensor, "group head key channel"], directions: Float[Tensor, "batch head channel direction"]
 ) -> Float[Tensor, "group head key direction"]:
     """``p . v_j`` of every value with every direction of its image."""
-    images, heads, channels, count = directions.shape
-    if count <= ONE_PRODUCT:
-        # Heads lie side by side in memory: all are read where they lie, by one product with zeros for other heads.
-        joined = values.transpose(1, 2).reshape(images, -1, heads * channels)
-        own = torch.eye(heads, dtype=directions.dtype, device=directions.device)[:, None, :, None]
-        read = joined @ (directions[:, :, :, None] * own).reshape(images, heads * channels, -1)
-        return read.reshape(len(values), -1, heads, count).transpose(1, 2)
+    images, _, _, count = directions.shape
+    if count == 1:
+        # Read where they lie in memory, head by head; a product would copy them first.
+        one = directions[..., 0].repeat_interleave(len(values) // images, 0)
+        read: Tensor = torch.linalg.vecdot(values, one[:, :, None])
+        return read[..., None]
     per_image = values.reshape(images, -1, *values.shape[1:])
     flat: Tensor = (per_image @ directions[:, None]).flatten(0, 1)
     return flat

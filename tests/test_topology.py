@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -254,6 +256,56 @@ def test_a_registered_family_is_asked_first():
         find_topology(nn.TransformerEncoderLayer(8, 2))
     found = explain(LNStatAttribution(model, rule="rollout"), torch.randn(1, 3, 16, 16))
     assert float(found.total) == pytest.approx(1, abs=1e-5)
+
+
+def test_what_was_found_in_a_model_is_asked_once(monkeypatch):
+    asked: list[nn.Module] = []
+    matches = WindowedTopology.matches.__func__
+    monkeypatch.setattr(
+        WindowedTopology, "matches", classmethod(lambda cls, model: asked.append(model) or matches(cls, model))
+    )
+    model, x = _tiny_swin(), torch.randn(1, 3, 16, 16)
+    method = LNStatAttribution(model, rule="rollout")
+    first = method.relevance(x)
+    count = len(asked)
+    assert count > 0
+    assert torch.equal(method.relevance(x), first)
+    assert len(asked) == count
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "blocks", nn.Sequential(nn.Identity())),
+        lambda model: model.blocks[0].register_module("attn", nn.Linear(8, 8)),
+        lambda model: delattr(model.blocks[0].attn, "num_heads"),
+        lambda model: model.blocks[1].add_module("more", nn.LayerNorm(8)),
+        lambda model: setattr(model, "norm", nn.BatchNorm1d(8)),
+    ],
+)
+def test_what_was_found_in_a_model_is_looked_for_again_when_it_is_changed(change):
+    model, twin = _tiny_vit(), _tiny_vit()
+    assert find_topology(model).family == "plain"
+    for one in (model, twin):
+        change(one)
+
+    def outcome(one: nn.Module) -> str:
+        try:
+            return find_topology(one).family
+        except UnsupportedModelError as error:
+            return str(error).splitlines()[0]
+
+    assert outcome(model) == outcome(twin)
+
+
+def test_a_model_that_was_explained_can_be_freed():
+    model = _tiny_vit()
+    LNStatAttribution(model, rule="rollout").relevance(torch.randn(1, 3, 16, 16))
+    gone = weakref.ref(model)
+    assert model in registry._seen
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_registrations_of_a_test_are_gone_after_it():

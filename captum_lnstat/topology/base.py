@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -12,9 +14,34 @@ from captum_lnstat.compiled import eager
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording import Recording
 from captum_lnstat.refusal import no_family, several_models
+from captum_lnstat.topology.parts import Known, known_so_far, recall
+from captum_lnstat.topology.structure import Structure, structure_of
 from captum_lnstat.trace import Trace
 
 _FAMILIES: list[type[Topology]] = []
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was found in a model, which holds as long as the model is made of the same.
+
+    Attributes:
+        structure: What it was made of.
+        families: The families that there were to ask.
+        name: Dotted name of the transformer in it.
+        family: The family of that.
+        parts: What was found in its modules. Of the model itself nothing is held here, so that it can be freed.
+    """
+
+    structure: Structure
+    families: tuple[type[Topology], ...]
+    name: str
+    family: type[Topology]
+    parts: Known
+
+
+# Asking every family again takes longer than a small model's forward pass.
+_seen: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
 
 
 class Topology(ABC):
@@ -90,6 +117,17 @@ def find_topology(model: nn.Module) -> Topology:
         >>> find_topology(timm.create_model("vit_tiny_patch16_224")).family
         'plain'
     """
+    structure, families, seen = structure_of(model), tuple(_FAMILIES), _seen.get(model)
+    if seen is not None and (seen.structure, seen.families) == (structure, families):
+        recall(seen.parts)
+        return seen.family(model.get_submodule(seen.name))
+    topology = _found(model)
+    name = next(name for name, module in model.named_modules() if module is topology.model)
+    _seen[model] = _Seen(structure, families, name, type(topology), known_so_far() or {})
+    return topology
+
+
+def _found(model: nn.Module) -> Topology:
     level = [model]
     while level:
         level = [eager(module) for module in level]

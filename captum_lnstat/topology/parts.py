@@ -38,8 +38,8 @@ class BlockParts:
     gate: tuple[str, nn.Linear] | None
 
 
-_Known = dict[tuple[str, int], Any]
-_known: ContextVar[_Known | None] = ContextVar("parts found while the structure of a model cannot change", default=None)
+Known = dict[tuple[str, int], Any]
+_known: ContextVar[Known | None] = ContextVar("parts found while the structure of a model cannot change", default=None)
 
 
 @contextmanager
@@ -50,6 +50,17 @@ def looked_up_once() -> Iterator[None]:
         yield
     finally:
         _known.reset(token)
+
+
+def known_so_far() -> Known | None:
+    """What has been found in modules since ``looked_up_once`` was entered; it is added to until that is left."""
+    return _known.get()
+
+
+def recall(known: Known) -> None:
+    """Until ``looked_up_once`` is left, what was found before in the same modules holds."""
+    if _known.get() is not None:
+        _known.set(known)
 
 
 def _once(name: str, module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:

@@ -117,8 +117,7 @@ def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: tuple
 
 def norms_in_order(name: str, parts: BlockParts, recording: Recording) -> list[NormCall]:
     """The calls of the block's norms in the order in which they ran."""
-    order = {id(norm): place for place, norm in enumerate(recording.norms)}
-    return sorted((recording.norm(f"{name}.{norm}") for norm in parts.norms), key=lambda norm: order[id(norm)])
+    return recording.in_order(recording.norm(f"{name}.{norm}") for norm in parts.norms)
 
 
 def path_to_update(

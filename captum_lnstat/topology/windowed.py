@@ -8,6 +8,7 @@ with a norm and a reduction, a last LayerNorm. Tokens may be a map ``(batch, row
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,12 +71,12 @@ class WindowedTopology(Topology):
         name: str = self._names[id(self._entrance)]
         return name
 
-    @property
+    @cached_property
     def _entrance(self) -> nn.Module:
         """What holds the patch convolution and nothing else of the model: it may pad the images before."""
         found: nn.Module = self._patches
         for module in self.model.modules():
-            if module is not self.model and any(inner is self._patches for inner in module.children()):
+            if module is not self.model and self._patches in module._modules.values():
                 found = found if _steps_in(module, self._steps) else module
         return found
 
