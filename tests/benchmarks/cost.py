@@ -80,19 +80,41 @@ def _last_norm(model: nn.Module) -> nn.Module:
     return blocks[-1].norm1
 
 
+def _as_map(tokens: Tensor) -> Tensor:
+    """Patch tokens as a map of channels, for those who explain convolutions."""
+    if tokens.dim() == 3:
+        side = int((tokens.shape[1] - 1) ** 0.5)
+        tokens = tokens[:, 1:].unflatten(1, (side, side))
+    return tokens.permute(0, 3, 1, 2)
+
+
 def _grad_cam(model: nn.Module) -> Callable[[Tensor], object]:
     from pytorch_grad_cam import GradCAM
-
-    def reshape(tokens: Tensor) -> Tensor:
-        if tokens.dim() == 3:
-            side = int((tokens.shape[1] - 1) ** 0.5)
-            tokens = tokens[:, 1:].unflatten(1, (side, side))
-        return tokens.permute(0, 3, 1, 2)
-
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    cam = GradCAM(model, [_last_norm(model)], reshape_transform=reshape)
+    cam = GradCAM(model, [_last_norm(model)], reshape_transform=_as_map)
     return lambda x: cam(x, [ClassifierOutputTarget(TARGET)] * len(x))
+
+
+def _torchcam(model: nn.Module) -> Callable[[Tensor], object]:
+    from torchcam.methods import GradCAM
+
+    def run(x: Tensor) -> object:
+        # Its hooks stay on the model until it is closed: the plain forward pass is not to pay for them.
+        with GradCAM(model, _last_norm(model), reshape_transform=_as_map) as cam:
+            return cam(TARGET, model(x.clone().requires_grad_()))
+
+    return run
+
+
+def _daam(model: nn.Module) -> Callable[[Tensor], object]:
+    from daam import DAAM
+
+    def run(x: Tensor) -> object:
+        with DAAM(model) as method:  # as above; it also switches fused attention off
+            return method(x, TARGET)
+
+    return run
 
 
 def _methods() -> dict[str, Callable[[nn.Module], Callable[[Tensor], object]]]:
@@ -130,6 +152,10 @@ def _methods() -> dict[str, Callable[[nn.Module], Callable[[Tensor], object]]]:
     found["Captum LayerGradCam"] = captum(lambda model: LayerGradCam(model, _last_norm(model)))
     if importlib.util.find_spec("pytorch_grad_cam"):
         found["pytorch-grad-cam GradCAM"] = _grad_cam
+    if importlib.util.find_spec("torchcam"):
+        found["torchcam GradCAM"] = _torchcam
+    if importlib.util.find_spec("daam"):
+        found["daam-timm-vit"] = _daam
     found["Captum IntegratedGradients, 50 steps"] = captum(IntegratedGradients, n_steps=50, internal_batch_size=4)
     found["Captum Occlusion, 64 px, stride 32"] = occlusion
     return found
@@ -145,6 +171,8 @@ LARGE = (
     "LNStatAttribution, 100 classes",
     "Captum Saliency",
     "pytorch-grad-cam GradCAM",
+    "torchcam GradCAM",
+    "daam-timm-vit",
 )
 SLOW = ("Captum IntegratedGradients, 50 steps", "Captum Occlusion, 64 px, stride 32")
 METHODS = _methods()
