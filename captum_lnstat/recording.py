@@ -11,23 +11,26 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.freezing import LAYER_NORMS, SOFTMAXES, Freezer
 from captum_lnstat.frozen import FrozenLayerNorm, FrozenNorm
+from captum_lnstat.listened import ListenedAttention, can_be_listened
 from captum_lnstat.shelf import Shelf
-from captum_lnstat.sites import AttentionSite, FusedSite, Kept, MultiHeadSite, SoftmaxSite
+from captum_lnstat.sites import AttentionSite, FusedSite, Kept, MultiHeadSite, SoftmaxSite, edge
 from captum_lnstat.statistics import TokenStatistics, token_statistics
-from captum_lnstat.weights import with_constant_weights
+from captum_lnstat.weights import linear, with_constant_weights
 
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 # What may stand between the softmax and the product with the values without being another quantity.
@@ -152,7 +155,7 @@ class _Softmax:
     module: str
     attention: Kept
     value: Kept | None = None
-    output: Tensor | None = None
+    output: GradientEdge | None = None
     multiplied: bool = False
 
     def finish(self) -> SoftmaxSite:
@@ -166,11 +169,6 @@ def _is_product(equation: Any) -> bool:
     """Whether an einsum is the product of maps with values: ``...ij,...jd->...id``."""
     found = _PRODUCT.fullmatch(equation.replace(" ", "")) if isinstance(equation, str) else None
     return found is not None and len({*found[1], *found.group(2, 3, 4)}) == len(found[1]) + 3
-
-
-def _in_graph(output: Tensor) -> Tensor | None:
-    # Only the gradient rule reads an output, and only in a graph; without one it would be kept for nothing.
-    return output if output.requires_grad else None
 
 
 class Recorder(TorchFunctionMode):
@@ -337,10 +335,10 @@ class Recorder(TorchFunctionMode):
             return self._layer_norm(function, *args, **kwargs)
         if function in _JOINS and self._stream_end is None:
             self._join(*args, **kwargs)
-        output = self._call(function, args, kwargs)
         if function is F.scaled_dot_product_attention:
-            self._fused(output, *args, **kwargs)
-        elif function is F.multi_head_attention_forward:
+            return self._fused(partial(self._call, function, args, kwargs), *args, **kwargs)
+        output = self._call(function, args, kwargs)
+        if function is F.multi_head_attention_forward:
             self._multi_head(output[0], *args, **kwargs)
         elif function is F.rms_norm:
             self._rms_norm(*args, **kwargs)
@@ -360,11 +358,13 @@ class Recorder(TorchFunctionMode):
             return self._freezer(function, args, kwargs)
         if not self._cut:
             args, kwargs = with_constant_weights(function, args, kwargs)
+            if function is F.linear:
+                return linear(*args, **kwargs)
         return function(*args, **kwargs)
 
     def _fused(
         self,
-        output: Tensor,
+        call: Callable[[], Tensor],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -373,10 +373,17 @@ class Recorder(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> None:
+    ) -> Tensor:
         mask = None if attn_mask is None else self._keep(attn_mask)
         q, k, v = self._keep(query), self._keep(key), self._keep(value)
-        self._events.append(FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, _in_graph(output)))
+        site = FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, None)
+        ours = not self._cut and self._freezer is None and len(self._running) > 1
+        if ours and can_be_listened(site, dropout_p, attn_mask):
+            output: Tensor = ListenedAttention.apply(query, key, value, attn_mask, site)
+        else:
+            output = call()
+        self._events.append(replace(site, output=edge(output)))
+        return output
 
     def _multi_head(self, output: Tensor, *args: Any, **kwargs: Any) -> None:
         arguments = _MULTI_HEAD.bind(*args, **kwargs)
@@ -385,7 +392,7 @@ class Recorder(TorchFunctionMode):
         for name in ("query", "key", "value", "attn_mask", "key_padding_mask"):
             if named[name] is not None:
                 named[name] = self._keep(named[name])
-        self._events.append(MultiHeadSite(self._running[-1], named, _in_graph(output)))
+        self._events.append(MultiHeadSite(self._running[-1], named, edge(output)))
 
     def _join(self, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
         if all(isinstance(part, Tensor) and part.dim() == 3 for part in tensors) and dim in (1, -2):
@@ -406,7 +413,7 @@ class Recorder(TorchFunctionMode):
             self._softmaxes[id(output)] = (output, event)
         elif function in _PRODUCTS and not event.multiplied:
             event.value = self._keep(args[1] if len(args) > 1 else next(iter(kwargs.values())))
-            event.output = _in_graph(output)
+            event.output = edge(output)
             event.multiplied = True
 
     def _layer_norm(
