@@ -16,7 +16,7 @@ from captum_lnstat.errors import RecordingError
 from captum_lnstat.head import gradients
 from captum_lnstat.listened import Play
 from captum_lnstat.relation import PositiveGradient, hear_again
-from captum_lnstat.sites import FusedSite
+from captum_lnstat.sites import FusedSite, SoftmaxSite
 from captum_lnstat.trace import Block, Trace
 
 
@@ -86,7 +86,7 @@ class _Taker:
         edge = output_edge(self.block)
         node: Any = edge.node
         site = getattr(node, "site", None)
-        if isinstance(site, FusedSite) and site.shape == self.block.site.shape:
+        if isinstance(site, FusedSite | SoftmaxSite) and site.shape == self.block.site.shape:
             node.listener = self._take
             self._take_off = partial(setattr, node, "listener", None)
         else:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_lnstat.rows import either, few_rows
-from captum_lnstat.sites import FusedSite, Queries
+from captum_lnstat.sites import FusedSite, Queries, SoftmaxSite
 from captum_lnstat.weights import plain
 
 if TYPE_CHECKING:
@@ -82,24 +82,6 @@ class ListenedAttention(torch.autograd.Function):
         return slopes.query, slopes.key, slopes.value, None, None
 
 
-def _play(site: FusedSite, d_output: Tensor, slopes: _Slopes, hearing: Hearing | None) -> None:
-    wanted = few_rows(d_output.movedim(2, 0))
-    if hearing is not None:
-        wanted = either(wanted, hearing.wanted)
-    values = site.value.read().transpose(-2, -1)
-    for queries, turns in site.chunks(wanted, one_head=True):
-        for heads, attention in turns:
-            d_heard = d_output[:, heads.start][:, queries]
-            weighted = (d_heard @ values[:, heads.start])[:, None].mul_(attention)
-            slopes.add(queries, heads.start, attention[:, 0], weighted[:, 0], d_heard)
-            if hearing is not None:
-                hearing.add(queries, heads, attention, weighted)
-        if hearing is not None:
-            hearing.turn(queries)
-    if hearing is not None:
-        hearing.end(wanted)
-
-
 class _Slopes:
     """Collects the gradients at queries, keys and values, one head after the other."""
 
@@ -127,6 +109,55 @@ class _Slopes:
         self.key[:, head].baddbmm_(d_scores.transpose(1, 2), self._q[:, head][:, queries], alpha=self._scale)
 
 
+def _play(site: FusedSite, d_output: Tensor, slopes: _Slopes, hearing: Hearing | None) -> None:
+    wanted = few_rows(d_output.movedim(2, 0))
+    if hearing is not None:
+        wanted = either(wanted, hearing.wanted)
+    values = site.value.read().transpose(-2, -1)
+    for queries, turns in site.chunks(wanted, one_head=True):
+        for heads, attention in turns:
+            d_heard = d_output[:, heads.start][:, queries]
+            weighted = (d_heard @ values[:, heads.start])[:, None].mul_(attention)
+            slopes.add(queries, heads.start, attention[:, 0], weighted[:, 0], d_heard)
+            if hearing is not None:
+                hearing.add(queries, heads, attention, weighted)
+        if hearing is not None:
+            hearing.turn(queries)
+    if hearing is not None:
+        hearing.end(wanted)
+
+
+class ListenedProduct(torch.autograd.Function):
+    """``A v`` of maps that the model made; who listens hears ``dA = dO v^T`` in the backward pass. ``dv = A^T dO``."""
+
+    @staticmethod
+    def forward(ctx: Any, attention: Tensor, value: Tensor, site: SoftmaxSite) -> Tensor:
+        ctx.save_for_backward(attention, value)
+        ctx.site, ctx.listener = site, None
+        return attention @ value
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        attention, value = ctx.saved_tensors
+        few = few_rows(d_output.movedim(2, 0))
+        d_output = (d_output if few is None else d_output[:, :, few]).contiguous()
+        d_attention = d_output @ value.transpose(-2, -1)
+        d_value = (attention if few is None else attention[:, :, few]).transpose(-2, -1) @ d_output
+        if few is not None:
+            d_attention = torch.zeros_like(attention).index_copy_(2, few, d_attention)
+        if ctx.listener is not None:
+            ctx.listener(partial(_play_maps, ctx.site, d_attention))
+        return d_attention, d_value, None
+
+
+def _play_maps(site: SoftmaxSite, d_attention: Tensor, hearing: Hearing) -> None:
+    for queries, turns in site.chunks(hearing.wanted):
+        for heads, attention in turns:
+            hearing.add(queries, heads, attention, d_attention[:, heads][:, :, queries] * attention)
+        hearing.turn(queries)
+    hearing.end(hearing.wanted)
+
+
 def can_be_listened(site: FusedSite, dropout: float, mask: Tensor | None) -> bool:
     """Whether the backward pass here is that of the call: full precision, no dropout, on the CPU.
 
@@ -134,10 +165,24 @@ def can_be_listened(site: FusedSite, dropout: float, mask: Tensor | None) -> boo
     """
     q, k, v = site.query.tensor, site.key.tensor, site.value.tensor
     return (
-        plain(q, k, v)
-        and {q.dtype, k.dtype, v.dtype} in ({torch.float32}, {torch.float64})
-        and q.dim() == k.dim() == v.dim() == 4
+        _full_precision(q, k, v)
         and q.shape[:2] == k.shape[:2] == v.shape[:2]
         and dropout == 0
         and not (mask is not None and mask.requires_grad)
     )
+
+
+def product_can_be_listened(site: SoftmaxSite, attention: Tensor, value: Tensor) -> bool:
+    """Whether a product is that of the maps as the softmax made them: no dropout or cast stands between."""
+    made = site.attention.tensor
+    return (
+        _full_precision(attention, value)
+        and attention.data_ptr() == made.data_ptr()
+        and attention.stride() == made.stride()
+        and attention.shape[:2] == value.shape[:2]
+    )
+
+
+def _full_precision(*tensors: Tensor) -> bool:
+    dtypes = {tensor.dtype for tensor in tensors}
+    return plain(*tensors) and dtypes <= {torch.float32, torch.float64} and all(t.dim() == 4 for t in tensors)

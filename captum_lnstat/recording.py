@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.freezing import LAYER_NORMS, SOFTMAXES, Freezer
 from captum_lnstat.frozen import FrozenLayerNorm, FrozenNorm
-from captum_lnstat.listened import ListenedAttention, can_be_listened
+from captum_lnstat.listened import ListenedAttention, ListenedProduct, can_be_listened, product_can_be_listened
 from captum_lnstat.shelf import Shelf
 from captum_lnstat.sites import AttentionSite, FusedSite, Kept, MultiHeadSite, SoftmaxSite, edge
 from captum_lnstat.statistics import TokenStatistics, token_statistics
@@ -321,6 +321,11 @@ class Recorder(TorchFunctionMode):
     def _in_cut_head(self) -> bool:
         return self._cut and self._stream_end is not None
 
+    @property
+    def _ours(self) -> bool:
+        """A backward pass of the model that only the gradient rule will run."""
+        return not self._cut and self._freezer is None and len(self._running) > 1
+
     def __torch_function__(
         self,
         function: Callable[..., Any],
@@ -337,7 +342,10 @@ class Recorder(TorchFunctionMode):
             self._join(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             return self._fused(partial(self._call, function, args, kwargs), *args, **kwargs)
-        output = self._call(function, args, kwargs)
+        if function in _PRODUCTS and self._softmaxes and self._ours and len(args) == 2:
+            output = self._product(partial(self._call, function, args, kwargs), *args)
+        else:
+            output = self._call(function, args, kwargs)
         if function is F.multi_head_attention_forward:
             self._multi_head(output[0], *args, **kwargs)
         elif function is F.rms_norm:
@@ -377,13 +385,21 @@ class Recorder(TorchFunctionMode):
         mask = None if attn_mask is None else self._keep(attn_mask)
         q, k, v = self._keep(query), self._keep(key), self._keep(value)
         site = FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, None)
-        ours = not self._cut and self._freezer is None and len(self._running) > 1
-        if ours and can_be_listened(site, dropout_p, attn_mask):
+        if self._ours and can_be_listened(site, dropout_p, attn_mask):
             output: Tensor = ListenedAttention.apply(query, key, value, attn_mask, site)
         else:
             output = call()
         self._events.append(replace(site, output=edge(output)))
         return output
+
+    def _product(self, call: Callable[[], Tensor], attention: Tensor, value: Tensor) -> Tensor:
+        _, event = self._softmaxes.get(id(attention), (None, None))
+        if event is not None and not event.multiplied:
+            site = SoftmaxSite(event.module, event.attention, self._keep(value), None)
+            if product_can_be_listened(site, attention, value):
+                output: Tensor = ListenedProduct.apply(attention, value, site)
+                return output
+        return call()
 
     def _multi_head(self, output: Tensor, *args: Any, **kwargs: Any) -> None:
         arguments = _MULTI_HEAD.bind(*args, **kwargs)

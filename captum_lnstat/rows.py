@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 # Rows are picked out where they are fewer than one in so many.
 FEW = 4
+# So many of them are looked at first.
+SAMPLE = 64
 
 
 def few_rows(gradient: Float[Tensor, "row *rest"]) -> Int[Tensor, " row"] | None:
     """The rows that are not zero, ascending, if they are few; ``None`` if not, and off the CPU.
 
-    One entry of every row is looked at first: a gradient at every token is known by that, without being read. On
-    another device, the answer would have to be waited for.
+    One entry of some rows is looked at first: a gradient at every token shows in them, and is not read. On another
+    device, the answer would have to be waited for.
 
     Example:
         >>> gradient = torch.zeros(8, 2)
@@ -28,8 +30,8 @@ def few_rows(gradient: Float[Tensor, "row *rest"]) -> Int[Tensor, " row"] | None
     """
     if gradient.device.type != "cpu" or gradient.numel() == 0:
         return None
-    sample = gradient[(slice(None), *[0] * (gradient.dim() - 1))]
-    if FEW * int(sample.count_nonzero()) > len(gradient):
+    sample = gradient[(slice(None, None, -(-len(gradient) // SAMPLE)), *[0] * (gradient.dim() - 1))]
+    if FEW * int(sample.count_nonzero()) > len(sample):
         return None
     found = gradient.ne(0).flatten(1).any(1).nonzero()[:, 0]
     return found if FEW * len(found) <= len(gradient) else None

@@ -126,6 +126,10 @@ def read_values(
 ) -> Float[Tensor, "group head key direction"]:
     """``p . v_j`` of every value with every direction of its image."""
     images, heads, channels, count = directions.shape
+    if count == 1:
+        per_image = values.reshape(images, -1, *values.shape[1:])
+        alone: Tensor = (per_image * directions[:, None, :, None, :, 0]).sum(-1, keepdim=True).flatten(0, 1)
+        return alone
     if count <= ONE_PRODUCT:
         # Heads lie side by side in memory: all are read where they lie, by one product with zeros for other heads.
         joined = values.transpose(1, 2).reshape(images, -1, heads * channels)
