@@ -155,8 +155,8 @@ class LNStatAttribution(GridAttribution):
         trace, settings = outcome.trace, self.settings
         if self.rule == "rollout":
             return rules.perception(trace, settings)
-        if outcome.output_gradients is not None:
-            return rules.gradient(trace, outcome.output_gradients, settings, keep=False, normalized=self.normalized)
+        if outcome.backward is not None:
+            return rules.gradient(trace, outcome.backward, settings, keep=False, normalized=self.normalized)
         return self._gradient_free(outcome)[0]
 
     def _gradient_free(self, outcome: Pass) -> tuple[Relevance, ...]:

@@ -185,8 +185,8 @@ class GenericAttention(GridAttribution):
         return Needs(target=True, output_gradients=True)
 
     def _relevance(self, outcome: Pass) -> Relevance:
-        assert outcome.output_gradients is not None
-        return rules.gradient(outcome.trace, outcome.output_gradients, self.settings, keep=True, normalized=False)
+        assert outcome.backward is not None
+        return rules.gradient(outcome.trace, outcome.backward, self.settings, keep=True, normalized=False)
 
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(

@@ -136,6 +136,11 @@ _OTHER_POOLING = (
 )
 
 
+def reads(slope: Tensor) -> Bool[Tensor, "batch token"]:
+    """Which tokens a score has a gradient at."""
+    return stream(slope).ne(0).any(-1)
+
+
 def check_start(trace: Trace, read: Bool[Tensor, "batch token"]) -> None:
     """The head may only read the tokens that the topology says it reads."""
     expected = trace.start("mean").ne(0)

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from captum_lnstat._compat import _run_forward
 from captum_lnstat._typing import ForwardArgs, Target
-from captum_lnstat.checks import check_model, check_seen, check_size, check_start, check_stream
+from captum_lnstat.backward import BackwardPass
+from captum_lnstat.checks import check_model, check_seen, check_size, check_start, check_stream, reads
 from captum_lnstat.compiled import eager, run_eagerly
 from captum_lnstat.covector import Covector
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.head import contrast, gradients, head_covector, target_score
+from captum_lnstat.head import check_differentiable, contrast, gradients, head_covector, target_score
 from captum_lnstat.outputs import Output, pick_output
 from captum_lnstat.recording import Recorder, Recording
-from captum_lnstat.statistics import accumulation_dtype, stream
+from captum_lnstat.statistics import accumulation_dtype
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.parts import looked_up_once
 from captum_lnstat.trace import FixedPooling, Trace
@@ -66,7 +67,7 @@ class Pass:
     scores: tuple[Tensor, ...]
     u: Covector | None
     constant: Tensor | None
-    output_gradients: tuple[Tensor, ...] | None
+    backward: BackwardPass | None
     input_times_gradient: Tensor | None
 
 
@@ -131,7 +132,7 @@ def _read(
         )
     if not bool(torch.isfinite(output).all()):
         raise RecordingError("the model's output is not finite: a NaN or an overflow on the way makes every map wrong")
-    u = constant = output_gradients = input_times_gradient = None
+    u = constant = backward = input_times_gradient = None
     scores: tuple[Tensor, ...] = ()
     if needs.contrastive:
         scores = tuple(contrast(output, target) for target in targets)
@@ -150,7 +151,7 @@ def _read(
         # What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be.
         read = score if score is not None else output.flatten(1)[:, 0] if output.dim() > 1 else output
         if read.requires_grad:
-            check_start(trace, _reads(gradients(read, [recording.stream_end])[0]))
+            check_start(trace, reads(gradients(read, [recording.stream_end])[0]))
     if needs.output_gradients and "gradient" not in trace.rules:
         defined = ", ".join(map(repr, trace.rules))
         raise UnsupportedModelError(
@@ -158,26 +159,19 @@ def _read(
             f"with the gradient of attention are not defined for it; expected one of {defined}"
         )
     if needs.output_gradients and score is not None:
-        outputs = [block.site.output for block in trace.blocks]
-        missing = [block.name for block, site_output in zip(trace.blocks, outputs, strict=True) if site_output is None]
+        missing = [block for block in trace.blocks if block.site.output is None]
         if missing:
             raise RecordingError(
-                f"the attention of {missing[0]} is not in the graph of the score, so it has no gradient; expected a "
-                "model and forward_func without no_grad, detach or re-entrant checkpointing"
+                f"the attention of {missing[0].name} is not in the graph of the score, so it has no gradient; expected "
+                "a model and forward_func without no_grad, detach or re-entrant checkpointing"
             )
-        slope, *rest = gradients(score, [recording.stream_end, *(out for out in outputs if out is not None)])
-        check_start(trace, _reads(slope))
-        output_gradients = tuple(rest)
+        check_differentiable(score)
+        backward = BackwardPass(score, recording.stream_end)
     if needs.input_gradient and score is not None:
         slope, gradient = gradients(score, [recording.stream_end, leaf])
-        check_start(trace, _reads(slope))
+        check_start(trace, reads(slope))
         dtype = accumulation_dtype(leaf)
         input_times_gradient = leaf.detach().to(dtype) * gradient.to(dtype)
     known = tuple(score.detach() for score in scores)
     first = known[0] if known else None
-    return Pass(trace, recording, output.detach(), first, known, u, constant, output_gradients, input_times_gradient)
-
-
-def _reads(slope: Tensor) -> Tensor:
-    """Which tokens a score has a gradient at."""
-    return stream(slope).ne(0).any(-1)
+    return Pass(trace, recording, output.detach(), first, known, u, constant, backward, input_times_gradient)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from captum_lnstat._compat import _select_targets
 from captum_lnstat._typing import Target
@@ -123,7 +124,7 @@ def _slopes(
     scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor
 ) -> Iterator[Float[Tensor, "batch token score channel"]]:
     """The gradient of every score at the end of the stream, that of some scores in one backward pass."""
-    _check_differentiable(scores[0])
+    check_differentiable(scores[0])
     if len(scores) == 1:
         yield stream(gradients(scores[0], [stream_end])[0])[:, :, None]
         return
@@ -153,7 +154,8 @@ def _spread(u: Float[Tensor, "batch place score channel"], mask: Tensor, wanted:
     return spread[:, wanted]
 
 
-def _check_differentiable(score: Tensor) -> None:
+def check_differentiable(score: Tensor) -> None:
+    """The score has to be in the graph of the transformer's tokens."""
     if not score.requires_grad:
         raise RecordingError(
             "the score has no gradient at the transformer's tokens: forward_func leaves the graph after the model "
@@ -162,9 +164,9 @@ def _check_differentiable(score: Tensor) -> None:
         )
 
 
-def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor | GradientEdge]) -> tuple[Tensor, ...]:
     """Gradient of every image's score; the parameters' ``.grad`` stays as it is."""
-    _check_differentiable(score)
+    check_differentiable(score)
     try:
         return torch.autograd.grad(score.sum(), list(at))
     except RuntimeError as error:

@@ -11,24 +11,26 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.freezing import LAYER_NORMS, SOFTMAXES, Freezer
 from captum_lnstat.frozen import FrozenLayerNorm, FrozenNorm, returns_moments
+from captum_lnstat.listened import ListenedAttention, ListenedProduct, can_be_listened, product_can_be_listened
 from captum_lnstat.shelf import Shelf
-from captum_lnstat.sites import AttentionSite, FusedSite, Kept, MultiHeadSite, SoftmaxSite
+from captum_lnstat.sites import AttentionSite, FusedSite, Kept, MultiHeadSite, SoftmaxSite, edge
 from captum_lnstat.statistics import TokenStatistics, token_statistics
-from captum_lnstat.weights import with_constant_weights
+from captum_lnstat.weights import linear, with_constant_weights
 
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 # What may stand between the softmax and the product with the values without being another quantity.
@@ -190,7 +192,7 @@ class _Softmax:
     module: str
     attention: Kept
     value: Kept | None = None
-    output: Tensor | None = None
+    output: GradientEdge | None = None
     multiplied: bool = False
 
     def finish(self) -> SoftmaxSite:
@@ -204,11 +206,6 @@ def _is_product(equation: Any) -> bool:
     """Whether an einsum is the product of maps with values: ``...ij,...jd->...id``."""
     found = _PRODUCT.fullmatch(equation.replace(" ", "")) if isinstance(equation, str) else None
     return found is not None and len({*found[1], *found.group(2, 3, 4)}) == len(found[1]) + 3
-
-
-def _in_graph(output: Tensor) -> Tensor | None:
-    # Only the gradient rule reads an output, and only in a graph; without one it would be kept for nothing.
-    return output if output.requires_grad else None
 
 
 class Recorder(TorchFunctionMode):
@@ -366,6 +363,11 @@ class Recorder(TorchFunctionMode):
     def _in_cut_head(self) -> bool:
         return self._cut and self._stream_end is not None
 
+    @property
+    def _ours(self) -> bool:
+        """A backward pass of the model that only the gradient rule will run."""
+        return not self._cut and self._freezer is None and len(self._running) > 1
+
     def __torch_function__(
         self,
         function: Callable[..., Any],
@@ -380,10 +382,13 @@ class Recorder(TorchFunctionMode):
             return self._layer_norm(function, *args, **kwargs)
         if function in _JOINS and self._stream_end is None:
             self._join(*args, **kwargs)
-        output = self._call(function, args, kwargs)
         if function is F.scaled_dot_product_attention:
-            self._fused(output, *args, **kwargs)
-        elif function is F.multi_head_attention_forward:
+            return self._fused(partial(self._call, function, args, kwargs), *args, **kwargs)
+        if function in _PRODUCTS and self._softmaxes and self._ours and len(args) == 2:
+            output = self._product(partial(self._call, function, args, kwargs), *args)
+        else:
+            output = self._call(function, args, kwargs)
+        if function is F.multi_head_attention_forward:
             self._multi_head(output[0], *args, **kwargs)
         elif function is F.rms_norm:
             self._rms_norm(*args, **kwargs)
@@ -407,11 +412,13 @@ class Recorder(TorchFunctionMode):
             return self._freezer(function, args, kwargs)
         if not self._cut:
             args, kwargs = with_constant_weights(function, args, kwargs)
+            if function is F.linear:
+                return linear(*args, **kwargs)
         return function(*args, **kwargs)
 
     def _fused(
         self,
-        output: Tensor,
+        call: Callable[[], Tensor],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -420,10 +427,25 @@ class Recorder(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> None:
+    ) -> Tensor:
         mask = None if attn_mask is None else self._keep(attn_mask)
         q, k, v = self._keep(query), self._keep(key), self._keep(value)
-        self._events.append(FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, _in_graph(output)))
+        site = FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, None)
+        if self._ours and can_be_listened(site, dropout_p, attn_mask):
+            output: Tensor = ListenedAttention.apply(query, key, value, attn_mask, site)
+        else:
+            output = call()
+        self._events.append(replace(site, output=edge(output)))
+        return output
+
+    def _product(self, call: Callable[[], Tensor], attention: Tensor, value: Tensor) -> Tensor:
+        _, event = self._softmaxes.get(id(attention), (None, None))
+        if event is not None and not event.multiplied:
+            site = SoftmaxSite(event.module, event.attention, self._keep(value), None)
+            if product_can_be_listened(site, attention, value):
+                output: Tensor = ListenedProduct.apply(attention, value, site)
+                return output
+        return call()
 
     def _multi_head(self, output: Tensor, *args: Any, **kwargs: Any) -> None:
         arguments = _MULTI_HEAD.bind(*args, **kwargs)
@@ -432,7 +454,7 @@ class Recorder(TorchFunctionMode):
         for name in ("query", "key", "value", "attn_mask", "key_padding_mask"):
             if named[name] is not None:
                 named[name] = self._keep(named[name])
-        self._events.append(MultiHeadSite(self._running[-1], named, _in_graph(output)))
+        self._events.append(MultiHeadSite(self._running[-1], named, edge(output)))
 
     def _join(self, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
         if all(isinstance(part, Tensor) and part.dim() == 3 for part in tensors) and dim in (1, -2):
@@ -453,7 +475,7 @@ class Recorder(TorchFunctionMode):
             self._softmaxes[id(output)] = (output, event)
         elif function in _PRODUCTS and not event.multiplied:
             event.value = self._keep(args[1] if len(args) > 1 else next(iter(kwargs.values())))
-            event.output = _in_graph(output)
+            event.output = edge(output)
             event.multiplied = True
 
     def _layer_norm(

@@ -19,7 +19,8 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import pull_through
 from captum_lnstat.fusion import Fuser, HeadFusion
 from captum_lnstat.layout import WholeImage
-from captum_lnstat.sites import Queries
+from captum_lnstat.listened import Hearing
+from captum_lnstat.sites import AttentionSite, Queries
 from captum_lnstat.statistics import accumulation_dtype
 from captum_lnstat.trace import Block
 from captum_lnstat.wiring import Probe, Wiring, read_values
@@ -193,54 +194,83 @@ def check_layout(block: Block) -> None:
         )
 
 
-def positive_gradient_attention(
-    block: Block,
-    output_gradient: Tensor,
-    rows: Float[Tensor, "batch token row"],
-    at: Int[Tensor, " place"] | None,
-    normalized: bool,
-    wiring: Wiring | None,
-) -> tuple[Float[Tensor, "batch token row"], Float[Tensor, "batch row"]]:
-    """``r A'`` with ``A' = E_h[(dA * A)^+]``, ``dA = (dL/dO) v^T``, and what of it fell on padded places."""
-    check_layout(block)
-    site, keys = block.site, block.keys or block.layout
+class PositiveGradient:
+    """Collects ``r A'`` of one block, ``A' = E_h[(dA * A)^+]``, from its maps and their gradients.
+
+    Args:
+        block: The block.
+        rows: Row vectors at the tokens after the attention.
+        at: The only tokens at which they are not zero, if that is known.
+        normalized: Divide every row of ``A'`` by its sum.
+        wiring: Where the block's update is compared with what the attention was seen to do.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        rows: Float[Tensor, "batch token row"],
+        at: Int[Tensor, " place"] | None,
+        normalized: bool,
+        wiring: Wiring | None,
+    ) -> None:
+        check_layout(block)
+        self._block, self._normalized, self._wiring = block, normalized, wiring
+        self.wanted = _wanted(block, at, None)
+        site, self._batch = block.site, len(rows)
+        self._rows = block.layout.gather(rows).transpose(-2, -1)
+        self._probe = None if wiring is None else Probe(block)
+        columns = None if self._probe is None else self._probe.columns
+        self._probing = None if columns is None else block.layout.gather(columns).transpose(-2, -1)
+        self._heard = self._rows.new_zeros(len(self._rows), site.shape[1], 1, site.shape[3])
+        self._mixed = self._rows.new_zeros(*self._rows.shape[:2], site.shape[3])
+        self._fuser = Fuser("mean", site.shape[1])
+
+    def add(self, queries: Queries, heads: slice, attention: Tensor, weighted: Tensor) -> None:
+        """``A`` and ``dA * A`` of some heads and queries; the second is overwritten."""
+        if self._probing is not None:
+            add_product(self._heard, heads, self._probing[:, :, queries], attention)
+        elif self._probe is not None:
+            self._probe.add(queries, heads, attention)
+        self._fuser.add(weighted.clamp_(min=0))
+
+    def turn(self, queries: Queries) -> None:
+        """All heads of these queries have been added."""
+        weighted = self._fuser.fused()
+        if self._normalized:
+            total = weighted.sum(-1, keepdim=True)
+            weighted = torch.where(total > 0, weighted / total, weighted)
+        self._mixed += self._rows[:, :, queries] @ weighted
+        self._fuser = Fuser("mean", self._block.site.shape[1])
+
+    def end(self, heard: Int[Tensor, " query"] | None) -> None:
+        """All has been added: of these queries, ``None`` for all, the wanted ones among them."""
+        if self._probe is None or self._wiring is None:
+            return
+        if self._probing is not None:
+            self._probe.hear(self._heard)
+        self._wiring.note(self._block.name, self._probe.excess(heard))
+
+    def handed(self) -> tuple[Float[Tensor, "batch token row"], Float[Tensor, "batch row"]]:
+        """``r A'`` at the tokens before the block, and what of it fell on padded places."""
+        keys = self._block.keys or self._block.layout
+        return keys.scatter(self._mixed.transpose(-2, -1), self._batch)
+
+
+def hear_again(site: AttentionSite, output_gradient: Tensor, hearing: Hearing) -> None:
+    """Make the maps of a site and their gradients, ``dA = (dL/dO) v^T``, for one who has not heard them."""
     d_output = site.output_gradient(output_gradient)
     d_output = d_output.to(accumulation_dtype(d_output))
     if d_output.shape[1] != site.shape[1]:
         raise RecordingError(
             f"the output of {site.module!r} has {d_output.shape[1]} heads, its attention {site.shape[1]}"
         )
-    probe = None if wiring is None else Probe(block)
-    wanted, grouped = _wanted(block, at, None), block.layout.gather(rows).transpose(-2, -1)
-    probing = None if probe is None or probe.columns is None else block.layout.gather(probe.columns).transpose(-2, -1)
-    heard = grouped.new_zeros(len(grouped), site.shape[1], 1, site.shape[3])
-    mixed = grouped.new_zeros(len(grouped), grouped.shape[1], site.shape[3])
     values = site.values(slice(0, site.shape[1])).transpose(-2, -1)
-    for queries, turns in site.chunks(wanted):
-        left, fuser = grouped[:, :, queries], Fuser("mean", site.shape[1])
-        probed = None if probing is None else probing[:, :, queries]
+    for queries, turns in site.chunks(hearing.wanted):
         for heads, attention in turns:
-            if probed is not None:
-                add_product(heard, heads, probed, attention)
-            elif probe is not None:
-                probe.add(queries, heads, attention)
             d_attention = product(d_output[:, heads][:, :, queries], values[:, heads])
-            positive = d_attention.mul_(attention).clamp_(min=0)
-            if normalized:
-                fuser.add(positive)
-            else:
-                mixed += (left @ positive[:, 0]) if positive.shape[1] == 1 else left @ positive.sum(1)
-        if normalized:
-            weighted = fuser.fused()
-            total = weighted.sum(-1, keepdim=True)
-            mixed += left @ torch.where(total > 0, weighted / total, weighted)
-    if not normalized:
-        mixed /= site.shape[1]
-    if probe is not None and probing is not None:
-        probe.hear(heard)
-    if wiring is not None and probe is not None:
-        wiring.note(block.name, probe.excess(wanted))
-    return keys.scatter(mixed.transpose(-2, -1), len(rows))
+            hearing.add(queries, heads, attention, d_attention.mul_(attention))
+        hearing.turn(queries)
+    hearing.end(hearing.wanted)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.covector import Covector, to_children
+from captum_lnstat.errors import RecordingError
 from captum_lnstat.frozen import per_image, pull_through
 from captum_lnstat.fusion import HeadFusion
 from captum_lnstat.layout import Groups, even_shares
-from captum_lnstat.relation import Handed, hand_down, positive_gradient_attention
+from captum_lnstat.relation import Handed, PositiveGradient, hand_down
 from captum_lnstat.smoothing import smoothed
 from captum_lnstat.statistics import MergingShare, ResidualShare, merging_share
 from captum_lnstat.trace import Block, Merging, Trace, Transition, Update
@@ -26,6 +27,8 @@ from captum_lnstat.wiring import Wiring
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from captum_lnstat.backward import BackwardPass
 
 
 # What is left of the weight of a patch that was looked at less than the average one.
@@ -341,32 +344,55 @@ def _both(
     return torch.where(total > 0, product * favour.sum((2, 3), keepdim=True) / total, product)
 
 
-def gradient(
-    trace: Trace, output_gradients: Sequence[Tensor], settings: Settings, *, keep: bool, normalized: bool
-) -> Relevance:
+class _PositiveGradients:
+    """``r <- alpha * r + r A'``, ``A' = E_h[(dA * A)^+]``, rolled block by block while the backward pass runs."""
+
+    def __init__(self, trace: Trace, settings: Settings, *, keep: bool, normalized: bool) -> None:
+        self._settings, self._keep, self._normalized = settings, keep, normalized
+        start = trace.start(settings.head_fusion)
+        self.row = _Row(start[..., None], start.ne(0).any(0).nonzero()[:, 0])
+        self._steps = list(trace.steps)
+        self.wiring = None if trace.training else Wiring()
+
+    def begin(self, block: Block) -> PositiveGradient:
+        self._down_to(block)
+        r = self.row.tokens
+        self._kept = r if self._keep else block.residual_share(self._settings.residual)[..., None] * r
+        given = r - self._kept if self._normalized else r
+        return PositiveGradient(block, given, self.row.at, self._normalized, self.wiring)
+
+    def end(self, block: Block, heard: PositiveGradient) -> None:
+        self.row.through_block(block, self._kept, *heard.handed())
+
+    def _down_to(self, block: Block | None) -> None:
+        while self._steps and (step := self._steps.pop()) is not block:
+            if isinstance(step, Block):
+                raise RecordingError(
+                    f"the gradient reached block {'' if block is None else block.name!r} before {step.name!r}, which "
+                    "stands above it; expected blocks that follow one another"
+                )
+            _hand_to_children([self.row], step, self._settings)
+
+    def at_the_image(self, trace: Trace) -> Relevance:
+        self._down_to(None)
+        if self.wiring is not None:
+            self.wiring.verify()
+        return self.row.relevance(trace)[0]
+
+
+def gradient(trace: Trace, backward: BackwardPass, settings: Settings, *, keep: bool, normalized: bool) -> Relevance:
     """Chefer's generic rule with token statistics: ``r <- alpha * r + r A'``, ``A' = E_h[(dA * A)^+]``.
 
-    ``dL/dA = (dL/dO) v^T`` needs the gradient of the attention's output only, so fused kernels stay in place.
+    ``dL/dA = (dL/dO) v^T`` needs the gradient of the attention's output only, so fused kernels stay in place. ``r``
+    goes from the head to the image as the gradient does, so each block is rolled through when the gradient reaches it.
 
     Args:
         trace: The traced forward pass.
-        output_gradients: Gradient of the score at the output of each block's attention, first block first.
+        backward: The backward pass of the score.
         settings: How relevance is rolled.
         keep: Take ``alpha = 1`` everywhere, as Chefer et al. (ICCV 2021) do.
         normalized: Divide every row of ``A'`` by its sum and take ``r <- alpha * r + ((1 - alpha) * r) A'``.
     """
-    start = trace.start(settings.head_fusion)
-    row = _Row(start[..., None], start.ne(0).any(0).nonzero()[:, 0])
-    gradients, wiring = list(output_gradients), None if trace.training else Wiring()
-    for step in reversed(trace.steps):
-        if not isinstance(step, Block):
-            _hand_to_children([row], step, settings)
-            continue
-        r = row.tokens
-        kept = r if keep else step.residual_share(settings.residual)[..., None] * r
-        given = r - kept if normalized else r
-        handed, lost = positive_gradient_attention(step, gradients.pop(), given, row.at, normalized, wiring)
-        row.through_block(step, kept, handed, lost)
-    if wiring is not None:
-        wiring.verify()
-    return row.relevance(trace)[0]
+    rolled = _PositiveGradients(trace, settings, keep=keep, normalized=normalized)
+    backward.run(trace, rolled)
+    return rolled.at_the_image(trace)

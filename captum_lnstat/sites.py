@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.shelf import Original, Shelf
@@ -64,17 +65,22 @@ class Kept:
         return self.tensor.detach()
 
 
+def edge(output: Tensor) -> GradientEdge | None:
+    """Where a tensor is in a graph, if it is in one: for the gradient rule, that need not keep the tensor for it."""
+    return get_gradient_edge(output) if output.requires_grad else None
+
+
 class AttentionSite(ABC):
     """One attention computation: probabilities ``A``, values ``v`` and the output ``A v``.
 
     Attributes:
         module: Dotted name of the innermost module that was running.
-        output: What the attention returned, if it is part of a graph; ``None`` otherwise.
+        output: Where what the attention returned is in a graph, if it is in one; the output itself is not kept.
         signed: The maps may hold negative entries and rows that do not sum to one, for they were mixed afterwards.
     """
 
     module: str
-    output: Tensor | None
+    output: GradientEdge | None
     signed: ClassVar[bool] = False
 
     @property
@@ -100,18 +106,19 @@ class AttentionSite(ABC):
         """The gradient at ``output`` as one at ``A v``, head by head."""
 
     def chunks(
-        self, queries: Int[Tensor, " query"] | None = None, *, whole_maps: bool = False
+        self, queries: Int[Tensor, " query"] | None = None, *, whole_maps: bool = False, one_head: bool = False
     ) -> Iterator[tuple[Queries, Iterator[tuple[slice, Float[Tensor, "batch head query key"]]]]]:
         """Probabilities in turns of as many entries as fit: some queries at a time, and for them some heads at a time.
 
         Args:
             queries: The queries wanted; all of them by default.
             whole_maps: All queries at once, some heads at a time.
+            one_head: Never more than one head at a time.
         """
         batch, heads, count, keys = self.shape
         wanted = count if queries is None else len(queries)
         at_once = wanted if whole_maps else min(wanted, max(QUERIES, CHUNK // max(1, batch * keys)))
-        step = max(1, CHUNK // max(1, batch * at_once * keys))
+        step = 1 if one_head else max(1, CHUNK // max(1, batch * at_once * keys))
         turns = [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
         for start in range(0, wanted, max(1, at_once)):
             some: Queries = slice(start, min(start + at_once, wanted))
@@ -152,7 +159,7 @@ class FusedSite(AttentionSite):
     mask: Kept | None
     scale: float | None
     is_causal: bool
-    output: Tensor | None
+    output: GradientEdge | None
 
     # Read once: the pass is over, and every head and query reads them again.
     @cached_property
@@ -183,6 +190,11 @@ class FusedSite(AttentionSite):
     def dtype(self) -> torch.dtype:
         return self.value.tensor.dtype
 
+    @property
+    def factor(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        return 1 / math.sqrt(self.query.tensor.shape[-1]) if self.scale is None else self.scale
+
     def _grouped(self, tensor: Tensor, heads: slice) -> Tensor:
         groups = self.shape[1] // tensor.shape[1]
         if groups == 1:
@@ -192,8 +204,7 @@ class FusedSite(AttentionSite):
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
         query = self._query[:, heads][:, :, queries]
         dtype = query.dtype
-        scale = 1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
-        scores = _scores(query, self._grouped(self._key, heads), scale, self._nothing)
+        scores = _scores(query, self._grouped(self._key, heads), self.factor, self._nothing)
         hidden = None
         if self.is_causal:
             everyone = torch.ones(self.shape[2:], dtype=torch.bool, device=scores.device)
@@ -232,7 +243,7 @@ class SoftmaxSite(AttentionSite):
     module: str
     attention: Kept
     value: Kept | None
-    output: Tensor | None
+    output: GradientEdge | None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -267,7 +278,7 @@ class MultiHeadSite(AttentionSite):
 
     module: str
     arguments: dict[str, Any]
-    output: Tensor | None
+    output: GradientEdge | None
 
     @cached_property
     def unpacked(self) -> FusedSite:

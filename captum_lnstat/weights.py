@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_lnstat.rows import few_rows
+
 _WEIGHTED: set[Callable[..., Any]] = {
     F.linear,
     F.conv1d,
@@ -36,6 +38,8 @@ _WEIGHTED: set[Callable[..., Any]] = {
     Tensor.__imul__,
     Tensor.__rmul__,
 }
+# A table of relative positions is looked up: attention with a mask that has a gradient takes the slow kernel.
+_LOOKED_UP: set[Callable[..., Any]] = {Tensor.__getitem__}
 
 
 def constant(value: Any) -> Any:
@@ -52,10 +56,57 @@ def with_constant_weights(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with parameters that have no gradient, if the function is one that multiplies by them."""
-    if function not in _WEIGHTED or _watched():
+    if function not in _WEIGHTED | _LOOKED_UP or _watched():
         return args, kwargs
+    if function in _LOOKED_UP:
+        return (*map(constant, args[:1]), *args[1:]), kwargs
     # What is written into stays itself.
     return (args[:1] + tuple(map(constant, args[1:]))), {name: constant(value) for name, value in kwargs.items()}
+
+
+class ConstantLinear(torch.autograd.Function):
+    """``F.linear`` with constant weights; only rows of the gradient that are not zero are multiplied, if they are few.
+
+    The head of a model that reads its class token leaves all other tokens of the last block without a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        few = few_rows(rows)
+        if few is None:
+            return gradient @ weight, None, None
+        slope = gradient.new_zeros(*gradient.shape[:-1], weight.shape[1])
+        slope.flatten(0, -2)[few] = rows[few] @ weight
+        return slope, None, None
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, as ``ConstantLinear`` if the weights are constants."""
+    if plain(input, weight) and input.dim() > 1 and not weight.requires_grad and not getattr(bias, "requires_grad", 0):
+        output: Tensor = ConstantLinear.apply(input, weight, bias)
+        return output
+    return F.linear(input, weight, bias)
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether a call with these, whose gradient is wanted, may be given a backward pass of another kind.
+
+    They are tensors of no other type, on the CPU, in a graph whose saved tensors nobody looks after, without autocast.
+    """
+    return (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in tensors)
+        and all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and not _watched()
+    )
 
 
 def _watched() -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Groups, WholeImage
 from captum_lnstat.recording import Recording
-from captum_lnstat.sites import Kept, SoftmaxSite
+from captum_lnstat.sites import Kept, SoftmaxSite, edge
 from captum_lnstat.statistics import stream
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.embedding import block_lists, convolutions, grid_of, named, patch_of, reads_images
@@ -188,6 +188,5 @@ def _talking_site(name: str, block: nn.Module, recording: Recording) -> TalkingS
     mixed = after[0].output.read().permute(0, 3, 1, 2)
     joined = recording.call(within[id(_joined_projection(block))]).output.read()
     value = _by_head(joined.chunk(3, -1)[2], mixed.shape[1])
-    heard = recording.call(within[id(parts.out)]).input.tensor
-    output = heard if heard.requires_grad else None
+    output = edge(recording.call(within[id(parts.out)]).input.tensor)
     return TalkingSite(softmax.module, Kept.of(mixed), Kept.of(value), output)
