@@ -155,7 +155,8 @@ class Covector:
 def to_children(joined: Covector, groups: Groups) -> Covector:
     """From the covectors of joined children, ``(child, channel)`` flat, to those of the children.
 
-    Every direction becomes one for each of the places in a group.
+    Every direction becomes one for each of the places in a group. They are numbered as they first appear, row by row:
+    those that a row of windows has are neighbours then.
     """
     members = groups.index.shape[1]
     batch, kinds, scores, _ = joined.directions.shape
@@ -166,4 +167,14 @@ def to_children(joined: Covector, groups: Groups) -> Covector:
     at, order = parents[real].sort()
     kind = (joined.kind[:, None] * members + torch.arange(members, device=at.device))[real][order]
     scale = joined.scale[:, :, None].expand(-1, -1, members)[:, real][:, order]
-    return Covector(at, scale, split.flatten(1, 2), kind, groups.count)
+    seen, number = _as_they_appear(kind)
+    return Covector(at, scale, split.flatten(1, 2)[:, seen], number, groups.count)
+
+
+def _as_they_appear(kind: Int[Tensor, " place"]) -> tuple[Int[Tensor, " kind"], Int[Tensor, " place"]]:
+    """The kinds there are, in the order of their first places, and the number of each place's kind among them."""
+    kinds, inverse = torch.unique(kind, return_inverse=True)
+    places = torch.arange(len(kind), device=kind.device)
+    first = torch.full_like(kinds, len(kind)).scatter_reduce_(0, inverse, places, "amin")
+    order = first.argsort()
+    return kinds[order], order.argsort()[inverse]

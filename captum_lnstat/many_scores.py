@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # So many keys are read side by side: of fewer, the products are slow.
 SIDE_BY_SIDE = 400
 # So many entries of what is summed over are held at once: they stay in the cache until they are multiplied.
-HELD = 5 << 16
+HELD = 5 << 15
 
 
 def read_many(
@@ -49,8 +49,8 @@ def read_many(
     scratch = heard.new_empty(max(HELD, width))
     for image, its_groups, its_keys in _pieces(images, groups // images, keys):
         # Keys last, those of several groups side by side.
-        weights = heard[its_groups, :, :, its_keys].permute(2, 1, 0, 3).flatten(2)
-        spoken = values[its_groups, :, its_keys].permute(1, 3, 0, 2).flatten(2)
+        weights = heard[its_groups, :, :, its_keys].permute(2, 1, 0, 3).flatten(2).contiguous()
+        spoken = values[its_groups, :, its_keys].permute(1, 3, 0, 2).flatten(2).contiguous()
         total = weights.new_zeros(scores, weights.shape[-1])
         for first, last in _runs(used[its_groups], max(1, HELD // (width * total.shape[1]))):
             size = (last - first) * width * total.shape[1]
