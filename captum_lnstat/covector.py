@@ -7,6 +7,7 @@ same above and below a residual block), and each patch merging makes four direct
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -44,22 +45,44 @@ class Covector:
     @classmethod
     def of(cls, u: Float[Tensor, "batch token score channel"]) -> Covector:
         """The same covectors, in as few directions as there are: one if all are parallel, else one a token."""
-        at = u.ne(0).flatten(2).any(-1).any(0).nonzero()[:, 0]
-        return cls.at_tokens(at, u[:, at], u.shape[1])
+        return cls.of_parts([u])
 
     @classmethod
-    def at_tokens(
-        cls, at: Int[Tensor, " place"], u: Float[Tensor, "batch place score channel"], tokens: int
-    ) -> Covector:
-        """As ``of``, from the covectors of the tokens ``at`` alone."""
-        if len(at) > 1:
-            one = cls._parallel(at, u, tokens)
-            if one is not None:
+    def of_parts(cls, parts: Iterable[Float[Tensor, "batch token some_scores channel"]]) -> Covector:
+        """As ``of``, from the covectors of some scores after those of others; each part is read while it is at hand."""
+        known: list[Covector] = []
+        for u in parts:
+            known.append(cls._of_part(u, known[-1] if known else None))
+        first = known[0]
+        if all(part._differs_in_directions_only(first) for part in known[1:]):
+            return first.with_directions(torch.cat([part.directions for part in known], 2))
+        at = torch.unique(torch.cat([part.at for part in known]))
+        u = torch.cat([part.spread(part.dense())[:, at] for part in known], 2)
+        return cls._parallel(at, u, first.tokens) or cls._apart(at, u, first.tokens)
+
+    @classmethod
+    def _of_part(cls, u: Tensor, like: Covector | None) -> Covector:
+        """In one direction at the tokens and with the scale that are known, if that is what it is."""
+        some = u.ne(0).flatten(2).any(-1).any(0)
+        at, tokens = some.nonzero()[:, 0], len(some)
+        u = u if len(at) == tokens else u[:, at]
+        if len(at) < 2:
+            return cls._apart(at, u, tokens)
+        if like is not None and like.kinds == 1 and torch.equal(like.at, at):
+            # The same token as that of the other parts, where the scale is 1.
+            one = like.with_directions(u[torch.arange(len(u), device=u.device), like._longest][:, None])
+            if one._is(u):
                 return one
+        return cls._parallel(at, u, tokens) or cls._apart(at, u, tokens)
+
+    @classmethod
+    def _apart(cls, at: Tensor, u: Tensor, tokens: int) -> Covector:
         return cls(at, u.new_ones(u.shape[:2]), u, torch.arange(len(at), device=u.device), tokens)
 
     @classmethod
     def _parallel(cls, at: Tensor, u: Tensor, tokens: int) -> Covector | None:
+        if len(at) < 2:
+            return None
         flat = u.flatten(2)
         longest = flat.square().sum(-1).argmax(1)
         one = flat[torch.arange(len(flat), device=u.device), longest]
@@ -67,11 +90,24 @@ class Covector:
         exact = one.double()
         length = exact.square().sum(-1, keepdim=True)
         scale = torch.where(length > 0, (flat.double() @ exact[..., None])[..., 0] / length, 0).to(u.dtype)
-        apart = (flat - scale[..., None] * one[:, None]).abs().amax(-1)
-        allowed = SAME_DIRECTION * torch.finfo(u.dtype).eps * scale.abs() * one.abs().amax(-1, keepdim=True)
-        if bool((apart > allowed).any()):
-            return None
-        return cls(at, scale, one.reshape(len(u), 1, *u.shape[2:]), torch.zeros_like(at), tokens)
+        found = cls(at, scale, one.reshape(len(u), 1, *u.shape[2:]), torch.zeros_like(at), tokens)
+        return found if found._is(u) else None
+
+    def _is(self, u: Float[Tensor, "batch place score channel"]) -> bool:
+        """Whether the one direction is that of every token, but for rounding."""
+        flat, one = u.flatten(2), self.directions.flatten(1)
+        apart = torch.addcmul(flat, self.scale[..., None], one[:, None], value=-1).abs_().amax(-1)
+        allowed = SAME_DIRECTION * torch.finfo(u.dtype).eps * self.scale.abs() * one.abs().amax(-1, keepdim=True)
+        return not bool((apart > allowed).any())
+
+    def _differs_in_directions_only(self, other: Covector) -> bool:
+        same = ((self.at, other.at), (self.kind, other.kind), (self.scale, other.scale))
+        return all(torch.equal(one, another) for one, another in same)
+
+    @property
+    def _longest(self) -> Int[Tensor, " batch"]:
+        """The token at which a covector of one direction is that direction itself."""
+        return (self.scale - 1).abs().argmin(1)
 
     @property
     def everywhere(self) -> bool:
@@ -101,9 +137,13 @@ class Covector:
         """The covectors of the tokens ``at``, written out."""
         return self.scale[..., None, None] * self.directions[:, self.kind]
 
-    def read(self, x: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch place score"]:
-        """``<u_i, x_i>`` of the tokens ``at``."""
+    def read(
+        self, x: Float[Tensor, "batch token channel"], before: Float[Tensor, "batch token channel"] | None = None
+    ) -> Float[Tensor, "batch place score"]:
+        """``<u_i, x_i>`` of the tokens ``at``, or ``<u_i, x_i - before_i>``."""
         x = x if self.everywhere else x[:, self.at]
+        if before is not None:
+            x = x - (before if self.everywhere else before[:, self.at])
         if self.kinds == 1:
             said = x @ self.directions[:, 0].transpose(-2, -1)
         elif self.scores == 1:

@@ -156,9 +156,7 @@ class _Reader:
         carried = carried.reshape(*carried.shape[:3], *pulled.shape[3:])
         self.said += (carried * values[:, :, :, None]).sum((1, 4))
 
-    def hear(
-        self, heard: Float[Tensor, "group head kind key"], columns: Float[Tensor, "group kind query"]
-    ) -> None:
+    def hear(self, heard: Float[Tensor, "group head kind key"], columns: Float[Tensor, "group kind query"]) -> None:
         """With columns: what they became by the maps of all heads."""
         values, directions = self._site.values(slice(0, heard.shape[1])), self._directions
         if directions.shape[2] == 1:
