@@ -63,7 +63,7 @@ class Covector:
     @classmethod
     def _of_part(cls, u: Tensor, like: Covector | None) -> Covector:
         """In one direction at the tokens and with the scale that are known, if that is what it is."""
-        some = u.ne(0).flatten(2).any(-1).any(0)
+        some = u.abs().amax((2, 3)).ne(0).any(0)  # much faster than to compare every number
         at, tokens = some.nonzero()[:, 0], len(some)
         u = u if len(at) == tokens else u[:, at]
         if len(at) < 2:
@@ -95,9 +95,8 @@ class Covector:
 
     def _is(self, u: Float[Tensor, "batch place score channel"]) -> bool:
         """Whether the one direction is that of every token, but for rounding."""
-        flat, one = u.flatten(2), self.directions.flatten(1)
-        apart = torch.addcmul(flat, self.scale[..., None], one[:, None], value=-1).abs_().amax(-1)
-        allowed = SAME_DIRECTION * torch.finfo(u.dtype).eps * self.scale.abs() * one.abs().amax(-1, keepdim=True)
+        apart = torch.addcmul(u, self.scale[..., None, None], self.directions, value=-1).abs_().amax((2, 3))
+        allowed = SAME_DIRECTION * torch.finfo(u.dtype).eps * self.scale.abs() * self.directions.abs().amax((2, 3))
         return not bool((apart > allowed).any())
 
     def _differs_in_directions_only(self, other: Covector) -> bool:
