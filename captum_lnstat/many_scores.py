@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SIDE_BY_SIDE = 400
 # So many entries of what is summed over are held at once: they stay in the cache until they are multiplied.
 HELD = 5 << 15
+# So many times both of them on a device that takes long to start and not long to run.
+DEVICE = 128
 
 
 def read_many(
@@ -46,13 +48,13 @@ def read_many(
     # (batch, score, kind and head and channel)
     rows = directions.transpose(1, 2).reshape(images, scores, kinds * width)
     said = heard.new_empty(groups, keys, scores)
-    scratch = heard.new_empty(max(HELD, width))
-    for image, its_groups, its_keys in _pieces(images, groups // images, keys):
+    scratch, more = heard.new_empty(0), 1 if heard.device.type == "cpu" else DEVICE
+    for image, its_groups, its_keys in _pieces(images, groups // images, keys, SIDE_BY_SIDE * more):
         # Keys last, those of several groups side by side.
         weights = heard[its_groups, :, :, its_keys].permute(2, 1, 0, 3).flatten(2).contiguous()
         spoken = values[its_groups, :, its_keys].permute(1, 3, 0, 2).flatten(2).contiguous()
         total = weights.new_zeros(scores, weights.shape[-1])
-        for first, last in _runs(used[its_groups], max(1, HELD // (width * total.shape[1]))):
+        for first, last in _runs(used[its_groups], max(1, HELD * more // (width * total.shape[1]))):
             size = (last - first) * width * total.shape[1]
             scratch = scratch if scratch.numel() >= size else scratch.new_empty(size)
             weighted = scratch[:size].view(last - first, heads, -1, total.shape[1])
@@ -62,14 +64,14 @@ def read_many(
     return said
 
 
-def _pieces(images: int, per_image: int, keys: int) -> Iterator[tuple[int, slice, slice]]:
+def _pieces(images: int, per_image: int, keys: int, beside: int) -> Iterator[tuple[int, slice, slice]]:
     """Some groups of an image, or some keys of a large group."""
-    some = max(1, SIDE_BY_SIDE // keys)
+    some = max(1, beside // keys)
     for image in range(images):
         for group in range(image * per_image, (image + 1) * per_image, some):
             its_groups = slice(group, min(group + some, (image + 1) * per_image))
-            for key in range(0, keys, SIDE_BY_SIDE):
-                yield image, its_groups, slice(key, min(key + SIDE_BY_SIDE, keys))
+            for key in range(0, keys, beside):
+                yield image, its_groups, slice(key, min(key + beside, keys))
 
 
 def _runs(used: Bool[Tensor, "group kind"], at_most: int) -> Iterator[tuple[int, int]]:
