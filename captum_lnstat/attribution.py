@@ -168,8 +168,7 @@ class LNStatAttribution(GridAttribution):
             evidence = relevance = rules.evidence(trace, outcome.u, outcome.constant, settings)
         else:
             relevance, evidence = rules.lnstat(trace, outcome.u, outcome.constant, settings)
-        for one, score in zip(evidence, outcome.scores, strict=True):
-            check_complete(one, trace, score)
+        check_complete(Relevance.joined(evidence), trace, torch.cat(outcome.scores))
         return relevance
 
     def relevance_per_target(

@@ -7,6 +7,7 @@ same above and below a residual block), and each patch merging makes four direct
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -44,22 +45,44 @@ class Covector:
     @classmethod
     def of(cls, u: Float[Tensor, "batch token score channel"]) -> Covector:
         """The same covectors, in as few directions as there are: one if all are parallel, else one a token."""
-        at = u.ne(0).flatten(2).any(-1).any(0).nonzero()[:, 0]
-        return cls.at_tokens(at, u[:, at], u.shape[1])
+        return cls.of_parts([u])
 
     @classmethod
-    def at_tokens(
-        cls, at: Int[Tensor, " place"], u: Float[Tensor, "batch place score channel"], tokens: int
-    ) -> Covector:
-        """As ``of``, from the covectors of the tokens ``at`` alone."""
-        if len(at) > 1:
-            one = cls._parallel(at, u, tokens)
-            if one is not None:
+    def of_parts(cls, parts: Iterable[Float[Tensor, "batch token some_scores channel"]]) -> Covector:
+        """As ``of``, from the covectors of some scores after those of others; each part is read while it is at hand."""
+        known: list[Covector] = []
+        for u in parts:
+            known.append(cls._of_part(u, known[-1] if known else None))
+        first = known[0]
+        if all(part._differs_in_directions_only(first) for part in known[1:]):
+            return first.with_directions(torch.cat([part.directions for part in known], 2))
+        at = torch.unique(torch.cat([part.at for part in known]))
+        u = torch.cat([part.spread(part.dense())[:, at] for part in known], 2)
+        return cls._parallel(at, u, first.tokens) or cls._apart(at, u, first.tokens)
+
+    @classmethod
+    def _of_part(cls, u: Tensor, like: Covector | None) -> Covector:
+        """In one direction at the tokens and with the scale that are known, if that is what it is."""
+        some = u.abs().amax((2, 3)).ne(0).any(0)  # much faster than to compare every number
+        at, tokens = some.nonzero()[:, 0], len(some)
+        u = u if len(at) == tokens else u[:, at]
+        if len(at) < 2:
+            return cls._apart(at, u, tokens)
+        if like is not None and like.kinds == 1 and torch.equal(like.at, at):
+            # The same token as that of the other parts, where the scale is 1.
+            one = like.with_directions(u[torch.arange(len(u), device=u.device), like._longest][:, None])
+            if one._is(u):
                 return one
+        return cls._parallel(at, u, tokens) or cls._apart(at, u, tokens)
+
+    @classmethod
+    def _apart(cls, at: Tensor, u: Tensor, tokens: int) -> Covector:
         return cls(at, u.new_ones(u.shape[:2]), u, torch.arange(len(at), device=u.device), tokens)
 
     @classmethod
     def _parallel(cls, at: Tensor, u: Tensor, tokens: int) -> Covector | None:
+        if len(at) < 2:
+            return None
         flat = u.flatten(2)
         longest = flat.square().sum(-1).argmax(1)
         one = flat[torch.arange(len(flat), device=u.device), longest]
@@ -67,11 +90,23 @@ class Covector:
         exact = one.double()
         length = exact.square().sum(-1, keepdim=True)
         scale = torch.where(length > 0, (flat.double() @ exact[..., None])[..., 0] / length, 0).to(u.dtype)
-        apart = (flat - scale[..., None] * one[:, None]).abs().amax(-1)
-        allowed = SAME_DIRECTION * torch.finfo(u.dtype).eps * scale.abs() * one.abs().amax(-1, keepdim=True)
-        if bool((apart > allowed).any()):
-            return None
-        return cls(at, scale, one.reshape(len(u), 1, *u.shape[2:]), torch.zeros_like(at), tokens)
+        found = cls(at, scale, one.reshape(len(u), 1, *u.shape[2:]), torch.zeros_like(at), tokens)
+        return found if found._is(u) else None
+
+    def _is(self, u: Float[Tensor, "batch place score channel"]) -> bool:
+        """Whether the one direction is that of every token, but for rounding."""
+        apart = torch.addcmul(u, self.scale[..., None, None], self.directions, value=-1).abs_().amax((2, 3))
+        allowed = SAME_DIRECTION * torch.finfo(u.dtype).eps * self.scale.abs() * self.directions.abs().amax((2, 3))
+        return not bool((apart > allowed).any())
+
+    def _differs_in_directions_only(self, other: Covector) -> bool:
+        same = ((self.at, other.at), (self.kind, other.kind), (self.scale, other.scale))
+        return all(torch.equal(one, another) for one, another in same)
+
+    @property
+    def _longest(self) -> Int[Tensor, " batch"]:
+        """The token at which a covector of one direction is that direction itself."""
+        return (self.scale - 1).abs().argmin(1)
 
     @property
     def everywhere(self) -> bool:
@@ -106,9 +141,13 @@ class Covector:
         """The covectors of the tokens ``at``, written out."""
         return self.scale[..., None, None] * self.directions[:, self.kind]
 
-    def read(self, x: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch place score"]:
-        """``<u_i, x_i>`` of the tokens ``at``."""
+    def read(
+        self, x: Float[Tensor, "batch token channel"], before: Float[Tensor, "batch token channel"] | None = None
+    ) -> Float[Tensor, "batch place score"]:
+        """``<u_i, x_i>`` of the tokens ``at``, or ``<u_i, x_i - before_i>``."""
         x = x if self.everywhere else x[:, self.at]
+        if before is not None:
+            x = x - (before if self.everywhere else before[:, self.at])
         if self.kinds == 1:
             said = x @ self.directions[:, 0].transpose(-2, -1)
         elif self.scores == 1:
@@ -160,7 +199,8 @@ class Covector:
 def to_children(joined: Covector, groups: Groups) -> Covector:
     """From the covectors of joined children, ``(child, channel)`` flat, to those of the children.
 
-    Every direction becomes one for each of the places in a group.
+    Every direction becomes one for each of the places in a group. They are numbered as they first appear, row by row:
+    those that a row of windows has are neighbours then.
     """
     members = groups.index.shape[1]
     batch, kinds, scores, _ = joined.directions.shape
@@ -171,4 +211,14 @@ def to_children(joined: Covector, groups: Groups) -> Covector:
     at, order = parents[real].sort()
     kind = (joined.kind[:, None] * members + torch.arange(members, device=at.device))[real][order]
     scale = joined.scale[:, :, None].expand(-1, -1, members)[:, real][:, order]
-    return Covector(at, scale, split.flatten(1, 2), kind, groups.count)
+    seen, number = _as_they_appear(kind)
+    return Covector(at, scale, split.flatten(1, 2)[:, seen], number, groups.count)
+
+
+def _as_they_appear(kind: Int[Tensor, " place"]) -> tuple[Int[Tensor, " kind"], Int[Tensor, " place"]]:
+    """The kinds there are, in the order of their first places, and the number of each place's kind among them."""
+    kinds, inverse = torch.unique(kind, return_inverse=True)
+    places = torch.arange(len(kind), device=kind.device)
+    first = torch.full_like(kinds, len(kind)).scatter_reduce_(0, inverse, places, "amin")
+    order = first.argsort()
+    return kinds[order], order.argsort()[inverse]

@@ -18,10 +18,10 @@ from captum_lnstat.errors import RecordingError
 from captum_lnstat.statistics import accumulation_dtype, stream
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
 
 # Gradients of so many entries are held at once, those of a few scores at least.
-HELD = 1 << 20
+HELD = 1 << 19
 FEWEST = 4
 
 
@@ -111,10 +111,7 @@ def head_covector(
     The LayerNorms of the head were recorded with frozen statistics, so for a head of norms, pooling and linear layers
     this is exact. For any other head it is the first-order expansion, the remainder being part of the constant.
     """
-    parts = [_nonzero(part) for part in _slopes(scores, stream_end)]
-    some = torch.stack([mask for mask, _ in parts]).any(0)
-    u = torch.cat([_spread(part, mask, some) for mask, part in parts], 2)
-    covector = Covector.at_tokens(some.nonzero()[:, 0], u, len(some))
+    covector = Covector.of_parts(_slopes(scores, stream_end))
     said = covector.read(stream(stream_end.detach())).sum(1)
     values = torch.stack([score.detach() for score in scores], 1)
     return covector, values.to(said.dtype) - said
@@ -139,21 +136,6 @@ def _slopes(
         yield stream(slopes.flatten(0, 1)).reshape(*slopes.shape[:2], -1, slopes.shape[-1]).movedim(0, 2)
 
 
-def _nonzero(u: Float[Tensor, "batch token score channel"]) -> tuple[Bool[Tensor, " token"], Tensor]:
-    """At which tokens it is not zero, and what it is there: a head that reads one token leaves the others without."""
-    some = u.ne(0).flatten(2).any(-1).any(0)
-    return some, u[:, some]
-
-
-def _spread(u: Float[Tensor, "batch place score channel"], mask: Tensor, wanted: Tensor) -> Tensor:
-    """What is known at the tokens of one mask at those of a larger one."""
-    if torch.equal(mask, wanted):
-        return u
-    spread = u.new_zeros(len(u), len(mask), *u.shape[2:])
-    spread[:, mask] = u
-    return spread[:, wanted]
-
-
 def check_differentiable(score: Tensor) -> None:
     """The score has to be in the graph of the transformer's tokens."""
     if not score.requires_grad:
@@ -168,7 +150,7 @@ def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor | GradientEdge
     """Gradient of every image's score; the parameters' ``.grad`` stays as it is."""
     check_differentiable(score)
     try:
-        return torch.autograd.grad(score.sum(), list(at))
+        return torch.autograd.grad(score.sum(), list(at))  # type: ignore[arg-type]  # torch takes both, mixed
     except RuntimeError as error:
         if "not have been used in the graph" not in str(error):
             raise

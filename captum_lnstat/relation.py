@@ -20,6 +20,7 @@ from captum_lnstat.frozen import pull_through
 from captum_lnstat.fusion import Fuser, HeadFusion
 from captum_lnstat.layout import WholeImage
 from captum_lnstat.listened import Hearing
+from captum_lnstat.many_scores import read_many
 from captum_lnstat.sites import AttentionSite, Queries
 from captum_lnstat.statistics import accumulation_dtype
 from captum_lnstat.trace import Block
@@ -36,8 +37,6 @@ FEW_TO_WEIGH = 4
 FEW_OF_MANY_SCORES = 64
 # From so many row vectors on, the heads' maps are fused before they are multiplied, not the products after.
 WIDE = 16
-# So many entries of what is summed over for many scores are held at once.
-HELD = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,13 @@ def hand_down(
         if not additive:
             mixed += grouped[:, :, queries] @ fuser.fused()
     ends = [0, *itertools.accumulate(part.shape[-1] for part in columns)]
-    shares = [heard[:, :, slice(*pair)] for pair in itertools.pairwise(ends)]
+    shares = [(heard[:, :, slice(*pair)], lefts[:, slice(*pair)]) for pair in itertools.pairwise(ends)]
     if additive:
-        mixed = shares.pop(0).mean(1)
-    for part in (reader, probe):
-        if part is not None and part.columns is not None:
-            part.hear(shares.pop(0))
+        mixed = shares.pop(0)[0].mean(1)
+    if reader is not None and reader.columns is not None:
+        reader.hear(*shares.pop(0))
+    if probe is not None and probe.columns is not None:
+        probe.hear(shares.pop(0)[0])
     if wiring is not None and probe is not None:
         wiring.note(block.name, probe.excess(wanted))
     handed, lost = keys.scatter(mixed.transpose(-2, -1), len(rows))
@@ -159,7 +159,7 @@ class _Reader:
         carried = carried.reshape(*carried.shape[:3], *pulled.shape[3:])
         self.said += (carried * values[:, :, :, None]).sum((1, 4))
 
-    def hear(self, heard: Float[Tensor, "group head kind key"]) -> None:
+    def hear(self, heard: Float[Tensor, "group head kind key"], columns: Float[Tensor, "group kind query"]) -> None:
         """With columns: what they became by the maps of all heads."""
         values, directions = self._site.values(slice(0, heard.shape[1])), self._directions
         if directions.shape[2] == 1 and 1 < directions.shape[1] <= FEW_TO_WEIGH:
@@ -171,16 +171,7 @@ class _Reader:
             read = read_values(values, directions[:, :, 0].permute(0, 2, 3, 1))
             self.said = (heard * read.transpose(-2, -1)).sum((1, 2))[..., None]
             return
-        # Heads, kinds and channels are summed over in one product for all scores, for some groups at a time.
-        summed = directions.permute(0, 3, 1, 4, 2).flatten(1, 3)  # (batch, head and kind and channel, score)
-        per_image = len(values) // len(directions)
-        groups = max(1, HELD // max(1, summed.shape[1] * values.shape[2]))
-        for image, its in enumerate(summed):
-            for start in range(image * per_image, (image + 1) * per_image, groups):
-                some = slice(start, min(start + groups, (image + 1) * per_image))
-                # (group, key, head, kind, channel)
-                weighted = heard[some].permute(0, 3, 1, 2)[..., None] * values[some].transpose(1, 2)[:, :, :, None]
-                self.said[some] = weighted.flatten(2) @ its
+        self.said = read_many(heard, values, directions.flatten(3), columns.any(-1))
 
 
 def check_layout(block: Block) -> None:

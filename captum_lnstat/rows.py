@@ -30,7 +30,7 @@ def few_rows(gradient: Float[Tensor, "row *rest"]) -> Int[Tensor, " row"] | None
     """
     if gradient.device.type != "cpu" or gradient.numel() == 0:
         return None
-    sample = gradient[(slice(None, None, -(-len(gradient) // SAMPLE)), *[0] * (gradient.dim() - 1))]
+    sample = gradient[:: -(-len(gradient) // SAMPLE)].flatten(1)[:, 0]
     if FEW * int(sample.count_nonzero()) > len(sample):
         return None
     found = gradient.ne(0).flatten(1).any(1).nonzero()[:, 0]

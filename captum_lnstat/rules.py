@@ -73,6 +73,12 @@ class Relevance:
         """The sum of everything: 1 for perception, the target's score for evidence."""
         return per_image(self.grid) + self.prefix.sum(1) + self.padding + self.constant
 
+    @classmethod
+    def joined(cls, parts: Sequence[Relevance]) -> Relevance:
+        """Those of several scores as one batch, score by score."""
+        fields = ((one.grid, one.prefix, one.padding, one.constant) for one in parts)
+        return cls(*map(torch.cat, zip(*fields, strict=True)))
+
 
 class _Row:
     """Row vectors on their way from the head to the image, and the mass that padded places took from them."""
@@ -100,11 +106,10 @@ class _Row:
         prefix, patches = self.tokens[:, : trace.prefix], self.tokens[:, trace.prefix :]
         if trace.place is not None:
             patches = patches[:, trace.place]
-        grid = patches.reshape(len(patches), *trace.grid, -1)
+        grid = patches.reshape(len(patches), *trace.grid, -1).movedim(-1, 0).contiguous()
         constant = torch.zeros_like(self.padding) if constant is None else constant
         return tuple(
-            Relevance(grid[..., i], prefix[..., i], self.padding[..., i], constant[..., i])
-            for i in range(grid.shape[-1])
+            Relevance(grid[i], prefix[..., i], self.padding[..., i], constant[..., i]) for i in range(len(grid))
         )
 
 
@@ -185,7 +190,7 @@ class _Evidence:
 
     def give(self, block: Block) -> Tensor:
         if self.u is not None and block.after is not block.between:
-            self._add(self.u.read(block.after) - self.u.read(block.between))
+            self._add(self.u.read(block.after, block.between))
         self._kept = self._keep(block)
         return self.row.tokens - self._kept
 
@@ -209,7 +214,7 @@ class _Evidence:
         if self.u is None:
             return
         if isinstance(step, Update):
-            self._add(self.u.read(step.after) - self.u.read(step.before))
+            self._add(self.u.read(step.after, step.before))
         elif isinstance(step, Merging):
             joined, constant = pull_through(step.path, self.u)
             # A padded child is a token of zeros: whatever u is there, nothing was said.

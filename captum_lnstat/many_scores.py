@@ -1,0 +1,89 @@
+"""What values said about many scores at once: one long sum over heads, kinds of directions and channels.
+
+What is summed over is ``kinds`` times as large as the values. It is made some at a time and multiplied while it is
+still in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+# So many keys are read side by side: of fewer, the products are slow.
+SIDE_BY_SIDE = 400
+# So many entries of what is summed over are held at once: they stay in the cache until they are multiplied.
+HELD = 5 << 15
+# So many times both of them on a device that takes long to start and not long to run.
+DEVICE = 128
+
+
+def read_many(
+    heard: Float[Tensor, "group head kind key"],
+    values: Float[Tensor, "group head key channel"],
+    directions: Float[Tensor, "batch kind score head_channel"],
+    used: Bool[Tensor, "group kind"],
+) -> Float[Tensor, "group key score"]:
+    """``sum_k sum_h heard^h_kj (p_k^h . v^h_j)`` for every score.
+
+    Args:
+        heard: With what weight each key is read in each kind of direction, head by head.
+        values: The values, head by head.
+        directions: ``p_k``, those of all heads side by side.
+        used: Which kinds are heard of in a group at all. The others are left out where a run of groups has none.
+
+    Example:
+        >>> heard, values = torch.ones(1, 1, 2, 1), torch.tensor([[[[1.0, 2.0]]]])
+        >>> directions = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]], [[3.0, 0.0], [0.0, 3.0]]]])
+        >>> read_many(heard, values, directions, torch.tensor([[True, True]]))
+        tensor([[[4., 8.]]])
+    """
+    groups, heads, kinds, keys = heard.shape
+    images, _, scores, width = directions.shape
+    # (batch, score, kind and head and channel)
+    rows = directions.transpose(1, 2).reshape(images, scores, kinds * width)
+    said = heard.new_empty(groups, keys, scores)
+    scratch, more = heard.new_empty(0), 1 if heard.device.type == "cpu" else DEVICE
+    for image, its_groups, its_keys in _pieces(images, groups // images, keys, SIDE_BY_SIDE * more):
+        # Keys last, those of several groups side by side.
+        weights = heard[its_groups, :, :, its_keys].permute(2, 1, 0, 3).flatten(2).contiguous()
+        spoken = values[its_groups, :, its_keys].permute(1, 3, 0, 2).flatten(2).contiguous()
+        total = weights.new_zeros(scores, weights.shape[-1])
+        for first, last in _runs(used[its_groups], max(1, HELD * more // (width * total.shape[1]))):
+            size = (last - first) * width * total.shape[1]
+            scratch = scratch if scratch.numel() >= size else scratch.new_empty(size)
+            weighted = scratch[:size].view(last - first, heads, -1, total.shape[1])
+            torch.mul(weights[first:last, :, None], spoken, out=weighted)
+            total.addmm_(rows[image, :, first * width : last * width], weighted.flatten(0, 2))
+        said[its_groups, its_keys] = total.reshape(scores, its_groups.stop - its_groups.start, -1).permute(1, 2, 0)
+    return said
+
+
+def _pieces(images: int, per_image: int, keys: int, beside: int) -> Iterator[tuple[int, slice, slice]]:
+    """Some groups of an image, or some keys of a large group."""
+    some = max(1, beside // keys)
+    for image in range(images):
+        for group in range(image * per_image, (image + 1) * per_image, some):
+            its_groups = slice(group, min(group + some, (image + 1) * per_image))
+            for key in range(0, keys, beside):
+                yield image, its_groups, slice(key, min(key + beside, keys))
+
+
+def _runs(used: Bool[Tensor, "group kind"], at_most: int) -> Iterator[tuple[int, int]]:
+    """Kinds that any of the groups has, in runs of neighbours."""
+    kinds = used.shape[1]
+    # A device would have to be waited for.
+    wanted = used.any(0).tolist() if used.device.type == "cpu" and kinds > 1 else [True] * kinds
+    first = 0
+    while first < kinds:
+        last = first
+        while last < kinds and wanted[last] and last - first < at_most:
+            last += 1
+        if last > first:
+            yield first, last
+        first = max(last, first + 1)
