@@ -671,9 +671,10 @@ def test_the_output_is_bit_identical(name, dtype):
     assert torch.equal(output, expected)
     for needs in (Needs(), Needs(target=True, covector=True)):
         assert torch.equal(run(model, model, x, 1, None, needs).output, expected)
-    # With a graph torch itself may take another kernel (a mask that needs a gradient), so the model is asked again.
+    # With a graph torch itself may take another kernel (a mask that needs a gradient), so the model is asked again;
+    # where the recording holds the table of that mask constant, the kernel is the one without a graph.
     kept = run(model, model, x, 1, None, Needs(target=True, output_gradients=True))
-    assert torch.equal(kept.output, model(x.clone().requires_grad_()))
+    assert any(torch.equal(kept.output, one) for one in (expected, model(x.clone().requires_grad_())))
 
 
 def test_the_output_is_what_forward_func_returns_when_the_graph_is_kept():
