@@ -307,6 +307,26 @@ def _gpu_lines(gpu: dict) -> list[str]:
     return lines
 
 
+def _equality_lines(equality: dict) -> list[str]:
+    """How far the rules are from a slow oracle at these sizes."""
+    if not equality:
+        return []
+    lines = [
+        "",
+        "The same maps from a slow oracle in float64 (`python tests/benchmarks/equality.py`; one image, random weights "
+        "with peaky attention): the largest difference, of the largest entry of the map. In float32 the model rounds "
+        "too. Last column: float32 against itself in pieces of a quarter and of four times the size, recorded tensors "
+        "copied and not.",
+        "",
+        "| model@pixels | rule | float64 | float32 | other pieces |",
+        "|---|---|---|---|---|",
+    ]
+    for key, rows in equality.items():
+        for rule, row in rows.items():
+            lines.append(f"| {key} | {rule} | {row['double']:.0e} | {row['single']:.0e} | {row['pieces']:.0e} |")
+    return lines
+
+
 def page(record: dict) -> str:
     times, memory = record["time"], record["memory"]
     lines = [
@@ -341,6 +361,7 @@ def page(record: dict) -> str:
         if any(cells):
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines += _gpu_lines(record.get("gpu", {}))
+    lines += _equality_lines(record.get("equality", {}))
     lines += [
         "",
         "![Cost of the methods](pictures/cost-methods.png)",
