@@ -27,10 +27,10 @@ BOUNDS: dict[str, tuple[Callable[[nn.Module], object], float, float]] = {
     "lnstat": (LNStatAttribution, 1.05, 1.03),
     "evidence": (lambda model: LNStatAttribution(model, rule="evidence"), 1.05, 1.03),
     "rollout": (lambda model: LNStatAttribution(model, rule="rollout"), 1.05, 1.02),
-    "gradient": (lambda model: LNStatAttribution(model, rule="gradient"), 2.16, 2.04),
+    "gradient": (lambda model: LNStatAttribution(model, rule="gradient"), 1.97, 2.03),
     "RawAttention": (RawAttention, 1.05, 1.02),
     "AttentionRollout": (AttentionRollout, 1.05, 1.02),
-    "GenericAttention": (GenericAttention, 2.16, 2.04),
+    "GenericAttention": (GenericAttention, 1.97, 2.03),
     "FrozenLayerNorm": (FrozenLayerNorm, 2.05, 2.05),
 }
 
