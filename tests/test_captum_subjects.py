@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from contract_helpers import METHODS, Normalise, distilled, images, swin, untouched, vit
+from contract_helpers import METHODS, Normalise, distilled, images, same_when_checkpointed, swin, untouched, vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -240,16 +240,16 @@ def _check_wrapped(model: nn.Module, make: Make, given: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["model", "blocks"])
-def test_checkpointing_gives_the_same_bits(model: nn.Module, make: Make, where: str) -> None:
+def test_checkpointing_gives_the_same_map(model: nn.Module, make: Make, where: str) -> None:
     expected = make(model).attribute(images(), target=1)
     inside = copy.deepcopy(model)
     if where == "blocks":
         inside.set_grad_checkpointing(True)
-        assert torch.equal(make(inside).attribute(images(), target=1), expected)
+        assert same_when_checkpointed(make, make(inside).attribute(images(), target=1), expected)
     else:
         method = make(lambda x: checkpoint(inside, x, use_reentrant=False), inside)
         with untouched(inside):
-            assert torch.equal(method.attribute(images(), target=1), expected)
+            assert same_when_checkpointed(make, method.attribute(images(), target=1), expected)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
