@@ -59,7 +59,7 @@ def read_many(
             scratch = scratch if scratch.numel() >= size else scratch.new_empty(size)
             weighted = scratch[:size].view(last - first, heads, -1, total.shape[1])
             torch.mul(weights[first:last, :, None], spoken, out=weighted)
-            total.addmm_(rows[image, :, first * width : last * width], weighted.flatten(0, 2))
+            torch.addmm(total, rows[image, :, first * width : last * width], weighted.flatten(0, 2), out=total)
         said[its_groups, its_keys] = total.reshape(scores, its_groups.stop - its_groups.start, -1).permute(1, 2, 0)
     return said
 
