@@ -11,15 +11,16 @@ from captum_lnstat._version import __version__
 
 if TYPE_CHECKING:
     from captum_lnstat import zoo
-    from captum_lnstat.attribution import LNStatAttribution
-    from captum_lnstat.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
+    from captum_lnstat.attribution.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
+    from captum_lnstat.attribution.feature_mask import patch_feature_mask
+    from captum_lnstat.attribution.layer import LayerLNStat
+    from captum_lnstat.attribution.lnstat import LNStatAttribution
+    from captum_lnstat.attribution.quantus import quantus_explain_func
     from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError
-    from captum_lnstat.explaining import explain
-    from captum_lnstat.explanation import Explanation, Explanations
-    from captum_lnstat.feature_mask import patch_feature_mask
-    from captum_lnstat.layer import LayerLNStat
-    from captum_lnstat.quantus import quantus_explain_func
-    from captum_lnstat.recording import Recorder, Recording
+    from captum_lnstat.explanation.explain import explain
+    from captum_lnstat.explanation.explanation import Explanation, Explanations
+    from captum_lnstat.recording.recorder import Recorder
+    from captum_lnstat.recording.recording import Recording
     from captum_lnstat.topology import Topology, register_topology
 
 __all__ = [
@@ -47,23 +48,23 @@ __all__ = [
 
 # The module that each name is defined in, or the module itself.
 _HOMES = {
-    "AttentionRollout": "baselines",
-    "Explanation": "explanation",
-    "Explanations": "explanation",
-    "FrozenLayerNorm": "baselines",
-    "GenericAttention": "baselines",
-    "LNStatAttribution": "attribution",
-    "LayerLNStat": "layer",
-    "RawAttention": "baselines",
+    "AttentionRollout": "attribution.baselines",
+    "Explanation": "explanation.explanation",
+    "Explanations": "explanation.explanation",
+    "FrozenLayerNorm": "attribution.baselines",
+    "GenericAttention": "attribution.baselines",
+    "LNStatAttribution": "attribution.lnstat",
+    "LayerLNStat": "attribution.layer",
+    "RawAttention": "attribution.baselines",
     "Recorder": "recording",
     "Recording": "recording",
     "RecordingError": "errors",
     "SourceError": "errors",
     "Topology": "topology",
     "UnsupportedModelError": "errors",
-    "explain": "explaining",
-    "patch_feature_mask": "feature_mask",
-    "quantus_explain_func": "quantus",
+    "explain": "explanation.explain",
+    "patch_feature_mask": "attribution.feature_mask",
+    "quantus_explain_func": "attribution.quantus",
     "register_topology": "topology",
     "zoo": "zoo",
 }

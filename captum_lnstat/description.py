@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
-
-from torch import nn
-
-from captum_lnstat.compiled import eager
-from captum_lnstat.engine import Pass
-from captum_lnstat.layout import Groups
-from captum_lnstat.rules import Settings
-from captum_lnstat.trace import Merging, Step, Transition, Update
 
 
 @dataclass(frozen=True)
@@ -104,39 +96,3 @@ def _line(step: StepDescription) -> str:
         f"  {step.name}: {groups} x {heads} heads x {queries} x {keys}, residual share {mean:.2f} "
         f"({low:.2f} to {high:.2f}){padded}{norms}"
     )
-
-
-def describe_pass(model: nn.Module, outcome: Pass, settings: Settings) -> Description:
-    """Describe a recorded and traced forward pass."""
-    trace, norms = outcome.trace, [norm.module for norm in outcome.recording.norms]
-    return Description(
-        model=type(eager(model)).__name__,
-        family=trace.family,
-        grid=trace.grid,
-        patch=trace.patch,
-        prefix_tokens=trace.prefix,
-        pooling=trace.pooling.name,
-        outputs=tuple(outcome.output.shape),
-        norms=len(outcome.recording.norms),
-        residual=settings.residual,
-        steps=tuple(replace(_describe_step(step, settings), norms=_inside(step.name, norms)) for step in trace.steps),
-        covers=trace.covers,
-    )
-
-
-def _inside(name: str, modules: list[str]) -> tuple[str, ...]:
-    return tuple(module[len(name) + 1 :] for module in modules if module.startswith(f"{name}."))
-
-
-def _describe_step(step: Step, settings: Settings) -> StepDescription:
-    if isinstance(step, Merging):
-        padded = int((step.groups.index < 0).sum())
-        return StepDescription(step.name, "merging", tuple(step.groups.index.shape), None, padded)
-    if isinstance(step, Update):
-        return StepDescription(step.name, "update", tuple(step.after.shape[1:2]), None, 0)
-    if isinstance(step, Transition):
-        return StepDescription(step.name, "transition", tuple(step.groups.index.shape), None, 0)
-    share = step.residual_share(settings.residual)
-    padded = int((step.layout.index < 0).sum()) if isinstance(step.layout, Groups) else 0
-    spread = (float(share.mean()), float(share.min()), float(share.max()))
-    return StepDescription(step.name, "attention", step.site.shape, spread, padded)

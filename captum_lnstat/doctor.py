@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from captum_lnstat.attribution import RULES, LNStatAttribution
+from captum_lnstat.attribution.lnstat import RULES, LNStatAttribution
 from captum_lnstat.description import Description
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 

@@ -23,10 +23,13 @@ from reference_scenes import SceneSource
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, attribution, relation, rules, zoo
-from captum_lnstat.interpolation import to_pixels
+from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, zoo
+from captum_lnstat.attribution.lnstat import lnstat as attribution
+from captum_lnstat.attribution.pixels import to_pixels
 from captum_lnstat.metrics import average_precision, energy, iou, perturbation_curve, pointing, two_object
-from captum_lnstat.smoothing import smoothed
+from captum_lnstat.rules.lnstat import smoothed
+from captum_lnstat.rules.walk import relation
+from captum_lnstat.rules.walk import walk as rules
 
 HERE = Path(__file__).parent
 FAMILIES = {"swin-mini": 1.0, "vit-mini": 1.0}  # a quarter of the side of a token at the head, in patches; one at least

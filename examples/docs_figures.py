@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from captum_lnstat import AttentionRollout, LNStatAttribution, zoo
-from captum_lnstat.engine import Needs, run
-from captum_lnstat.fusion import fuse
 from captum_lnstat.layout import Groups
 from captum_lnstat.metrics import pointing
-from captum_lnstat.statistics import merging_share
-from captum_lnstat.trace import Block, Merging, Trace
+from captum_lnstat.recording.fusion import fuse
+from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.trace.steps import Block, Merging, merging_share
+from captum_lnstat.trace.trace import Trace
 from captum_lnstat.visualize import overlay, to_map
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"

@@ -23,8 +23,8 @@ import torch
 from matrix_models import FIFTEEN, REFUSED, ROWS, Row
 
 from captum_lnstat import LNStatAttribution
-from captum_lnstat.attribution import RULES
-from captum_lnstat.testing import (
+from captum_lnstat.attribution.lnstat import RULES
+from captum_lnstat.testing.family import (
     PEAKS,
     Ground,
     check_batch,

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from captum_lnstat import zoo
+from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.visualize import overlay, to_map, to_picture
 from captum_lnstat.visualize.canvas import Row, draw_rows
-from captum_lnstat.visualize.methods import METHODS
 from captum_lnstat.visualize.writing import write_figure
 
 PAGE = Path(__file__).parents[1] / "docs" / "pictures" / "readme.png"

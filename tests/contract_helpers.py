@@ -27,7 +27,7 @@ from captum_lnstat import (
     LNStatAttribution,
     RawAttention,
 )
-from captum_lnstat.compiled import run_eagerly
+from captum_lnstat.recording.eager import run_eagerly
 
 CLASSES = 5
 

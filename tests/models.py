@@ -18,8 +18,8 @@ from timm.models.vision_transformer import Attention, ResPostBlock, VisionTransf
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution
-from captum_lnstat.grid_attribution import GridAttribution
-from captum_lnstat.rules import Relevance
+from captum_lnstat.attribution.base import GridAttribution
+from captum_lnstat.rules.relevance import Relevance
 
 CLASSES = 7
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from captum_lnstat.testing import check_layout, ground, planted_images, wake
+from captum_lnstat.testing.family import check_layout, ground, planted_images, wake
 from captum_lnstat.topology import base, find_topology
 
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-family.md"

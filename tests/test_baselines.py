@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_lnstat import AttentionRollout, FrozenLayerNorm, RawAttention, Recorder, UnsupportedModelError
-from captum_lnstat.freezing import FrozenAttention, FrozenGate, FrozenRMSNorm
+from captum_lnstat.recording.freezing import FrozenAttention, FrozenGate, FrozenRMSNorm
 
 
 @pytest.mark.parametrize("name", [*VITS, *SWINS])
@@ -238,8 +238,8 @@ def test_an_activation_in_place(activation):
 @pytest.mark.parametrize("mask", [None, "bias", "boolean", "causal"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_fused_attention_is_a_constant_matrix(mask, groups, monkeypatch):
-    monkeypatch.setattr("captum_lnstat.sites.CHUNK", 1)
-    monkeypatch.setattr("captum_lnstat.sites.QUERIES", 1)
+    monkeypatch.setattr("captum_lnstat.recording.sites.CHUNK", 1)
+    monkeypatch.setattr("captum_lnstat.recording.sites.QUERIES", 1)
     rng = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 5, 3, generator=rng, dtype=torch.float64)
     k, v = (torch.randn(2, 4 // groups, 5, 3, generator=rng, dtype=torch.float64) for _ in range(2))

@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import captum_lnstat
-from captum_lnstat import UnsupportedModelError, _console, cli, zoo
+from captum_lnstat import UnsupportedModelError, cli, zoo
+from captum_lnstat import cli as _console
 from captum_lnstat.commands import compare, explain, options, pictures
-from captum_lnstat.explainer import Explainer
+from captum_lnstat.explanation.explainer import Explainer
 
 
 @pytest.fixture(autouse=True)

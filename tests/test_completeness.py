@@ -12,8 +12,8 @@ from oracles import Capture, dense
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution, RecordingError
-from captum_lnstat.checks import check_complete
-from captum_lnstat.engine import Needs, run
+from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.evidence import check_complete
 
 FAMILIES = [
     *FEW,

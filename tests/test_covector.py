@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from captum_lnstat.covector import Covector, to_children
 from captum_lnstat.layout import PADDING, Groups, quads
+from captum_lnstat.trace.covector import Covector, to_children
 
 BATCH, TOKENS, CHANNELS = 2, 6, 8
 

@@ -21,7 +21,7 @@ from captum_lnstat.demo import depth, photo, report, server, studio
 from captum_lnstat.demo.photo import DemoError, from_bytes, from_upload
 from captum_lnstat.demo.samples import samples
 from captum_lnstat.demo.studio import BESIDE, Question, Studio
-from captum_lnstat.warning import warn_caller
+from captum_lnstat.errors import warn_caller
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -8,7 +8,7 @@ from contract_helpers import registers, vit
 from timm.models.hiera import Hiera
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, UnsupportedModelError, zoo
-from captum_lnstat.descent import descend, descend_heads
+from captum_lnstat.attribution.descent import descend, descend_heads
 
 SCENE = zoo.scenes()[264].image
 

@@ -13,8 +13,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from captum_lnstat import LNStatAttribution, SourceError, explain, explanation, zoo
-from captum_lnstat.explanation import Explanation, Explanations, percent, unique_names
+from captum_lnstat import LNStatAttribution, SourceError, explain, zoo
+from captum_lnstat.explanation.explanation import Explanation, Explanations, explanation, percent, unique_names
 
 SCENES = [scene.image for scene in zoo.scenes()[:3]]
 

@@ -10,7 +10,8 @@ from field_oracle import Field, FieldOracle, out_of_focus
 from models import CASES, build, images, rule
 from oracles import dense
 
-from captum_lnstat import layout, statistics
+from captum_lnstat import layout
+from captum_lnstat.recording.recording import statistics
 
 RULES = ("rollout", "evidence", "lnstat", "gradient")
 # A class token and registers; windows that are shifted and padded, a merging that is padded.
@@ -76,8 +77,8 @@ def test_a_mistake_is_seen(place, mistake, kinds, monkeypatch):
     answers(name)
     monkeypatch.setattr(f"captum_lnstat.{place}", mistake)
     # Else the package itself sees that its windows are not the model's, and draws nothing.
-    monkeypatch.setattr("captum_lnstat.wiring.Wiring.verify", lambda self: None)
-    monkeypatch.setattr("captum_lnstat.attribution.check_complete", lambda *_: None)
+    monkeypatch.setattr("captum_lnstat.rules.wiring.Wiring.verify", lambda self: None)
+    monkeypatch.setattr("captum_lnstat.attribution.lnstat.check_complete", lambda *_: None)
     for kind in kinds:
         assert apart(name, kind) > 1e-5, kind
 

@@ -7,16 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_lnstat.covector import Covector
-from captum_lnstat.frozen import (
-    FrozenLayerNorm,
-    FrozenLinear,
-    FrozenMap,
-    FrozenNorm,
-    FrozenScale,
-    per_image,
-    pull_through,
-)
+from captum_lnstat.recording.freezing import FrozenLayerNorm
+from captum_lnstat.rules.relevance import per_image
+from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale, pull_through
 
 
 def _detached_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dims: int = 1) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.fusion import Fuser, check_fusion, fuse
-from captum_lnstat.sites import FusedSite, Kept
+from captum_lnstat.recording.fusion import Fuser, check_fusion, fuse
+from captum_lnstat.recording.kept import Kept
+from captum_lnstat.recording.sites import FusedSite
 
 
 def _attention(heads: int = 4) -> Tensor:
@@ -91,8 +92,8 @@ def test_unknown_fusion_is_refused():
 @pytest.mark.parametrize("fusion", FUSIONS, ids=["mean", "max", "min", "callable"])
 @pytest.mark.parametrize("chunk", [1, 1 << 23])
 def test_fuse_takes_all_heads_of_a_site(fusion, chunk, monkeypatch):
-    monkeypatch.setattr("captum_lnstat.sites.CHUNK", chunk)
-    monkeypatch.setattr("captum_lnstat.sites.QUERIES", 1)
+    monkeypatch.setattr("captum_lnstat.recording.sites.CHUNK", chunk)
+    monkeypatch.setattr("captum_lnstat.recording.sites.QUERIES", 1)
     q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64).unbind()
     site = FusedSite("", Kept.of(q), Kept.of(k), Kept.of(v), None, None, False, None)
     expected = FUSIONS[fusion]((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1))

@@ -35,7 +35,7 @@ from captum_lnstat import (
     RecordingError,
     UnsupportedModelError,
 )
-from captum_lnstat.attribution import _IN_EFFECT
+from captum_lnstat.attribution.lnstat import _IN_EFFECT
 
 CLASSES, SIZE = 5, 16
 _VIT = {"img_size": SIZE, "patch_size": 8, "embed_dim": 8, "depth": 1}

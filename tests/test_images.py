@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from captum_lnstat import SourceError
-from captum_lnstat.images import image_files, read_image, read_items, to_rgb
+from captum_lnstat.explanation.subject.images import image_files, read_image, read_items, to_rgb
 
 RED = np.tile(np.array([255, 0, 0], np.uint8), (4, 6, 1))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from captum_lnstat.interpolation import check_interpolation, to_pixels
+from captum_lnstat.attribution.pixels import check_interpolation, to_pixels
 
 SIZES = [
     # grid, patch, image

@@ -12,7 +12,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from captum_lnstat import cli
-from captum_lnstat._lazy_group import Entry, LazyGroup
+from captum_lnstat.cli import Entry, LazyGroup
 
 
 def group(**entries: Entry) -> LazyGroup:

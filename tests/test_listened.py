@@ -7,10 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from captum_lnstat import GenericAttention, LNStatAttribution, RecordingError, zoo
-from captum_lnstat.listened import ListenedAttention, ListenedProduct, can_be_listened, product_can_be_listened
-from captum_lnstat.rows import FEW, either, few_rows
-from captum_lnstat.sites import FusedSite, Kept, SoftmaxSite
-from captum_lnstat.weights import ConstantLinear, linear
+from captum_lnstat.recording.attention_backward import (
+    ListenedAttention,
+    ListenedProduct,
+    can_be_listened,
+    product_can_be_listened,
+)
+from captum_lnstat.recording.constant_weights import FEW, ConstantLinear, either, few_rows, linear
+from captum_lnstat.recording.kept import Kept
+from captum_lnstat.recording.sites import FusedSite, SoftmaxSite
 
 D = torch.float64
 MASKS = {
@@ -67,8 +72,8 @@ class _Ear:
 @pytest.mark.parametrize("queries", [slice(None), slice(4, 5)])
 @pytest.mark.parametrize("chunk", [1, 1 << 18])
 def test_the_backward_pass_of_attention_is_that_of_its_formula(mask, scale, queries, chunk, monkeypatch):
-    monkeypatch.setattr("captum_lnstat.sites.CHUNK", chunk)
-    monkeypatch.setattr("captum_lnstat.sites.QUERIES", 3)
+    monkeypatch.setattr("captum_lnstat.recording.sites.CHUNK", chunk)
+    monkeypatch.setattr("captum_lnstat.recording.sites.QUERIES", 3)
     q, k, v = _parts()
     site = _site(q, k, v, MASKS[mask], scale)
     assert can_be_listened(site, 0.0, MASKS[mask])
@@ -156,7 +161,7 @@ def test_both_backward_passes_give_the_same_map(name, method, monkeypatch):
     model, x = zoo.load(name).model.double(), torch.randn(2, 3, 64, 64, dtype=D)
     found = method(model).attribute(x, target=1)
     for place in ("can_be_listened", "product_can_be_listened"):
-        monkeypatch.setattr(f"captum_lnstat.recording.{place}", lambda *_: False)
+        monkeypatch.setattr(f"captum_lnstat.recording.recording.{place}", lambda *_: False)
     wanted = method(model).attribute(x, target=1)
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12 * float(wanted.max()))
 

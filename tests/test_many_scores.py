@@ -6,9 +6,10 @@ import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformer
 
-from captum_lnstat import LNStatAttribution, many_scores
-from captum_lnstat.covector import Covector
-from captum_lnstat.many_scores import read_many
+from captum_lnstat import LNStatAttribution
+from captum_lnstat.rules.many_scores import read_many
+from captum_lnstat.rules.walk import many_scores
+from captum_lnstat.trace.covector import Covector
 
 
 @pytest.mark.parametrize("held", [1, 50, 1000, 1 << 20])

@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from captum_lnstat import LNStatAttribution
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.shelf import Shelf
-from captum_lnstat.sites import Kept
+from captum_lnstat.recording.kept import Kept, Shelf
 
 TOKENS, WIDTH, DEPTH = 1025, 48, 4
 STREAM = TOKENS * WIDTH * 4
@@ -74,7 +73,7 @@ def test_no_more_is_kept_than_the_rule_reads(rule: str, a_block: int, beside: in
 
 @pytest.mark.parametrize("rule", ["lnstat", "gradient"])
 def test_no_map_of_all_tokens_against_all_tokens(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captum_lnstat.shelf.PIECE", 1)
+    monkeypatch.setattr("captum_lnstat.recording.kept.PIECE", 1)
     one, four = (_most(rule, _vit(pixels), pixels) for pixels in (128, 256))
     assert four < 5 * one  # four times the tokens; a map would be sixteen times as large
 
@@ -95,7 +94,7 @@ def test_large_tensors_give_the_same_map(monkeypatch: pytest.MonkeyPatch) -> Non
     for rule in ("lnstat", "rollout"):
         expected = LNStatAttribution(model, rule=rule).relevance(image, 1)
         with monkeypatch.context() as patch:
-            patch.setattr("captum_lnstat.engine.COMPACT", 0)
+            patch.setattr("captum_lnstat.rules.engine.COMPACT", 0)
             patch.setattr(Shelf.put, "__defaults__", (0,))
             assert torch.equal(LNStatAttribution(model, rule=rule).relevance(image, 1), expected)
 

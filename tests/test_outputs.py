@@ -11,7 +11,7 @@ from contract_helpers import METHODS, images, swin, untouched, vit
 from torch import Tensor, nn
 
 from captum_lnstat import LayerLNStat, LNStatAttribution
-from captum_lnstat.outputs import pick_output
+from captum_lnstat.recording.forward import pick_output
 
 Pair = namedtuple("Pair", ["kind", "age"])
 

@@ -45,7 +45,7 @@ def test_every_name_without_a_warning_and_without_what_is_optional() -> None:
             sys.modules[name] = None  # "import name" raises an ImportError
         import captum_lnstat
         print(*(name for name in captum_lnstat.__all__ if getattr(captum_lnstat, name) is not None))
-        import captum_lnstat.metrics, captum_lnstat.testing, captum_lnstat.visualize
+        import captum_lnstat.metrics, captum_lnstat.testing.family, captum_lnstat.visualize
     """
     assert _python(code, "-W", "error").split() == captum_lnstat.__all__
 

@@ -14,8 +14,8 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from captum_lnstat import SourceError, zoo
-from captum_lnstat.class_names import class_count, class_names_of, find_class
-from captum_lnstat.preprocessing import image_size, preprocessing_of, preprocessing_of_weights
+from captum_lnstat.explanation.subject.classes import class_count, class_names_of, find_class
+from captum_lnstat.explanation.subject.preprocessing import image_size, preprocessing_of, preprocessing_of_weights
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)).resize((450, 300))
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from captum_lnstat import LNStatAttribution, zoo
-from captum_lnstat.attribution import RULES
-from captum_lnstat.testing import check_batch, check_mass, check_untouched
+from captum_lnstat.attribution.lnstat import RULES
+from captum_lnstat.testing.family import check_batch, check_mass, check_untouched
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 FOUND, load = (getattr(importlib.import_module("dinov2_saliency"), name) for name in ("FOUND", "load"))

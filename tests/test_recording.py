@@ -25,9 +25,10 @@ from captum_lnstat import (
     RecordingError,
     UnsupportedModelError,
 )
-from captum_lnstat.covector import Covector
-from captum_lnstat.engine import Needs, run
-from captum_lnstat.sites import AttentionSite
+from captum_lnstat.recording.sites import AttentionSite
+from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.maps import FrozenNorm
 
 EVERYTHING = slice(0, None)
 
@@ -125,8 +126,8 @@ def test_fused_attention_is_computed_again(case, queries):
 
 @pytest.mark.parametrize("case", SDPA)
 def test_heads_can_be_asked_for_one_by_one(case, monkeypatch):
-    monkeypatch.setattr("captum_lnstat.sites.QUERIES", 1)
-    monkeypatch.setattr("captum_lnstat.sites.CHUNK", B * L * S)
+    monkeypatch.setattr("captum_lnstat.recording.sites.QUERIES", 1)
+    monkeypatch.setattr("captum_lnstat.recording.sites.CHUNK", B * L * S)
     q, k, v = _qkv()
     _, recording = record(F.scaled_dot_product_attention, q, k, v, **SDPA[case]())
     site = only_site(recording)
@@ -137,7 +138,7 @@ def test_heads_can_be_asked_for_one_by_one(case, monkeypatch):
     assert [part.shape for _, part in chunks] == [(B, 1, L, S)] * H
     torch.testing.assert_close(torch.cat([part for _, part in chunks], 1), probabilities)
     assert torch.equal(torch.cat([site.values(heads) for heads, _ in chunks], 1), v)
-    monkeypatch.setattr("captum_lnstat.sites.CHUNK", 2 * B * S)
+    monkeypatch.setattr("captum_lnstat.recording.sites.CHUNK", 2 * B * S)
     few = [(queries, torch.cat([part for _, part in turns], 1)) for queries, turns in site.chunks()]
     assert [part.shape[2] for _, part in few] == [2] * (L // 2) + [1] * (L % 2)
     assert torch.allclose(torch.cat([part for _, part in few], 2), probabilities, atol=1e-6)
@@ -437,7 +438,7 @@ def test_a_recorded_norm_as_an_affine_map():
         norm.bias.normal_()
     x, u = torch.randn(2, 3, 10, dtype=torch.float64), torch.randn(2, 3, 10, dtype=torch.float64)
     output, recording = record(norm, x)
-    covector, constant = recording.norms[0].frozen.pull(Covector.of(u[:, :, None]))
+    covector, constant = FrozenNorm.of(recording.norms[0]).pull(Covector.of(u[:, :, None]))
     pulled = covector.dense()[:, :, 0]
     assert torch.allclose((u * output).sum(-1), (pulled * x).sum(-1) + constant[..., 0], rtol=1e-12)
     sigma = (x.var(-1, correction=0, keepdim=True) + 0.25).sqrt()

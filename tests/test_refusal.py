@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from captum_lnstat import AttentionRollout, LNStatAttribution, RecordingError, UnsupportedModelError
-from captum_lnstat.refusal import no_family
+from captum_lnstat.topology.anatomy.refusal import no_family
 
 # torch.jit warns of its own deprecation.
 pytestmark = pytest.mark.filterwarnings(

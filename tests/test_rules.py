@@ -9,7 +9,7 @@ from oracles import Answer, dense, out_of_focus
 from torch import Tensor
 
 from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution
-from captum_lnstat.rules import Relevance
+from captum_lnstat.rules.relevance import Relevance
 
 ALL = [*VITS, *SWINS]
 
@@ -239,8 +239,8 @@ def test_heads_taken_in_turns_give_the_same(name, method, monkeypatch):
     explainer = METHODS[method](build(name))
     x, target = images(CASES[name]), targets(2)
     at_once = explain(explainer, x, target)
-    monkeypatch.setattr("captum_lnstat.sites.CHUNK", 1)
-    monkeypatch.setattr("captum_lnstat.sites.QUERIES", 1)
+    monkeypatch.setattr("captum_lnstat.recording.sites.CHUNK", 1)
+    monkeypatch.setattr("captum_lnstat.recording.sites.QUERIES", 1)
     in_turns = explain(explainer, x, target)
     assert torch.allclose(at_once.grid, in_turns.grid, rtol=1e-10, atol=1e-12)
     assert torch.allclose(at_once.total, in_turns.total, rtol=1e-10, atol=1e-12)

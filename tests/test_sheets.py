@@ -10,7 +10,8 @@ import torch
 from matplotlib.figure import Figure
 
 from captum_lnstat import LNStatAttribution, zoo
-from captum_lnstat.descent import BlockRelevance, HeadRelevance, descend
+from captum_lnstat.attribution.descent import BlockRelevance, HeadRelevance, descend
+from captum_lnstat.attribution.methods import scores_of
 from captum_lnstat.visualize import (
     METHODS,
     ComparedImage,
@@ -26,7 +27,6 @@ from captum_lnstat.visualize import (
     to_map,
 )
 from captum_lnstat.visualize.colors import DIVERGING, SEQUENTIAL, STATISTIC
-from captum_lnstat.visualize.methods import scores_of
 
 GREY = np.full((20, 30, 3), 0.5)
 RAMP = np.linspace(0, 1, 600).reshape(20, 30)

@@ -8,9 +8,9 @@ import torch
 from models import CASES, build, images
 from oracles import DenseMerging, dense
 
-from captum_lnstat.engine import Needs, run
-from captum_lnstat.statistics import merging_share, residual_share, token_statistics, token_variance
-from captum_lnstat.trace import Merging
+from captum_lnstat.recording.statistics import residual_share, token_statistics, token_variance
+from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.trace.steps import Merging, merging_share
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

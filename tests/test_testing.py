@@ -13,10 +13,9 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from captum_lnstat import LNStatAttribution, testing
+from captum_lnstat import LNStatAttribution
 from captum_lnstat.layout import Groups
-from captum_lnstat.planting import lattice, wake
-from captum_lnstat.testing import (
+from captum_lnstat.testing.family import (
     PEAKS,
     check_batch,
     check_completeness,
@@ -31,8 +30,10 @@ from captum_lnstat.testing import (
     noise,
     planted_images,
 )
+from captum_lnstat.testing.family import family as testing
+from captum_lnstat.testing.planting import lattice, wake
 from captum_lnstat.topology import PlainTopology, WindowedTopology, windowed
-from captum_lnstat.trace import Block, Merging
+from captum_lnstat.trace.steps import Block, Merging
 
 VIT_SIZE, SWIN_SIZE = (32, 48), (48, 64)
 

@@ -17,11 +17,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution, RecordingError, Topology, UnsupportedModelError, register_topology
-from captum_lnstat.engine import Needs, run
 from captum_lnstat.layout import Groups, WholeImage
+from captum_lnstat.rules.engine import Needs, run
 from captum_lnstat.topology import PlainTopology, WindowedTopology, find_topology
 from captum_lnstat.topology import base as registry
-from captum_lnstat.trace import Block, Merging, Trace
+from captum_lnstat.trace.steps import Block, Merging
+from captum_lnstat.trace.trace import Trace
 
 ALL = [*VITS, *SWINS]
 

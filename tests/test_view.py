@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
-from captum_lnstat.view import measure, on_image
+from captum_lnstat.explanation.subject.crop import measure, on_image
 
 NORMALISED = [transforms.ToTensor(), transforms.Normalize((0.2, 0.4, 0.6), (0.5, 0.25, 0.125))]
 

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, zoo
-from captum_lnstat.visualize import Panel, colored, comparison, draw_sheet, methods, overlay, scaled, to_map, to_picture
+from captum_lnstat.attribution.lnstat import methods
+from captum_lnstat.visualize import Panel, colored, comparison, draw_sheet, overlay, scaled, to_map, to_picture
 from captum_lnstat.visualize import write_sheet as write
 
 GREEN = np.tile([0.1, 0.8, 0.1], (40, 60, 1))

@@ -11,8 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tqdm import tqdm
 
-from captum_lnstat._console import INCOMPLETE, fail, one_line
-from captum_lnstat._near import near
+from captum_lnstat.cli import INCOMPLETE, fail
 from captum_lnstat.commands.options import (
     EXIT_CODES,
     bundled_scene,
@@ -23,11 +22,11 @@ from captum_lnstat.commands.options import (
     read_model,
     warn_of,
 )
-from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.explainer import Explainer
-from captum_lnstat.explanation import Explanation, percent
-from captum_lnstat.images import Item
-from captum_lnstat.sources import class_index
+from captum_lnstat.errors import RecordingError, UnsupportedModelError, near, one_line
+from captum_lnstat.explanation.explainer import Explainer
+from captum_lnstat.explanation.explanation import Explanation, percent
+from captum_lnstat.explanation.subject.images import Item
+from captum_lnstat.explanation.subject.subject import class_index
 from captum_lnstat.visualize import METHODS, ComparedImage, Method, compare_sheet, to_map, write_figure
 from captum_lnstat.visualize.compare import SCALES, ScaleOf
 

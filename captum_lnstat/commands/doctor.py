@@ -6,9 +6,9 @@ import json
 
 import click
 
-from captum_lnstat._console import progress
 from captum_lnstat.doctor import examine
-from captum_lnstat.sources import read_model
+from captum_lnstat.explanation.subject.progress import progress
+from captum_lnstat.explanation.subject.subject import read_model
 
 
 @click.command()

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import click
 from tqdm import tqdm
 
-from captum_lnstat._console import INCOMPLETE, fail, one_line, progress
-from captum_lnstat.attribution import RULES, Rule
+from captum_lnstat.attribution.lnstat import RULES, Rule
+from captum_lnstat.cli import INCOMPLETE, fail
 from captum_lnstat.commands.options import (
     EXIT_CODES,
     bundled_scene,
@@ -24,11 +24,12 @@ from captum_lnstat.commands.options import (
     warn_of,
 )
 from captum_lnstat.commands.pictures import KINDS, Kind, suffixes_of, write_picture
-from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError
-from captum_lnstat.explainer import Explainer
-from captum_lnstat.explanation import Explanation, percent, unique_names
-from captum_lnstat.images import Item
-from captum_lnstat.sources import class_index
+from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError, one_line
+from captum_lnstat.explanation.explainer import Explainer
+from captum_lnstat.explanation.explanation import Explanation, percent, unique_names
+from captum_lnstat.explanation.subject.images import Item
+from captum_lnstat.explanation.subject.progress import progress
+from captum_lnstat.explanation.subject.subject import class_index
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
 DEFAULT_SCENE = 264

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import click
 
 from captum_lnstat import zoo
-from captum_lnstat._console import fail
+from captum_lnstat.cli import fail
 from captum_lnstat.errors import SourceError
-from captum_lnstat.images import Item, image_files, read_image
-from captum_lnstat.preprocessing import Preprocessing
-from captum_lnstat.sources import Subject, read_subject
+from captum_lnstat.explanation.subject.images import Item, image_files, read_image
+from captum_lnstat.explanation.subject.preprocessing import Preprocessing
+from captum_lnstat.explanation.subject.subject import Subject, read_subject
 from captum_lnstat.zoo.models import CLASS_NAMES
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -11,13 +11,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from captum_lnstat._console import progress
-from captum_lnstat.class_names import find_class
-from captum_lnstat.descent import descend, descend_heads
+from captum_lnstat.attribution.descent import descend, descend_heads
+from captum_lnstat.attribution.layer import LAYER_RULES
 from captum_lnstat.errors import SourceError, UnsupportedModelError
-from captum_lnstat.explainer import Explainer, Prepared
-from captum_lnstat.explanation import Explanation, percent
-from captum_lnstat.layer import LAYER_RULES
+from captum_lnstat.explanation.explainer import Explainer, Prepared
+from captum_lnstat.explanation.explanation import Explanation, percent
+from captum_lnstat.explanation.subject.classes import find_class
+from captum_lnstat.explanation.subject.progress import progress
 from captum_lnstat.visualize import class_sheet, comparison, draw_sheet, head_sheet, layer_sheet, write_figure
 
 Kind = Literal["sheet", "overlay", "original", "layers", "heads", "classes"]

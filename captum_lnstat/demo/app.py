@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from captum_lnstat import zoo
-from captum_lnstat.attribution import RULES
+from captum_lnstat.attribution.layer import LAYER_RULES
+from captum_lnstat.attribution.lnstat import RULES
 from captum_lnstat.demo import report
 from captum_lnstat.demo.photo import DemoError, Photo, from_upload
 from captum_lnstat.demo.samples import samples
 from captum_lnstat.demo.studio import BESIDE, SUGGESTED, Look, Question, Shown, Studio
-from captum_lnstat.layer import LAYER_RULES
 
 _SWEEP, _AGE = 60, 600  # seconds: how often uploaded files are looked through, and how old they get
 _SESSION = 3600  # seconds that the image of a visitor is kept

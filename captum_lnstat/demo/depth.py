@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.attribution import LNStatAttribution
-from captum_lnstat.compiled import eager
-from captum_lnstat.engine import Needs
-from captum_lnstat.interpolation import to_pixels
-from captum_lnstat.layer import LAYER_RULES, LayerLNStat, LayerRule
+from captum_lnstat.attribution.layer import LAYER_RULES, LayerLNStat, LayerRule
+from captum_lnstat.attribution.lnstat import LNStatAttribution
+from captum_lnstat.attribution.pixels import to_pixels
 from captum_lnstat.layout import Groups, even_shares
+from captum_lnstat.recording.eager import eager
+from captum_lnstat.rules.engine import Needs
 from captum_lnstat.topology import find_topology
-from captum_lnstat.trace import Block, Merging, Trace, Transition
+from captum_lnstat.trace.steps import Block, Merging, Transition
+from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -16,14 +16,13 @@ from captum.attr import IntegratedGradients
 from torch import Tensor
 
 from captum_lnstat import zoo
-from captum_lnstat._console import one_line
-from captum_lnstat.attribution import RULES, LNStatAttribution, Rule
-from captum_lnstat.baselines import AttentionRollout, GenericAttention
+from captum_lnstat.attribution.baselines import AttentionRollout, GenericAttention
+from captum_lnstat.attribution.layer import LAYER_RULES
+from captum_lnstat.attribution.lnstat import RULES, LNStatAttribution, Rule
 from captum_lnstat.demo.depth import geometry, map_after
 from captum_lnstat.demo.photo import DemoError, Photo
-from captum_lnstat.errors import SourceError
-from captum_lnstat.layer import LAYER_RULES
-from captum_lnstat.sources import Subject, read_subject
+from captum_lnstat.errors import SourceError, one_line
+from captum_lnstat.explanation.subject.subject import Subject, read_subject
 from captum_lnstat.visualize import INTEGRATED_BATCH, INTEGRATED_STEPS, to_map, to_picture
 
 # Shown in the menu; any other name that timm knows can be typed.

@@ -3,125 +3,276 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from captum_lnstat._console import near
+from captum_lnstat import metrics
+from captum_lnstat.errors import near
 from captum_lnstat.evaluation.frame import Framed
 from captum_lnstat.evaluation.methods import Method
+from captum_lnstat.evaluation.question import Asked, Measure, Quantity, Values
+from captum_lnstat.evaluation.seeds import seed_of
 from captum_lnstat.evaluation.specs import Spec, parse
-from captum_lnstat.evaluation.subject import Subject
 
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int64
+FILLS = ("black", "blur", "mean")
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """A number of the summary.
-
-    Attributes:
-        name: Its column.
-        higher: Whether higher is better; None if neither is.
-        parts: Columns of the records whose sums are divided, ``(above, below)``, and the mean of these ratios; without
-            a ``below``, the mean of ``above``.
-    """
-
-    name: str
-    higher: bool | None
-    parts: tuple[tuple[str, str | None], ...]
+def _options(spec: Spec, **known: Any) -> dict[str, Any]:
+    """The options of a metric over their defaults."""
+    for key in spec.options:
+        if key not in known:
+            expected = f"expected {' or '.join(known)}" if known else "it has none"
+            raise ValueError(f"metric {spec.name!r} has no option {key!r}; {expected}")
+    return {**known, **spec.options}
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A batch of questions: images, the class that is explained, and the truth.
+def _one(spec: Spec, higher: bool) -> tuple[Quantity, ...]:
+    return (Quantity(spec.text, higher, ((spec.text, None),)),)
 
-    Attributes:
-        framed: The samples as the model sees them.
-        images: The model's inputs.
-        targets: The class explained.
-        predicted: The class predicted.
-        subject: The model.
-        seed: The run's.
-        fill: What replaces pixels, unless a metric says otherwise; empty for what is usual for each.
-        partners: So many other images, all of different classes, for the grid game; None if there are not as many.
-    """
 
-    framed: tuple[Framed, ...]
-    images: Float[Tensor, "batch channel height width"]
-    targets: Int64[Tensor, " batch"]
-    predicted: Int64[Tensor, " batch"]
-    subject: Subject
-    seed: int
-    fill: str
-    partners: Callable[[Framed, int], list[Framed] | None]
+# Whom a metric can be asked of.
+def _image(one: Framed, asked_true: bool) -> bool:
+    return not one.sample.only_two
 
-    @property
-    def names(self) -> list[str]:
-        """The samples' names."""
-        return [one.sample.name for one in self.framed]
 
-    def of(self, rows: list[int]) -> Asked:
-        """Some of the questions."""
-        if len(rows) == len(self.framed):
-            return self
-        chosen = torch.tensor(rows, device=self.images.device)
-        return replace(
-            self,
-            framed=tuple(self.framed[row] for row in rows),
-            images=self.images[chosen],
-            targets=self.targets[chosen],
-            predicted=self.predicted[chosen],
+def _object(one: Framed, asked_true: bool) -> bool:
+    return not one.sample.only_two and (one.mask is not None or one.boxes is not None)
+
+
+def _masked(one: Framed, asked_true: bool) -> bool:
+    return not one.sample.only_two and one.mask is not None
+
+
+def _boxed(one: Framed, asked_true: bool) -> bool:
+    return not one.sample.only_two and one.boxes is not None
+
+
+def _two_objects(one: Framed, asked_true: bool) -> bool:
+    return asked_true and one.mask is not None and one.other_mask is not None
+
+
+def _in_grid(one: Framed, asked_true: bool) -> bool:
+    return asked_true and not one.sample.only_two and one.sample.target is not None
+
+
+def _annotated(one: Framed, asked_true: bool) -> bool:
+    return one.human is not None and bool(one.human.max() > one.human.min())
+
+
+def _on_region(function: Callable[..., Tensor], spec: Spec, **defaults: Any) -> Measure:
+    """A metric of maps and the object's region."""
+    options = _options(spec, **defaults)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        return {spec.text: function(maps, asked.region(), **options)}
+
+    return Measure(spec.text, _one(spec, higher=True), _object, compute)
+
+
+def _filled(asked: Asked, name: str | None, usual: str) -> Tensor:
+    """What replaces pixels: the metric's own option, the run's, or what is usual for the metric."""
+    name = name or asked.fill or usual
+    if name == "black":
+        frame = asked.subject.frame
+        return metrics.black(frame.mean, frame.std).to(asked.images)
+    if name == "mean":
+        return metrics.mean_colour(asked.images)
+    if name == "blur":
+        return metrics.blurred(asked.images)
+    raise ValueError(f"fill is {name!r}; expected one of {', '.join(FILLS)}")
+
+
+def _perturbation(spec: Spec, order: Literal["positive", "negative"]) -> Measure:
+    options = _options(spec, fill=None)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        fill = _filled(asked, options["fill"], "black")
+        curve = metrics.perturbation_curve(asked.forward, asked.images, maps, asked.targets, order=order, fill=fill)
+        return {spec.text: curve.auc}
+
+    return Measure(spec.text, _one(spec, higher=order == "negative"), _image, compute)
+
+
+def _path(spec: Spec, function: Callable[..., Any], usual: str, higher: bool) -> Measure:
+    options = _options(spec, fill=None, steps=50)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        fill = _filled(asked, options["fill"], usual)
+        curve = function(asked.forward, asked.images, maps, asked.targets, fill=fill, steps=options["steps"])
+        return {spec.text: curve.auc}
+
+    return Measure(spec.text, _one(spec, higher=higher), _image, compute)
+
+
+def _two(spec: Spec) -> Measure:
+    _options(spec)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        mine, other = asked.stack([one.mask for one in asked.framed]), asked.stack([o.other_mask for o in asked.framed])
+        return {spec.text: metrics.two_object(maps, mine, other)}
+
+    return Measure(spec.text, _one(spec, higher=True), _two_objects, compute)
+
+
+def _grid(spec: Spec) -> Measure:
+    """Relevance in the right cell of a mosaic of images of different classes, shrunk to fit the model's input."""
+    options = _options(spec, rows=2, cols=2)
+    rows, cols = int(options["rows"]), int(options["cols"])
+
+    def mosaic(asked: Asked, one: Framed) -> tuple[Tensor, int] | None:
+        partners = asked.partners(one, rows * cols - 1)
+        if partners is None:
+            return None
+        height, width = one.image.shape[1:]
+        if height % rows or width % cols:
+            raise ValueError(f"an input of {height} x {width} px cannot be cut into {rows} x {cols} equal cells")
+        place = seed_of(f"{one.sample.name}/cell", asked.seed) % (rows * cols)
+        cells = [partner.image for partner in partners]
+        cells.insert(place, one.image)
+        small = interpolate(
+            torch.stack(cells), (height // rows, width // cols), mode="bilinear", align_corners=False, antialias=True
         )
+        return metrics.grid_mosaic(small[None], rows, cols)[0], place
 
-    def region(self) -> Bool[Tensor, "batch height width"]:
-        """Where the object is: its mask, or the area of its boxes if there is no mask."""
-        return torch.stack([_region(one) for one in self.framed]).to(self.images.device)
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        made = [mosaic(asked, one) for one in asked.framed]
+        able = [row for row, found in enumerate(made) if found is not None]
+        values = torch.full((len(made),), float("nan"))
+        if able:
+            images = torch.stack([found[0] for found in made if found is not None]).to(asked.images)
+            cells = torch.tensor([found[1] for found in made if found is not None])
+            part = asked.of(able)
+            found = method.maps(images, part.targets, part.names, asked.seed)
+            values[able] = metrics.grid_share(found, rows, cols, cells.to(found.device)).float().cpu()
+        return {spec.text: values}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Class scores."""
-        with torch.no_grad():
-            scores: Tensor = self.subject.forward(images)
-        return scores
-
-    def stack(self, values: list[Tensor | None]) -> Tensor:
-        """Truth that all of them have."""
-        return torch.stack([value for value in values if value is not None]).to(self.images.device)
-
-
-def _region(one: Framed) -> Tensor:
-    if one.mask is not None:
-        return one.mask
-    height, width = one.image.shape[1:]
-    area = torch.zeros(height, width, dtype=torch.bool)
-    assert one.boxes is not None
-    for left, top, right, bottom in one.boxes.round().long().tolist():
-        area[top:bottom, left:right] = True
-    return area
+    return Measure(spec.text, _one(spec, higher=True), _in_grid, compute)
 
 
-Values = dict[str, Tensor]
-Compute = Callable[[Asked, Tensor, Method], Values]
+def _segmentation(spec: Spec) -> Measure:
+    _options(spec)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        truth = []
+        for one in asked.framed:
+            assert one.mask is not None
+            labels = one.mask.long()
+            truth.append(labels if one.void is None else labels.masked_fill(one.void, -1))
+        stacked = torch.stack(truth).to(maps.device)
+        counts = metrics.segmentation_counts(maps, stacked)
+        return {
+            f"{spec.text}.correct": counts.correct,
+            f"{spec.text}.labelled": counts.labelled,
+            f"{spec.text}.background_intersection": counts.intersection[:, 0],
+            f"{spec.text}.background_union": counts.union[:, 0],
+            f"{spec.text}.object_intersection": counts.intersection[:, 1],
+            f"{spec.text}.object_union": counts.union[:, 1],
+            f"{spec.text}.ap": metrics.segmentation_average_precision(maps, stacked),
+        }
+
+    def ratio(above: str, below: str) -> tuple[str, str]:
+        return f"{spec.text}.{above}", f"{spec.text}.{below}"
+
+    overlaps = tuple(ratio(f"{part}_intersection", f"{part}_union") for part in ("background", "object"))
+    quantities = (
+        Quantity(f"{spec.text} accuracy", True, (ratio("correct", "labelled"),)),
+        Quantity(f"{spec.text} mAP", True, ((f"{spec.text}.ap", None),)),
+        Quantity(f"{spec.text} mIoU", True, overlaps),
+    )
+    return Measure(spec.text, quantities, _masked, compute)
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A metric of a run.
+def _box(spec: Spec) -> Measure:
+    options = _options(spec, threshold=0.5)
 
-    Attributes:
-        name: As it was asked for.
-        quantities: What it puts into the summary.
-        applies: Whether it can be asked of a sample, given whether the true class is explained.
-        compute: Columns of the record, one value an image.
-    """
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        boxes = [one.boxes.to(maps.device) for one in asked.framed if one.boxes is not None]
+        found = {f"{spec.text}.iou": metrics.box_iou(maps, boxes, **options)}
+        labels = [one.sample.target for one in asked.framed]
+        right = [row for row, label in enumerate(labels) if label is not None]
+        values = torch.full((len(labels),), float("nan"))
+        if right:
+            known = torch.tensor([label for label in labels if label is not None])
+            predicted = asked.predicted.cpu()[right]
+            chosen = [boxes[row] for row in right]
+            values[right] = metrics.top1_localisation(maps[right], chosen, predicted, known, **options).float().cpu()
+        return {**found, f"{spec.text}.top1": values}
 
-    name: str
-    quantities: tuple[Quantity, ...]
-    applies: Callable[[Framed, bool], bool]
-    compute: Compute
+    quantities = (
+        Quantity(f"{spec.text} IoU", True, ((f"{spec.text}.iou", None),)),
+        Quantity(f"{spec.text} top-1", True, ((f"{spec.text}.top1", None),)),
+    )
+    return Measure(spec.text, quantities, _boxed, compute)
+
+
+def _spearman(spec: Spec) -> Measure:
+    _options(spec)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        human = asked.stack([one.human for one in asked.framed])
+        return {spec.text: metrics.spearman(maps, human), f"{spec.text}.ceiling": metrics.spearman_ceiling(human)}
+
+    quantities = (
+        *_one(spec, higher=True),
+        Quantity(f"{spec.text} ceiling", None, ((f"{spec.text}.ceiling", None),)),
+    )
+    return Measure(spec.text, quantities, _annotated, compute)
+
+
+def _infidelity(spec: Spec) -> Measure:
+    options = _options(spec, fill=None, patch=None, share=0.2, draws=32, normalize=True)
+    rest = {key: value for key, value in options.items() if key != "fill"}
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        fill = _filled(asked, options["fill"], "black")
+        values = metrics.infidelity(
+            asked.forward, asked.images, maps, asked.targets, fill=fill, max_examples_per_batch=len(maps), **rest
+        )
+        return {spec.text: values}
+
+    return Measure(spec.text, _one(spec, higher=False), _image, compute)
+
+
+def _sensitivity(spec: Spec) -> Measure:
+    options = _options(spec, radius=0.02, draws=10)
+
+    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+        values = []
+        for row, name in enumerate(asked.names):  # one at a time: a method's randomness hangs on the image's name
+
+            def explain(images: Tensor, target: Tensor, name: str = name) -> Tensor:
+                return method.maps(images, target.expand(len(images)), [name] * len(images), asked.seed)
+
+            one = slice(row, row + 1)
+            values.append(metrics.sensitivity(explain, asked.images[one], asked.targets[one], **options))
+        return {spec.text: torch.cat(values)}
+
+    return Measure(spec.text, _one(spec, higher=False), _image, compute)
+
+
+MEASURES: dict[str, Callable[[Spec], Measure]] = {
+    "pointing": partial(_on_region, metrics.pointing),
+    "energy": partial(_on_region, metrics.energy),
+    "iou": partial(_on_region, metrics.iou, threshold="mean"),
+    "ap": partial(_on_region, metrics.average_precision),
+    "f1": partial(_on_region, metrics.f1, threshold="mean"),
+    "accuracy": partial(_on_region, metrics.pixel_accuracy, threshold="mean"),
+    "positive": partial(_perturbation, order="positive"),
+    "negative": partial(_perturbation, order="negative"),
+    "insertion": lambda spec: _path(spec, metrics.insertion, "blur", True),
+    "deletion": lambda spec: _path(spec, metrics.deletion, "black", False),
+    "two": _two,
+    "grid": _grid,
+    "segmentation": _segmentation,
+    "box": _box,
+    "spearman": _spearman,
+    "infidelity": _infidelity,
+    "sensitivity": _sensitivity,
+}
 
 
 def build(text: str) -> tuple[Measure, ...]:
@@ -138,10 +289,7 @@ def build(text: str) -> tuple[Measure, ...]:
 
 
 def _measure(spec: Spec) -> Measure:
-    from captum_lnstat.evaluation import measuring
-
-    table: dict[str, Callable[[Spec], Measure]] = measuring.MEASURES
-    if spec.name not in table:
-        known = ", ".join(table)
-        raise ValueError(f"unknown metric {spec.name!r}; {near(spec.name, list(table), f'expected one of {known}')}")
-    return table[spec.name](spec)
+    if spec.name not in MEASURES:
+        known = ", ".join(MEASURES)
+        raise ValueError(f"unknown metric {spec.name!r}; {near(spec.name, list(MEASURES), f'expected one of {known}')}")
+    return MEASURES[spec.name](spec)

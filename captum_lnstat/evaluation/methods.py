@@ -14,8 +14,8 @@ from captum import attr
 from torch import Tensor, nn
 
 from captum_lnstat import AttentionRollout, FrozenLayerNorm, GenericAttention, LNStatAttribution, RawAttention
-from captum_lnstat._console import near
-from captum_lnstat.evaluation.gradcam import GradCam
+from captum_lnstat.attribution.gradcam import GradCam
+from captum_lnstat.errors import near
 from captum_lnstat.evaluation.seeds import seeded
 from captum_lnstat.evaluation.specs import Spec, parse
 from captum_lnstat.evaluation.subject import Subject

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from captum_lnstat.evaluation import figure
-from captum_lnstat.evaluation.measures import Measure
 from captum_lnstat.evaluation.methods import Method
+from captum_lnstat.evaluation.question import Measure
 from captum_lnstat.evaluation.records import Record, write_bytes, write_text
 from captum_lnstat.evaluation.summary import summarize, table
 

@@ -15,9 +15,10 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from captum_lnstat import zoo
-from captum_lnstat._console import fail, one_line
+from captum_lnstat.cli import fail
+from captum_lnstat.errors import one_line
 from captum_lnstat.evaluation.frame import Fit, Frame, timm_frame
-from captum_lnstat.sources import read_model, read_subject
+from captum_lnstat.explanation.subject.subject import read_model, read_subject
 from captum_lnstat.zoo.models import IMAGE_SIZE
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from captum_lnstat.evaluation.intervals import Estimate, Ratios, bootstrap, differences
-from captum_lnstat.evaluation.measures import Quantity
+from captum_lnstat.evaluation.question import Quantity
 from captum_lnstat.evaluation.records import Record
 
 SURE = 0.01  # p-value below which the table marks a difference

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from captum_lnstat._console import one_line
+from captum_lnstat.errors import one_line
 from captum_lnstat.evaluation.datasets import BrokenFileError, Dataset
 from captum_lnstat.evaluation.frame import Framed
 from captum_lnstat.evaluation.loading import Broken, Partners
-from captum_lnstat.evaluation.measures import Asked, Measure
 from captum_lnstat.evaluation.methods import Method
+from captum_lnstat.evaluation.question import Asked, Measure
 from captum_lnstat.evaluation.records import Record
 from captum_lnstat.evaluation.settings import RunError, Settings
 from captum_lnstat.evaluation.subject import Subject

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.warning import warn_caller
+from captum_lnstat.errors import warn_caller
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

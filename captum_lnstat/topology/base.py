@@ -10,13 +10,13 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from captum_lnstat.compiled import eager
 from captum_lnstat.errors import UnsupportedModelError
-from captum_lnstat.recording import Recording
-from captum_lnstat.refusal import no_family, several_models
-from captum_lnstat.topology.parts import Known, known_so_far, recall
-from captum_lnstat.topology.structure import Structure, structure_of
-from captum_lnstat.trace import Trace
+from captum_lnstat.recording.eager import eager
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.topology.anatomy.parts import Known, known_so_far, recall
+from captum_lnstat.topology.anatomy.refusal import no_family, several_models
+from captum_lnstat.topology.anatomy.structure import Structure, structure_of
+from captum_lnstat.trace.trace import Trace
 
 _FAMILIES: list[type[Topology]] = []
 

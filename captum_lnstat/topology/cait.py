@@ -20,15 +20,17 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Groups, WholeImage
-from captum_lnstat.recording import Recording
-from captum_lnstat.sites import Kept, SoftmaxSite, edge
-from captum_lnstat.statistics import stream
+from captum_lnstat.recording.kept import Kept, edge
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.recording.sites import SoftmaxSite
+from captum_lnstat.recording.statistics import stream
+from captum_lnstat.topology.anatomy.embedding import block_lists, convolutions, grid_of, named, patch_of, reads_images
+from captum_lnstat.topology.anatomy.parts import BlockParts, find_parts
+from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.embedding import block_lists, convolutions, grid_of, named, patch_of, reads_images
-from captum_lnstat.topology.parts import BlockParts, find_parts
-from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.residual import norms_in_order, path_to_update, residual_block
-from captum_lnstat.trace import Block, Trace
+from captum_lnstat.trace.steps import Block
+from captum_lnstat.trace.trace import Trace
 
 
 @register_topology

@@ -15,12 +15,13 @@ from torch import nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import quads, windows
-from captum_lnstat.recording import Recording
-from captum_lnstat.statistics import stream
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.recording.statistics import stream
+from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
-from captum_lnstat.trace import Step, Trace, Transition
+from captum_lnstat.trace.steps import Step, Transition
+from captum_lnstat.trace.trace import Trace
 
 Grid = tuple[int, int]
 # A convolution that reads images has few input channels; one between two stages reads features, which are more.

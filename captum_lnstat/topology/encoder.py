@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Layout, WholeImage, windows
-from captum_lnstat.recording import Recording
-from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.embedding import (
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.topology.anatomy.embedding import (
     LISTS,
     block_lists,
     check_prefix_first,
@@ -25,10 +24,11 @@ from captum_lnstat.topology.embedding import (
     patch_of,
     reads_images,
 )
-from captum_lnstat.topology.parts import has_heads
-from captum_lnstat.topology.reading import pooling_as_read
+from captum_lnstat.topology.anatomy.parts import has_heads
+from captum_lnstat.topology.anatomy.pooling import pooling_as_read
+from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, residual_block
-from captum_lnstat.trace import Trace
+from captum_lnstat.trace.trace import Trace
 
 
 @register_topology

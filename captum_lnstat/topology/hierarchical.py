@@ -13,15 +13,16 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.recording import Recording
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.topology.anatomy.embedding import convolutions, named, reads_images
+from captum_lnstat.topology.anatomy.geometry import Grid, channels_first, channels_last
+from captum_lnstat.topology.anatomy.pooling import pooling_as_read
+from captum_lnstat.topology.anatomy.units import Stream, reads_channels_first, unit_steps, unit_taps
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.embedding import convolutions, named, reads_images
-from captum_lnstat.topology.geometry import Grid, channels_first, channels_last
-from captum_lnstat.topology.reader import Reader
-from captum_lnstat.topology.readers import reader_of
-from captum_lnstat.topology.reading import pooling_as_read
-from captum_lnstat.topology.units import Stream, reads_channels_first, unit_steps, unit_taps
-from captum_lnstat.trace import RULES, Step, Trace, Transition
+from captum_lnstat.topology.readers.base import Reader
+from captum_lnstat.topology.readers.residual import reader_of
+from captum_lnstat.trace.steps import Step, Transition
+from captum_lnstat.trace.trace import RULES, Trace
 
 COVERS = (
     "The grid is that of the first attention block: what the convolutions below it ({below}) did is not told apart. "

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import WholeImage
-from captum_lnstat.recording import Recording
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.topology.anatomy.embedding import check_prefix_first, convolutions, grid_of
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.embedding import check_prefix_first, convolutions, grid_of
 from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
-from captum_lnstat.trace import AttentionPooling, FixedPooling, Pooling, Trace
+from captum_lnstat.trace.pooling import AttentionPooling, FixedPooling, Pooling
+from captum_lnstat.trace.trace import Trace
 
 
 @register_topology

@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Groups, Layout, WholeImage
-from captum_lnstat.recording import Recording
-from captum_lnstat.statistics import stream
-from captum_lnstat.topology.affine import pull_by_autograd
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.recording.statistics import stream
+from captum_lnstat.topology.anatomy.affine import pull_by_autograd
+from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, patch_of, reads_images
+from captum_lnstat.topology.anatomy.geometry import Grid, channels_last
+from captum_lnstat.topology.anatomy.parts import BlockParts, find_parts
+from captum_lnstat.topology.anatomy.pooling import pooling_as_read
+from captum_lnstat.topology.anatomy.unfolding import cut
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.cut import cut
-from captum_lnstat.topology.embedding import convolutions, grid_of, named, patch_of, reads_images
-from captum_lnstat.topology.geometry import Grid, channels_last
-from captum_lnstat.topology.parts import BlockParts, find_parts
-from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, residual_block
-from captum_lnstat.trace import Block, Trace
+from captum_lnstat.trace.steps import Block
+from captum_lnstat.trace.trace import Trace
 
 COVERS = "The grid is that of the first block: the convolution below it reads beyond its patch."
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.covector import Covector
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale
 from captum_lnstat.layout import Groups, Layout
-from captum_lnstat.recording import NormCall, Recording
-from captum_lnstat.sites import AttentionSite
-from captum_lnstat.statistics import stream
-from captum_lnstat.topology.folded import unfolded
-from captum_lnstat.topology.parts import BlockParts, find_parts
-from captum_lnstat.trace import Block, Transition
+from captum_lnstat.recording.recording import NormCall, Recording
+from captum_lnstat.recording.sites import AttentionSite
+from captum_lnstat.recording.statistics import stream
+from captum_lnstat.topology.anatomy.parts import BlockParts, find_parts
+from captum_lnstat.topology.anatomy.unfolding import unfolded
+from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale
+from captum_lnstat.trace.steps import Block, Transition
 
 BLOCK_PARTS = "two LayerNorms, one attention with heads and a Linear after it, and an MLP"
 
@@ -72,7 +72,7 @@ def residual_block(
         path = path_to_update(name, parts, site, recording, joined_norm)
     else:
         attended, mlp, norms = _output(first), _output(second), None
-        norm = first.frozen
+        norm = FrozenNorm.of(first)
         flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
         path = (*path_to_update(name, parts, site, recording, joined_norm), flat)
         if block.training:
@@ -103,7 +103,7 @@ def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: tuple
     *_, last = norms = norms_in_order(name, _parts(name, block), recording)
     if len(norms) < 3:
         return None
-    before, after, norm = stream(last.input.read()), stream(recording.call(name).output.read()), last.frozen
+    before, after, norm = stream(last.input.read()), stream(recording.call(name).output.read()), FrozenNorm.of(last)
     flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
     itself = Groups(torch.arange(before.shape[1], device=before.device)[:, None])
 
@@ -127,7 +127,7 @@ def path_to_update(
     path = list[FrozenMap]()
     inner = _norm_of_heads(f"{name}.{parts.attention}", parts, site, recording) if joined_norm else None
     if inner is not None:
-        path.append(inner.frozen)
+        path.append(FrozenNorm.of(inner))
     if parts.gate is not None:
         path.append(FrozenScale(recording.call(f"{name}.{parts.gate[0]}").output.read().sigmoid()))
     path.append(FrozenLinear(parts.out.weight, parts.out.bias))

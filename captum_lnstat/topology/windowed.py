@@ -13,17 +13,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_lnstat.compiled import eager
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.frozen import FrozenLinear, FrozenMap, FrozenNorm
 from captum_lnstat.layout import Groups, quads, windows
-from captum_lnstat.recording import Recording
-from captum_lnstat.statistics import accumulation_dtype, stream
+from captum_lnstat.recording.eager import eager
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.recording.statistics import accumulation_dtype, stream
+from captum_lnstat.topology.anatomy.parts import find_parts
+from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.parts import find_parts
-from captum_lnstat.topology.reading import pooling_as_read
 from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block, trailing_norm
-from captum_lnstat.trace import FixedPooling, Merging, Pooling, Step, Trace
+from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm
+from captum_lnstat.trace.pooling import FixedPooling, Pooling
+from captum_lnstat.trace.steps import Merging, Step
+from captum_lnstat.trace.trace import Trace
 
 Grid = tuple[int, int]
 
@@ -235,7 +237,7 @@ def _layout(block: Any, tokens: Tensor, grid: Grid) -> Groups:
 
 def _merging(name: str, module: Any, recording: Recording, grid: Grid) -> Merging:
     """Swin v1 normalises the joined children, then reduces them; Swin v2 reduces them, then normalises the parent."""
-    norm = recording.norm(f"{name}.norm").frozen
+    norm = FrozenNorm.of(recording.norm(f"{name}.norm"))
     children = recording.call(name).input.read()
     reduction: nn.Linear = module.reduction
     linear = FrozenLinear(reduction.weight, reduction.bias)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from captum_lnstat.attribution import LNStatAttribution
-from captum_lnstat.outputs import Output
+from captum_lnstat.attribution.lnstat import LNStatAttribution
+from captum_lnstat.recording.forward import Output
 from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
 from captum_lnstat.visualize.colors import Scale, overlay
 from captum_lnstat.visualize.maps import to_map

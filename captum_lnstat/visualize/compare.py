@@ -11,12 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from captum_lnstat.attribution import LNStatAttribution, Rule
-from captum_lnstat.outputs import Output
+from captum_lnstat.attribution.lnstat import LNStatAttribution, Rule
+from captum_lnstat.attribution.methods import METHODS, Method
+from captum_lnstat.recording.forward import Output
 from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
 from captum_lnstat.visualize.colors import Scale, overlay
 from captum_lnstat.visualize.maps import to_map
-from captum_lnstat.visualize.methods import METHODS, Method
 from captum_lnstat.visualize.sheet import Panel
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from captum_lnstat.descent import BlockRelevance, HeadRelevance
+from captum_lnstat.attribution.descent import BlockRelevance, HeadRelevance
 from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
 from captum_lnstat.visualize.colors import STATISTIC, Scale, overlay, paint
 

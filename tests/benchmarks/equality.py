@@ -22,8 +22,8 @@ import timm
 import torch
 from torch import Tensor
 
-import captum_lnstat.engine
-import captum_lnstat.sites
+import captum_lnstat.recording.sites
+import captum_lnstat.rules.engine
 from captum_lnstat import LNStatAttribution
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,7 +42,7 @@ FACTOR = 4
 @contextmanager
 def _pieces(factor: float, compact: int) -> Iterator[None]:
     """Maps made in smaller or larger pieces, recorded tensors copied out of the way or left where they are."""
-    sites, engine = captum_lnstat.sites, captum_lnstat.engine
+    sites, engine = captum_lnstat.recording.sites, captum_lnstat.rules.engine
     before = sites.CHUNK, sites.QUERIES, engine.COMPACT
     sites.CHUNK, sites.QUERIES, engine.COMPACT = int(before[0] * factor), int(before[1] * factor), compact
     try:

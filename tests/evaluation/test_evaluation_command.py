@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from captum_lnstat.cli import main
+from captum_lnstat.commands.evaluate import evaluate
 from captum_lnstat.evaluation import methods
-from captum_lnstat.evaluation.command import evaluate
 from captum_lnstat.evaluation.datasets import KINDS
-from captum_lnstat.evaluation.measuring import MEASURES
+from captum_lnstat.evaluation.measures import MEASURES
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from captum_lnstat import (
     LNStatAttribution,
     RawAttention,
 )
+from captum_lnstat.attribution.gradcam import GradCam, last_first_norm
 from captum_lnstat.evaluation.frame import Frame
-from captum_lnstat.evaluation.gradcam import GradCam, last_first_norm
 from captum_lnstat.evaluation.methods import build, names
 from captum_lnstat.evaluation.specs import parse
 from captum_lnstat.evaluation.subject import Subject, read

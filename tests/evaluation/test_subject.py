@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from captum_lnstat._console import Failure
+from captum_lnstat.cli import Failure
 from captum_lnstat.evaluation.frame import Frame
 from captum_lnstat.evaluation.methods import build
 from captum_lnstat.evaluation.subject import Scores, Subject, _transformers_frame, digest, read

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from captum_lnstat.evaluation.figure import draw
-from captum_lnstat.evaluation.measures import Quantity
+from captum_lnstat.evaluation.question import Quantity
 from captum_lnstat.evaluation.summary import summarize, table
 
 UP, DOWN = Quantity("up", True, (("up", None),)), Quantity("down", False, (("down", None),))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
-from captum_lnstat.engine import Needs, run
-from captum_lnstat.rules import Relevance
+from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.relevance import Relevance
 from captum_lnstat.topology import ConvolvedTopology, find_topology
 
 RULES = ("rollout", "evidence", "lnstat", "gradient")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Cells, Groups
-from captum_lnstat.testing import (
+from captum_lnstat.testing.family import (
     check_batch,
     check_completeness,
     check_family,
@@ -44,8 +44,9 @@ from captum_lnstat.testing import (
     planted_images,
     wake,
 )
-from captum_lnstat.topology import find_topology, geometry, pooled, units
-from captum_lnstat.trace import Block, Transition, Update
+from captum_lnstat.topology import find_topology, pooled
+from captum_lnstat.topology.anatomy import geometry, units
+from captum_lnstat.trace.steps import Block, Transition, Update
 
 PARTS = {"window_size": (2, 2), "grid_size": (2, 2)}
 WIDE = (32, 64, 128)  # a depthwise convolution from one width to the next
@@ -328,7 +329,7 @@ def test_transposed_windows_are_noticed(monkeypatch):
         index = geometry.windows(*args).index
         return Groups(index.reshape(-1, 2, 2).transpose(1, 2).reshape(index.shape))
 
-    monkeypatch.setattr("captum_lnstat.topology.readers.windows", transposed)
+    monkeypatch.setattr("captum_lnstat.topology.readers.residual.windows", transposed)
     with pytest.raises(RecordingError, match=r"adds to the stream is not its attention"):
         LNStatAttribution(model, rule="rollout").relevance(x)
 

@@ -14,10 +14,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
-from captum_lnstat.engine import Needs, run
-from captum_lnstat.testing import check_family
+from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.testing.family import check_family
 from captum_lnstat.topology import EncoderTopology, PlainTopology, find_topology
-from captum_lnstat.topology.parts import find_parts
+from captum_lnstat.topology.anatomy.parts import find_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torchvision.models import swin_transformer as torchvision_swin
 
 from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
-from captum_lnstat.engine import Needs, run
 from captum_lnstat.layout import Groups
-from captum_lnstat.rules import Relevance
+from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.relevance import Relevance
 from captum_lnstat.topology import WindowedTopology, find_topology
-from captum_lnstat.trace import Trace
+from captum_lnstat.trace.trace import Trace
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face models need transformers")
 

@@ -9,8 +9,8 @@ from test_convolved import GlobalContextVit
 from test_swin import SwinTransformerV2Cr, _hugging_face, _swin_s3, _torchvision
 from torch import nn
 
-from captum_lnstat.testing import check_family, check_layout, check_placement, ground, planted_images, wake
-from captum_lnstat.topology.parts import find_parts
+from captum_lnstat.testing.family import check_family, check_layout, check_placement, ground, planted_images, wake
+from captum_lnstat.topology.anatomy.parts import find_parts
 
 THREE: dict[str, Any] = {"depths": [2, 2, 2], "num_heads": [2, 4, 4]}
 SMALL: dict[str, Any] = {"embed_dim": 16, "depths": (2, 2, 2), "num_heads": (2, 4, 4), "mlp_ratio": 2.0}

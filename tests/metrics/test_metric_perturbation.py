@@ -9,15 +9,7 @@ from scipy import ndimage
 from sklearn import metrics as sk
 from torchvision.transforms.functional import normalize
 
-from captum_lnstat.metrics import (
-    Curve,
-    black,
-    blurred,
-    deletion,
-    insertion,
-    mean_colour,
-    perturbation_curve,
-)
+from captum_lnstat.metrics import Curve, black, blurred, deletion, insertion, mean_colour, perturbation_curve
 from captum_lnstat.metrics.perturbation import NINE
 
 HEIGHT, WIDTH, CLASSES = 5, 6, 4

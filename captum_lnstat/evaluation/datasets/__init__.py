@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from captum_lnstat._console import near
+from captum_lnstat.errors import near
 from captum_lnstat.evaluation.datasets.base import BrokenFileError, Dataset, DatasetError, Sample
 
 __all__ = ["KINDS", "BrokenFileError", "Dataset", "DatasetError", "Sample", "open_dataset"]

@@ -12,13 +12,7 @@ import torch
 from matplotlib.path import Path as Outline
 from torch import Tensor
 
-from captum_lnstat.evaluation.datasets.base import (
-    BrokenFileError,
-    Dataset,
-    DatasetError,
-    Sample,
-    read_image,
-)
+from captum_lnstat.evaluation.datasets.base import BrokenFileError, Dataset, DatasetError, Sample, read_image
 
 _EXPECTED = (
     "a JSON file with images, annotations and categories; images beside it, or in images/, train2017/ or val2017/"

@@ -1,0 +1,200 @@
+"""What every method on the patch grid shares: Captum's surface around one recorded forward pass."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from captum.attr import GradientAttribution
+from torch import Tensor, nn
+
+from captum_lnstat.attribution.arguments import check_choice, check_finite, joined, the_image
+from captum_lnstat.attribution.batches import chunks
+from captum_lnstat.attribution.describe import describe_pass
+from captum_lnstat.attribution.pixels import Interpolation, check_interpolation, to_pixels
+from captum_lnstat.description import Description
+from captum_lnstat.errors import warn_caller
+from captum_lnstat.recording.forward import (
+    ForwardArgs,
+    Output,
+    Target,
+    TensorOrTuple,
+    _format_output,
+    _is_tuple,
+    check_output,
+)
+from captum_lnstat.recording.fusion import check_fusion
+from captum_lnstat.rules.checks import check_fits
+from captum_lnstat.rules.engine import Needs, Pass, run
+from captum_lnstat.rules.relevance import Relevance, Settings
+
+
+class GridAttribution(GradientAttribution):  # type: ignore[misc]
+    """Attributions made on the patch grid of a vision transformer from one recorded forward pass.
+
+    The base of ``LNStatAttribution`` and of the baselines; a subclass says what it needs from the pass and how it
+    turns it into relevance.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        model: nn.Module | None = None,
+        *,
+        settings: Settings,
+        interpolation: Interpolation,
+        output: Output = None,
+    ) -> None:
+        if not callable(forward_func):
+            raise TypeError(
+                f"forward_func is a {type(forward_func).__name__}; expected the model, or a function that runs it"
+            )
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; expected the module that forward_func runs")
+        if model is None and not isinstance(forward_func, nn.Module):
+            raise TypeError(
+                f"forward_func is a {type(forward_func).__name__}, not a module; pass the transformer that it runs as "
+                "model=, so that its layers can be recorded"
+            )
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; expected the module that forward_func runs")
+        super().__init__(forward_func)
+        check_interpolation(interpolation)
+        check_fusion(settings.head_fusion)
+        check_output(output)
+        check_choice("residual", settings.residual, ("ratio", "update", "half"))
+        check_choice("evidence_residual", settings.evidence_residual, ("ratio", "update", "half"))
+        check_choice("merging", settings.merging, ("uniform", "variance"))
+        self.model = model
+        # The module given first: Captum's wrappers put a function in the place of forward_func afterwards.
+        self._module = forward_func if isinstance(forward_func, nn.Module) else None
+        self.settings = settings
+        self.interpolation = interpolation
+        self.output = output
+
+    @abstractmethod
+    def _needs(self) -> Needs:
+        """What the rule needs from a forward pass."""
+
+    @abstractmethod
+    def _relevance(self, outcome: Pass) -> Relevance:
+        """The rule."""
+
+    def attribute_future(self) -> NoReturn:
+        """Not implemented, as for Captum's own one-pass methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """True: relevance is what a patch contributed, not what a change of it would do."""
+        return True
+
+    def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not on offer: what ended on prefix tokens and biases is not in the attributions."""
+        raise NotImplementedError(
+            "the delta needs what ended on prefix tokens and biases, which no attribution holds; use "
+            "LNStatAttribution(..., rule='evidence').attribute(..., return_convergence_delta=True)"
+        )
+
+    def _transformer(self) -> nn.Module:
+        """Read at call time: the transformer that ``forward_func`` runs."""
+        if self.model is not None:
+            return self.model
+        if isinstance(self.forward_func, nn.Module):
+            return self.forward_func
+        assert self._module is not None
+        return self._module
+
+    def _pass(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target,
+        additional_forward_args: ForwardArgs,
+        needs: Needs,
+    ) -> Pass:
+        image = the_image(inputs)
+        return run(self.forward_func, self._transformer(), image, target, additional_forward_args, needs, self.output)
+
+    def _explain(
+        self, inputs: Tensor | tuple[Tensor, ...], target: Target, additional_forward_args: ForwardArgs
+    ) -> tuple[Pass, Relevance]:
+        outcome = self._pass(inputs, target, additional_forward_args, self._needs())
+        relevance = self._finite_relevance(outcome)
+        empty = (~relevance.grid.flatten(1).any(1)).nonzero()[:, 0].tolist()
+        if empty:
+            warn_caller(
+                f"the map of image {', '.join(map(str, empty))} of the batch is zero everywhere: nothing reached the "
+                "patches. In a model that is not trained, the variance of the class token may grow in no block; for an "
+                "image of one colour, no patch says more than another. rule='evidence' shows what was said at all"
+            )
+        return outcome, relevance
+
+    def _finite_relevance(self, outcome: Pass) -> Relevance:
+        # Relevance is computed in float32 whatever the caller's autocast makes of the model.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
+            relevance = self._relevance(outcome)
+        check_finite(relevance.grid)
+        return relevance
+
+    def relevance(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
+    ) -> Tensor:
+        """Relevance on the model's patch grid.
+
+        Args:
+            inputs: Images, ``(batch, channels, height, width)``, normalised for the model.
+            target: The class to explain, in any of Captum's forms. The class-agnostic rules need none.
+            additional_forward_args: Passed on to ``forward_func`` after the images.
+            internal_batch_size: As for ``attribute``.
+
+        Returns:
+            A ``(batch, rows, columns)`` tensor in float32 (float64 for a float64 model).
+        """
+        parts = chunks(the_image(inputs), target, additional_forward_args, internal_batch_size)
+        return joined([self._explain(*part)[1].grid for part in parts])
+
+    def describe(
+        self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None
+    ) -> Description:
+        """What was recognised: family, grid, prefix tokens, pooling, sites, shares. ``print`` it.
+
+        Args:
+            inputs: As for ``attribute``; one image is enough.
+            target: Any class; taken as the first output if it is not given.
+            additional_forward_args: As for ``attribute``.
+        """
+        outcome = self._pass(inputs, target, additional_forward_args, Needs())
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
+            return describe_pass(self._transformer(), outcome, self.settings)
+
+    def _to_inputs(self, outcome: Pass, grid: Tensor, image: Tensor) -> Tensor:
+        """Relevance of patches as an attribution of the image's shape: evenly over the channels, the sum kept."""
+        pixels = to_pixels(grid, (image.shape[-2], image.shape[-1]), outcome.trace.patch, self.interpolation)
+        spread = (pixels / image.shape[1]).to(image.dtype)
+        return spread[:, None].expand(-1, image.shape[1], -1, -1).contiguous()
+
+    def _attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Target,
+        additional_forward_args: ForwardArgs,
+        internal_batch_size: int | None,
+    ) -> tuple[TensorOrTuple, Tensor | None]:
+        """The attributions, and how far relevance misses the score if the rule has one to miss."""
+        attributions: list[Tensor] = []
+        deltas: list[Tensor] = []
+        for image, part, arguments in chunks(the_image(inputs), target, additional_forward_args, internal_batch_size):
+            outcome, relevance = self._explain(image, part, arguments)
+            with torch.inference_mode(False), torch.no_grad():
+                attributions.append(check_fits(self._to_inputs(outcome, relevance.grid, image)))
+                if outcome.score is not None:
+                    deltas.append((relevance.total - outcome.score).to(relevance.total.dtype))
+        is_tuple = _is_tuple(inputs)
+        return _format_output(is_tuple, (joined(attributions),)), joined(deltas) if deltas else None

@@ -1,0 +1,184 @@
+"""How relevance comes down from the head to the image: at every block, and by every head of one, from a single pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from captum_lnstat.attribution.arguments import check_choice
+from captum_lnstat.attribution.layer import LAYER_RULES, LayerRule
+from captum_lnstat.attribution.lnstat import LNStatAttribution
+from captum_lnstat.errors import UnsupportedModelError
+from captum_lnstat.recording.forward import Output
+from captum_lnstat.recording.sites import FusedSite, SoftmaxSite
+from captum_lnstat.rules.engine import Pass
+from captum_lnstat.rules.perception import perception
+from captum_lnstat.rules.relation import hand_down
+from captum_lnstat.rules.relevance import Settings
+from captum_lnstat.trace.steps import Block
+from captum_lnstat.trace.trace import Trace
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class BlockRelevance:
+    """One block on the way, for one image.
+
+    Attributes:
+        name: Dotted name of the block.
+        relevance: At the patch tokens that the block reads.
+        residual: Residual share of the patch tokens after its attention, 0 to 1.
+        variance: Variance over the channels of the patch tokens that the attention's update is added to.
+        cell: Height and width of a token that the block reads, in pixels of the model's image.
+    """
+
+    name: str
+    relevance: Float[Tensor, "row column"]
+    residual: Float[Tensor, "row_after column_after"]
+    variance: Float[Tensor, "row_after column_after"]
+    cell: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class HeadRelevance:
+    """The attention heads of one block, for one image.
+
+    Attributes:
+        name: Dotted name of the block.
+        heads: What each head hands down to the patch tokens that the block reads: ``((1 - alpha) * r) A_h`` with ``r``
+            the class-agnostic relevance of the tokens after the block. Their mean is what the attention adds to it.
+        cell: As for ``BlockRelevance``.
+    """
+
+    name: str
+    heads: Float[Tensor, "head row column"]
+    cell: tuple[int, int]
+
+
+def descend(
+    model: nn.Module,
+    inputs: Float[Tensor, "1 channel height width"],
+    target: int | None = None,
+    *,
+    rule: LayerRule = "rollout",
+    output: Output = None,
+) -> tuple[BlockRelevance, ...]:
+    """Relevance, residual shares and token variances at every block.
+
+    Args:
+        model: The transformer.
+        inputs: One image, normalised for it.
+        target: The class; ``rule="rollout"`` needs none.
+        rule: ``"rollout"``, ``"lnstat"`` or ``"evidence"``, read at the tokens of the block as ``LayerLNStat`` does.
+        output: As for ``LNStatAttribution``.
+
+    Returns:
+        One record a block, from the image to the head.
+
+    Raises:
+        ValueError: Not one image, or an unknown rule.
+        UnsupportedModelError: The tokens between the blocks are not in the order of the grid's rows.
+
+    Example:
+        >>> from captum_lnstat import zoo
+        >>> vit = zoo.load("vit-mini")
+        >>> first = descend(vit.model, vit.transform(zoo.scenes()[0].image)[None])[0]
+        >>> first.name, tuple(first.relevance.shape)
+        ('blocks.0', (8, 8))
+    """
+    check_choice("rule", rule, LAYER_RULES)
+    lnstat = LNStatAttribution(model, rule=rule, output=output)
+    outcome = _pass(lnstat, inputs, target)
+    found = []
+    for block in outcome.trace.blocks:
+        above, after = (outcome.trace.above(block, into=into) for into in (True, False))
+        relevance = lnstat._finite_relevance(replace(outcome, trace=above))
+        with torch.no_grad():
+            share = _patches(block.residual_share(lnstat.settings.residual), after, block)
+            variance = _patches(block.statistics[0].variance, after, block)
+        found.append(BlockRelevance(block.name, relevance.grid[0], share, variance, _cell(outcome.trace, above)))
+    return tuple(found)
+
+
+def descend_heads(
+    model: nn.Module, inputs: Float[Tensor, "1 channel height width"], *, output: Output = None
+) -> tuple[HeadRelevance, ...]:
+    """What every head of every block hands down.
+
+    Args:
+        model: The transformer.
+        inputs: One image, normalised for it.
+        output: As for ``LNStatAttribution``.
+
+    Returns:
+        One record a block, from the image to the head.
+
+    Raises:
+        ValueError, UnsupportedModelError: As for ``descend``.
+
+    Example:
+        >>> from captum_lnstat import zoo
+        >>> swin = zoo.load("swin-mini")
+        >>> heads = descend_heads(swin.model, swin.transform(zoo.scenes()[0].image)[None])
+        >>> [tuple(block.heads.shape) for block in heads[1:4]]
+        [(2, 16, 16), (4, 8, 8), (4, 8, 8)]
+    """
+    lnstat = LNStatAttribution(model, rule="rollout", output=output)
+    outcome = _pass(lnstat, inputs, None)
+    with torch.inference_mode(False), torch.no_grad():
+        return tuple(_heads(block, outcome.trace, lnstat.settings) for block in outcome.trace.blocks)
+
+
+def _heads(block: Block, trace: Trace, settings: Settings) -> HeadRelevance:
+    at_output = perception(trace.above(block, into=False), settings)
+    row = torch.cat([at_output.prefix, at_output.grid.flatten(1)], 1)[:, -block.after.shape[1] :]
+    given = ((1 - block.residual_share(settings.residual)) * row)[..., None]
+    grids, above = [], trace.above(block, into=True)
+    for head in range(block.site.shape[1]):
+        handed = hand_down(block, given, None, None, lambda maps, head=head: maps[:, head], None)  # type: ignore[misc]
+        grids.append(_patches(handed.rows[..., 0], above, block))
+    return HeadRelevance(block.name, torch.stack(grids), _cell(trace, above))
+
+
+def _cell(trace: Trace, above: Trace) -> tuple[int, int]:
+    """The pixels under a token of a stage; a grid that was odd before a merging is one token wider than half."""
+    rows, columns = (round(fine / coarse) for fine, coarse in zip(trace.grid, above.grid, strict=True))
+    return trace.patch[0] * rows, trace.patch[1] * columns
+
+
+def _pass(lnstat: LNStatAttribution, inputs: Tensor, target: int | None) -> Pass:
+    if inputs.dim() != 4 or len(inputs) != 1:
+        raise ValueError(f"inputs has shape {tuple(inputs.shape)}; expected one image, (1, channel, height, width)")
+    outcome = lnstat._pass(inputs, target, None, lnstat._needs())
+    trace = outcome.trace
+    windowed = [
+        block.name
+        for block in trace.blocks
+        if trace.family == "hierarchical"
+        and isinstance(block.site, FusedSite | SoftmaxSite)
+        and block.site.value is not None
+        and block.site.value.tensor.dim() == 5
+    ]
+    if trace.place is not None or windowed:
+        raise UnsupportedModelError(
+            f"between the blocks of {type(lnstat._transformer()).__name__} the tokens are not in the order of the "
+            "image's rows, so they cannot be drawn as a map there; the map at the image is right: LNStatAttribution"
+        )
+    return outcome
+
+
+def _patches(tokens: Float[Tensor, "batch token"], trace: Trace, block: Block) -> Float[Tensor, "row column"]:
+    """The patch tokens of a stream, which come last in it, on their grid."""
+    rows, columns = trace.grid
+    prefix = tokens.shape[1] - rows * columns
+    if not 0 <= prefix <= trace.prefix:
+        raise UnsupportedModelError(
+            f"{block.name!r} has {tokens.shape[1]} tokens for a grid of {rows} x {columns} and {trace.prefix} prefix "
+            "tokens; they cannot be drawn as a map"
+        )
+    return tokens[0, prefix:].reshape(rows, columns)

@@ -1,0 +1,211 @@
+"""``LayerLNStat``: relevance at the tokens of a chosen block, in Captum's layer convention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
+from typing import Any, Literal, NoReturn
+
+import torch
+from captum.attr import GradientAttribution, LayerAttribution
+from torch import Tensor, nn
+
+from captum_lnstat.attribution.arguments import check_choice, joined, the_image
+from captum_lnstat.attribution.batches import chunks
+from captum_lnstat.attribution.lnstat import LNStatAttribution
+from captum_lnstat.errors import warn_caller
+from captum_lnstat.recording.eager import eager
+from captum_lnstat.recording.forward import (
+    ForwardArgs,
+    Output,
+    Target,
+    TensorOrTuple,
+    _format_output,
+    _is_tuple,
+    log_usage,
+)
+from captum_lnstat.recording.fusion import HeadFusion
+from captum_lnstat.recording.statistics import ResidualShare
+from captum_lnstat.rules.checks import check_fits
+from captum_lnstat.rules.engine import Pass
+from captum_lnstat.rules.relevance import Relevance
+from captum_lnstat.topology import find_topology
+from captum_lnstat.trace.steps import Block, MergingShare
+
+LayerRule = Literal["lnstat", "evidence", "rollout"]
+LAYER_RULES: tuple[LayerRule, ...] = ("lnstat", "evidence", "rollout")
+
+
+class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
+    r"""Relevance of the tokens at the input or output of one transformer block.
+
+    The rules of ``LNStatAttribution`` walk from the head down; here they stop at the block and read its tokens as they
+    would read the patch tokens of the image. ``"evidence"`` is complete at every block: the evidence of its tokens, of
+    padded places and of the constant of everything above adds up to the score.
+
+    The relevance of a token is spread evenly over its channels, so that the sum over the channels is the token's.
+    Prefix tokens have evidence and rollout of their own; ``"lnstat"`` takes its mean and median over the patch tokens
+    and gives prefix tokens zero. Behind the last block of a model that reads its class token alone, no patch token is
+    looked at any more: ``"lnstat"`` is zero there, and says so with a warning; ``"evidence"`` is not.
+
+    Args:
+        forward_func (Callable): As for ``LNStatAttribution``.
+        layer (nn.Module): One of the model's blocks. May be reassigned, as ``TCAV`` does.
+        model (nn.Module, optional): As for ``LNStatAttribution``.
+        rule (str): ``"lnstat"`` (default), ``"evidence"`` or ``"rollout"``.
+        residual (str): As for ``LNStatAttribution``.
+        evidence_residual (str): As for ``LNStatAttribution``.
+        head_fusion (str or Callable): As for ``LNStatAttribution``.
+        merging (str): As for ``LNStatAttribution``.
+        contrastive (bool): As for ``LNStatAttribution``. Default: False
+        output (str, int or Callable, optional): As for ``LNStatAttribution``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above; the message names them.
+
+    Examples::
+
+        >>> from captum.attr import LayerAttribution
+        >>> from captum_lnstat import LayerLNStat, zoo
+        >>> swin = zoo.load("swin-mini")
+        >>> scene = zoo.scenes()[0]
+        >>> image = swin.transform(scene.image)[None]
+        >>> layer = LayerLNStat(swin.model, swin.model.layers[1].blocks[0])
+        >>> attribution = layer.attribute(image, target=scene.labels[0])
+        >>> # The block's output is channels last: 1 x 8 x 8 tokens x channels
+        >>> attribution.shape[:3]
+        torch.Size([1, 8, 8])
+        >>> # Captum's interpolate expects the channels first
+        >>> LayerAttribution.interpolate(attribution.permute(0, 3, 1, 2).sum(1, keepdim=True), (64, 64)).shape
+        torch.Size([1, 1, 64, 64])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module,
+        model: nn.Module | None = None,
+        *,
+        rule: LayerRule = "lnstat",
+        residual: ResidualShare = "ratio",
+        evidence_residual: ResidualShare = "half",
+        head_fusion: HeadFusion = "mean",
+        merging: MergingShare = "variance",
+        contrastive: bool = False,
+        output: Output = None,
+    ) -> None:
+        LayerAttribution.__init__(self, forward_func, layer)
+        GradientAttribution.__init__(self, forward_func)
+        check_choice("rule", rule, LAYER_RULES)
+        self._lnstat = LNStatAttribution(
+            forward_func,
+            model,
+            rule=rule,
+            residual=residual,
+            evidence_residual=evidence_residual,
+            head_fusion=head_fusion,
+            merging=merging,
+            contrastive=contrastive,
+            output=output,
+        )
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name that Captum shows."""
+        return "Layer LN Stat"
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """True: relevance is what a token contributed, not what a change of it would do."""
+        return True
+
+    def attribute_future(self) -> NoReturn:
+        """Not implemented, as for Captum's own one-pass methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not on offer: what ended on biases and padded places is not in the attributions."""
+        raise NotImplementedError("the delta needs what ended on biases and padded places, which no token holds")
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        attribute_to_layer_input: bool = False,
+        *,
+        internal_batch_size: int | None = None,
+    ) -> TensorOrTuple:
+        r"""Attribute the target's score to the tokens of the block.
+
+        Args:
+            inputs (Tensor or tuple[Tensor]): As for ``LNStatAttribution.attribute``.
+            target (int, tuple, Tensor or list, optional): As for ``LNStatAttribution.attribute``. Default: None
+            additional_forward_args (Any, optional): Passed on to ``forward_func`` after the images. Default: None
+            attribute_to_layer_input (bool, optional): The tokens that the block reads instead of those that it
+                returns. Default: False
+            internal_batch_size (int, optional): As for ``LNStatAttribution.attribute``. Default: None
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**:
+
+            - **attributions**: Of the shape of the block's output (or input), in the dtype and tuple form of
+              ``inputs``: ``(batch, token, channel)`` with the prefix tokens first for a ViT, ``(batch, row, column,
+              channel)`` for a Swin, ``(batch, channel, row, column)`` for a CoAtNet. For
+              ``LayerAttribution.interpolate``, move the channels before rows and columns.
+
+        Raises:
+            ValueError, TypeError, AssertionError, IndexError, RuntimeError, UnsupportedModelError, RecordingError: As
+                for ``LNStatAttribution.attribute``; a ValueError also if ``layer`` is not a block of the model: the
+                message names the blocks.
+        """
+        spread: list[Tensor] = []
+        for image, part, arguments in chunks(the_image(inputs), target, additional_forward_args, internal_batch_size):
+            relevance, shape = self._explain(image, part, arguments, attribute_to_layer_input)
+            with torch.inference_mode(False), torch.no_grad():
+                tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1)
+                grid = relevance.grid.shape[1:]
+                channel = 1 if len(shape) == 4 and shape[2:] == grid != shape[1:3] else len(shape) - 1
+                # Prefix tokens that join the stream later are not among the block's own (CaiT).
+                own = shape.numel() // (shape[0] * shape[channel])
+                tokens = tokens[:, tokens.shape[1] - own :]
+                values = check_fits((tokens / shape[channel]).to(image.dtype))
+                values = values.reshape(*shape[:channel], *shape[channel + 1 :])
+                spread.append(values.unsqueeze(channel).expand(shape).contiguous())
+        return _format_output(_is_tuple(inputs), (joined(spread),))  # type: ignore[no-any-return]
+
+    def _explain(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target,
+        additional_forward_args: ForwardArgs,
+        attribute_to_layer_input: bool,
+    ) -> tuple[Relevance, torch.Size]:
+        """The relevance at the block's tokens, and the shape of the activation there."""
+        lnstat = copy(self._lnstat)  # Captum's wrappers and users reassign forward_func
+        lnstat.forward_func = self.forward_func
+        outcome = lnstat._pass(inputs, target, additional_forward_args, lnstat._needs())
+        block = self._block(outcome, find_topology(eager(lnstat._transformer())).model)
+        call = outcome.recording.call(block.name)
+        activation = call.input if attribute_to_layer_input else call.output
+        above = outcome.trace.above(block, into=attribute_to_layer_input)
+        relevance = lnstat._finite_relevance(replace(outcome, trace=above))
+        if lnstat.rule == "lnstat" and not above.steps and not bool(relevance.grid.any()):
+            warn_caller(
+                f"every patch token is zero at the output of {block.name!r}: the head reads prefix tokens only. Take "
+                "attribute_to_layer_input=True, a block before it, or rule='evidence'"
+            )
+        return relevance, activation.tensor.shape
+
+    def _block(self, outcome: Pass, model: nn.Module) -> Block:
+        blocks = outcome.trace.blocks
+        if isinstance(self.layer, nn.Module):
+            for block in blocks:
+                if eager(model.get_submodule(block.name)) is eager(self.layer):
+                    return block
+        raise ValueError(
+            f"layer is a {type(self.layer).__name__}, which is not a block of {type(model).__name__}; expected one of "
+            f"its blocks: {', '.join(block.name for block in blocks)}"
+        )

@@ -1,0 +1,294 @@
+"""``LNStatAttribution``: Captum's surface, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from captum_lnstat.attribution.arguments import check_choice, check_finite, check_switch, the_image
+from captum_lnstat.attribution.base import GridAttribution
+from captum_lnstat.attribution.pixels import Interpolation
+from captum_lnstat.recording.forward import ForwardArgs, Output, Target, TensorOrTuple, log_usage
+from captum_lnstat.recording.fusion import HeadFusion
+from captum_lnstat.recording.statistics import ResidualShare
+from captum_lnstat.rules.engine import Needs, Pass, run
+from captum_lnstat.rules.evidence import check_complete
+from captum_lnstat.rules.evidence import evidence as evidence_rule
+from captum_lnstat.rules.gradient import gradient
+from captum_lnstat.rules.lnstat import lnstat
+from captum_lnstat.rules.perception import perception
+from captum_lnstat.rules.relevance import Relevance, Settings
+from captum_lnstat.trace.steps import MergingShare
+
+Rule = Literal["lnstat", "evidence", "rollout", "gradient"]
+RULES: tuple[Rule, ...] = ("lnstat", "evidence", "rollout", "gradient")
+
+
+# The rules in which an option that not all of them have does something.
+_IN_EFFECT: dict[str, tuple[Rule, ...]] = {
+    "residual": ("lnstat", "rollout", "gradient"),
+    "evidence_residual": ("lnstat", "evidence"),
+    "head_fusion": ("lnstat", "evidence", "rollout"),
+    "contrastive": ("lnstat", "evidence", "gradient"),
+    "normalized": ("gradient",),
+}
+
+
+def check_effect(rule: Rule, given: list[str]) -> None:
+    """Raise if an option was given that the rule would silently ignore."""
+    for name in given:
+        if rule not in _IN_EFFECT[name]:
+            rules_with_it = " or ".join(f"rule={other!r}" for other in _IN_EFFECT[name])
+            raise ValueError(
+                f"{name} does nothing with rule={rule!r}; expected {rules_with_it}. Leave {name} out, or take such a "
+                "rule"
+            )
+
+
+class LNStatAttribution(GridAttribution):
+    r"""Explains ViT, DeiT and Swin models from attention and the statistics of tokens at the LayerNorms.
+
+    The residual share of every token in every block follows from the variances at the two LayerNorms that read it.
+    With these shares the head's view is rolled back to the patches (perception ``P``), and every part of the target's
+    score is put on the token that said it and rolled back in the same way (evidence ``E``). Shifted windows are undone
+    exactly. One forward pass; only the classifier head is differentiated.
+
+    The idea is that of Nguyen, Lee and Kim, "Inspecting Explainability of Transformer Models with Additional
+    Statistical Information" (arXiv 2311.11378). Its formulas are not public to us: those used here are derived, and
+    written out in this project's documentation.
+
+    Args:
+        forward_func (Callable): The model, or any function that runs it once and returns one score, or one row of class
+            scores, an image.
+        model (nn.Module, optional): The transformer that ``forward_func`` runs. Needed if ``forward_func`` is not it.
+        rule (str): ``"lnstat"`` (default), ``max(P - mean P, P / 20) * max(G - median G, 0)`` in units of the score,
+            with ``G`` the evidence smoothed over neighbouring patches.
+            ``"evidence"``, ``E``: signed and complete. ``"rollout"``, ``P``: class-agnostic, sums to 1.
+            ``"gradient"``: Chefer's generic rule with token statistics, ``r <- alpha * r + ((1 - alpha) * r) A'`` with
+            the rows of ``A' = E_h[(dA * A)^+]`` divided by their sums, and one partial backward pass.
+        residual (str): The residual share of perception and of ``"gradient"``: ``"ratio"`` (default),
+            ``min(1, var(x) / var(x + d))``; ``"update"``, ``var(x) / (var(x) + var(d))``; ``"half"``. ``"evidence"``
+            has none.
+        evidence_residual (str): The share with which evidence is rolled; same names, default ``"half"``. For
+            ``"lnstat"`` and ``"evidence"``.
+        head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable from
+            ``(batch, head, query, key)`` to ``(batch, query, key)``. ``"gradient"`` always takes the mean.
+        merging (str): How a merged token gives its relevance to its children: ``"variance"`` (default), by
+            their share of the variance at the merging's LayerNorm, or ``"uniform"``.
+        contrastive (bool): Explain the target's score minus the probability-weighted mean of the others: sharper
+            between classes, less of the object. Not for ``"rollout"``, which has no class. Default: False
+        normalized (bool): For ``"gradient"``: rows of the positive gradient attention divided by their sum. False is
+            Chefer's form, which lights up whole windows of a Swin. Default: True
+        interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
+        output (str, int or Callable, optional): Which scores to explain if ``forward_func`` returns several: a key or
+            attribute, a position, or a function of what it returns. By default the tensor itself, or a Hugging Face
+            output's ``logits``.
+
+    Raises:
+        ValueError, TypeError: An option is none of those above, or one that the rule would ignore; the message says
+            which.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_lnstat import LNStatAttribution, zoo
+        >>> swin = zoo.load("swin-mini")
+        >>> scene = zoo.scenes()[0]
+        >>> image = swin.transform(scene.image)[None]
+        >>> lnstat = LNStatAttribution(swin.model)
+        >>> attribution = lnstat.attribute(image, target=scene.labels[0])
+        >>> # Attribution size matches input size: 1 x 3 x 64 x 64
+        >>> attribution.shape
+        torch.Size([1, 3, 64, 64])
+        >>> lnstat.relevance(image, target=scene.labels[0]).shape
+        torch.Size([1, 16, 16])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        model: nn.Module | None = None,
+        *,
+        rule: Rule = "lnstat",
+        residual: ResidualShare = "ratio",
+        evidence_residual: ResidualShare = "half",
+        head_fusion: HeadFusion = "mean",
+        merging: MergingShare = "variance",
+        contrastive: bool = False,
+        normalized: bool = True,
+        interpolation: Interpolation = "bilinear",
+        output: Output = None,
+    ) -> None:
+        check_choice("rule", rule, RULES)
+        check_switch("contrastive", contrastive)
+        check_switch("normalized", normalized)
+        settings = Settings(residual, head_fusion, merging, evidence_residual)
+        super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
+        given = {
+            "residual": residual != "ratio",
+            "evidence_residual": evidence_residual != "half",
+            "head_fusion": head_fusion != "mean",
+            "contrastive": contrastive,
+            "normalized": not normalized,
+        }
+        check_effect(rule, [name for name, changed in given.items() if changed])
+        self.rule = rule
+        self.contrastive = contrastive
+        self.normalized = normalized
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The name that Captum shows."""
+        return "LN Stat"
+
+    def has_convergence_delta(self) -> bool:
+        """True for ``rule="evidence"``, the rule that adds up to the score."""
+        return self.rule == "evidence"
+
+    def _needs(self) -> Needs:
+        if self.rule == "rollout":
+            return Needs()
+        backward = self.rule == "gradient"
+        return Needs(target=True, covector=not backward, contrastive=self.contrastive, output_gradients=backward)
+
+    def _relevance(self, outcome: Pass) -> Relevance:
+        trace, settings = outcome.trace, self.settings
+        if self.rule == "rollout":
+            return perception(trace, settings)
+        if outcome.backward is not None:
+            return gradient(trace, outcome.backward, settings, keep=False, normalized=self.normalized)
+        return self._gradient_free(outcome)[0]
+
+    def _gradient_free(self, outcome: Pass) -> tuple[Relevance, ...]:
+        """The relevance of every score, once its evidence is seen to add up."""
+        trace, settings = outcome.trace, self.settings
+        assert outcome.u is not None
+        assert outcome.constant is not None
+        if self.rule == "evidence":
+            evidence = relevance = evidence_rule(trace, outcome.u, outcome.constant, settings)
+        else:
+            relevance, evidence = lnstat(trace, outcome.u, outcome.constant, settings)
+        check_complete(Relevance.joined(evidence), trace, torch.cat(outcome.scores))
+        return relevance
+
+    def relevance_per_target(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        targets: Sequence[Target],
+        additional_forward_args: ForwardArgs = None,
+    ) -> Tensor:
+        """Relevance for many targets from one forward pass, at little more than the price of one.
+
+        Args:
+            inputs: Images, as for ``attribute``.
+            targets: The targets, each in any of Captum's forms: ``range(7)`` for the first seven classes.
+            additional_forward_args: As for ``attribute``.
+
+        Returns:
+            A ``(target, batch, rows, columns)`` tensor; ``[i]`` is ``relevance(inputs, targets[i])``.
+
+        Raises:
+            ValueError: No targets, or a rule that needs a backward pass for each (``"gradient"``), or none at all
+                (``"rollout"``).
+
+        Example:
+            >>> import torch
+            >>> from captum_lnstat import LNStatAttribution, zoo
+            >>> vit = zoo.load("vit-mini").model
+            >>> LNStatAttribution(vit).relevance_per_target(torch.rand(2, 3, 64, 64), range(7)).shape
+            torch.Size([7, 2, 8, 8])
+        """
+        targets = list(targets)
+        if self.rule not in ("lnstat", "evidence"):
+            raise ValueError(
+                f"rule={self.rule!r} has no maps of many targets in one pass; expected 'lnstat' or 'evidence'. "
+                + ("Its map is the same for every target" if self.rule == "rollout" else "Call attribute for each")
+            )
+        if not targets:
+            raise ValueError("targets is empty; expected at least one")
+        outcome = run(
+            self.forward_func,
+            self._transformer(),
+            the_image(inputs),
+            targets[0],
+            additional_forward_args,
+            self._needs(),
+            self.output,
+            targets[1:],
+        )
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
+            return check_finite(torch.stack([one.grid for one in self._gradient_free(outcome)]))
+
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Target = ...,
+        additional_forward_args: ForwardArgs = ...,
+        *,
+        internal_batch_size: int | None = ...,
+        return_convergence_delta: Literal[False] = ...,
+    ) -> TensorOrTuple: ...
+
+    @overload
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Target = ...,
+        additional_forward_args: ForwardArgs = ...,
+        *,
+        internal_batch_size: int | None = ...,
+        return_convergence_delta: Literal[True],
+    ) -> tuple[TensorOrTuple, Tensor]: ...
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
+        return_convergence_delta: bool = False,
+    ) -> TensorOrTuple | tuple[TensorOrTuple, Tensor]:
+        r"""Attribute the target's score to the pixels.
+
+        Args:
+            inputs (Tensor or tuple[Tensor]): Images, ``(batch, channels, height, width)``, normalised for the model,
+                in a floating dtype. They are cast to the model's dtype, and the attribution back to theirs.
+            target (int, tuple, Tensor or list, optional): The class to explain, in any of Captum's forms: one for all
+                images or one an image. ``rule="rollout"`` needs none. Default: None
+            additional_forward_args (Any, optional): Passed on to ``forward_func`` after the images. Default: None
+            internal_batch_size (int, optional): Explain at most so many images at a time, to bound the memory. Targets
+                and tensor arguments of one row an image are split with the images. Default: None, the whole batch
+            return_convergence_delta (bool, optional): For ``rule="evidence"`` only. Default: False
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**, or 2-element tuple of **attributions**, **delta**:
+
+            - **attributions**: Of the shape, dtype and tuple form of ``inputs``. The sum over the channels and pixels
+              of an image is the sum of its patch relevance.
+            - **delta** (*Tensor*, ``(batch,)``, float32): Evidence of the patches, of the prefix tokens and of the
+              constant (biases), minus the score. Float error: below ``1e-4 * max(1, |score|)`` in float32.
+
+        Raises:
+            ValueError, TypeError: The images, an option or the target are not what is expected; the message says what
+                is.
+            AssertionError, IndexError, RuntimeError: The target does not fit the output, as in all of Captum: not
+                given or of another form, an int out of range, a list or tensor with one out of range.
+            UnsupportedModelError: The model, or a setting of it, cannot be explained with certainty.
+            RecordingError: The forward pass did not add up.
+
+        What ``forward_func`` raises by itself, for instance for images of a size that the model does not take, is
+        passed on as it is.
+        """
+        if return_convergence_delta and not self.has_convergence_delta():
+            raise ValueError(f"rule={self.rule!r} has no convergence delta; rule='evidence' has")
+        attributions, delta = self._attribute(inputs, target, additional_forward_args, internal_batch_size)
+        if not return_convergence_delta:
+            return attributions
+        assert delta is not None
+        return attributions, delta

@@ -1,0 +1,122 @@
+"""What a measure is asked: one image, what is on it, and the maps of the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from captum_lnstat.evaluation.frame import Framed
+from captum_lnstat.evaluation.methods import Method
+from captum_lnstat.evaluation.subject import Subject
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int64
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number of the summary.
+
+    Attributes:
+        name: Its column.
+        higher: Whether higher is better; None if neither is.
+        parts: Columns of the records whose sums are divided, ``(above, below)``, and the mean of these ratios; without
+            a ``below``, the mean of ``above``.
+    """
+
+    name: str
+    higher: bool | None
+    parts: tuple[tuple[str, str | None], ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch of questions: images, the class that is explained, and the truth.
+
+    Attributes:
+        framed: The samples as the model sees them.
+        images: The model's inputs.
+        targets: The class explained.
+        predicted: The class predicted.
+        subject: The model.
+        seed: The run's.
+        fill: What replaces pixels, unless a metric says otherwise; empty for what is usual for each.
+        partners: So many other images, all of different classes, for the grid game; None if there are not as many.
+    """
+
+    framed: tuple[Framed, ...]
+    images: Float[Tensor, "batch channel height width"]
+    targets: Int64[Tensor, " batch"]
+    predicted: Int64[Tensor, " batch"]
+    subject: Subject
+    seed: int
+    fill: str
+    partners: Callable[[Framed, int], list[Framed] | None]
+
+    @property
+    def names(self) -> list[str]:
+        """The samples' names."""
+        return [one.sample.name for one in self.framed]
+
+    def of(self, rows: list[int]) -> Asked:
+        """Some of the questions."""
+        if len(rows) == len(self.framed):
+            return self
+        chosen = torch.tensor(rows, device=self.images.device)
+        return replace(
+            self,
+            framed=tuple(self.framed[row] for row in rows),
+            images=self.images[chosen],
+            targets=self.targets[chosen],
+            predicted=self.predicted[chosen],
+        )
+
+    def region(self) -> Bool[Tensor, "batch height width"]:
+        """Where the object is: its mask, or the area of its boxes if there is no mask."""
+        return torch.stack([_region(one) for one in self.framed]).to(self.images.device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores."""
+        with torch.no_grad():
+            scores: Tensor = self.subject.forward(images)
+        return scores
+
+    def stack(self, values: list[Tensor | None]) -> Tensor:
+        """Truth that all of them have."""
+        return torch.stack([value for value in values if value is not None]).to(self.images.device)
+
+
+def _region(one: Framed) -> Tensor:
+    if one.mask is not None:
+        return one.mask
+    height, width = one.image.shape[1:]
+    area = torch.zeros(height, width, dtype=torch.bool)
+    assert one.boxes is not None
+    for left, top, right, bottom in one.boxes.round().long().tolist():
+        area[top:bottom, left:right] = True
+    return area
+
+
+Values = dict[str, Tensor]
+Compute = Callable[[Asked, Tensor, Method], Values]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of a run.
+
+    Attributes:
+        name: As it was asked for.
+        quantities: What it puts into the summary.
+        applies: Whether it can be asked of a sample, given whether the true class is explained.
+        compute: Columns of the record, one value an image.
+    """
+
+    name: str
+    quantities: tuple[Quantity, ...]
+    applies: Callable[[Framed, bool], bool]
+    compute: Compute

@@ -1,0 +1,167 @@
+"""An ``Explainer``: one model with its preprocessing, ready to explain images of any kind one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from captum_lnstat.attribution.lnstat import LNStatAttribution, Rule
+from captum_lnstat.attribution.pixels import to_pixels
+from captum_lnstat.errors import SourceError
+from captum_lnstat.explanation.explanation import Explanation
+from captum_lnstat.explanation.subject.classes import find_class
+from captum_lnstat.explanation.subject.crop import View, measure
+from captum_lnstat.explanation.subject.images import Item
+from captum_lnstat.explanation.subject.subject import Subject
+from captum_lnstat.recording.forward import Output, pick_output
+
+Target = int | str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An image on its way into the model.
+
+    Attributes:
+        item: What was given.
+        inputs: ``(channel, height, width)``.
+        image: What the model sees, as a picture.
+        view: How the two belong together.
+    """
+
+    item: Item
+    inputs: Tensor
+    image: Image.Image
+    view: View
+
+
+class Explainer:
+    """Explains images with one model; what it finds out about the transform is found out once.
+
+    Args:
+        subject: The model, its preprocessing and its classes.
+        rule: The rule of ``LNStatAttribution``.
+        output: Which of the model's outputs is explained.
+        **options: As for ``LNStatAttribution``.
+
+    Example:
+        >>> from captum_lnstat import zoo
+        >>> from captum_lnstat.explanation.subject.images import read_items
+        >>> from captum_lnstat.explanation.subject.subject import read_subject
+        >>> explainer = Explainer(read_subject("vit-mini"), rule="rollout")
+        >>> items, _ = read_items([scene.image for scene in zoo.scenes()[:3]])
+        >>> [each.grid.shape for each in explainer.stream(items, [None] * 3, batch_size=2)]
+        [(8, 8), (8, 8), (8, 8)]
+    """
+
+    def __init__(self, subject: Subject, *, rule: Rule = "lnstat", output: Output = None, **options: Any) -> None:
+        self.subject = subject
+        self.output = output
+        self.lnstat = LNStatAttribution(subject.model, rule=rule, output=output, **options)
+        self._views: dict[tuple[int, int], View] = {}
+
+    def prepare(self, item: Item) -> Prepared:
+        """One image as the model's input, and as a picture of what the model sees."""
+        if item.picture is None:
+            assert item.inputs is not None
+            # The probe says what the transform subtracts; the input is taken to have gone through it.
+            view = replace(self._view((item.inputs.shape[2], item.inputs.shape[1])), box=None)
+            return Prepared(item, item.inputs, _picture(item.inputs, view), view)
+        inputs = self.subject.transform(item.picture)
+        view = self._view(item.picture.size)
+        return Prepared(item, inputs, _picture(inputs, view), view)
+
+    def _view(self, size: tuple[int, int]) -> View:
+        if size not in self._views:
+            self._views[size] = measure(self.subject.transform, size)
+        return self._views[size]
+
+    def scores(self, inputs: Tensor) -> Tensor:
+        """The model's scores, ``(image, class)``, without a graph."""
+        with torch.no_grad():
+            scores = pick_output(self.subject.model(self.placed(inputs)), self.output)
+        if scores.dim() != 2:
+            raise SourceError(
+                f"the model returned scores of shape {tuple(scores.shape)}; expected (image, class). A model with "
+                "another output is explained by LNStatAttribution"
+            )
+        return scores.detach().float().cpu()
+
+    def placed(self, inputs: Tensor) -> Tensor:
+        """Inputs on the model's device and in its dtype."""
+        parameter = next(self.subject.model.parameters(), inputs)
+        return inputs.to(device=parameter.device, dtype=parameter.dtype if parameter.is_floating_point() else None)
+
+    def explain(self, prepared: Sequence[Prepared], targets: Sequence[Target]) -> list[Explanation]:
+        """Explain images of one size in one pass, each for a class of its own, or, for None, the predicted one."""
+        inputs = self.placed(torch.stack([each.inputs for each in prepared]))
+        scores = self.scores(inputs)
+        best = [int(row.argmax()) for row in scores]
+        # A head that was replaced tells apart other classes than those that the model was made for.
+        names = self.subject.class_names if len(self.subject.class_names) == scores.shape[1] else ()
+        wanted = [
+            top if target is None else find_class(target, names, scores.shape[1])
+            for target, top in zip(targets, best, strict=True)
+        ]
+        outcome, relevance = self.lnstat._explain(inputs, wanted, None)
+        height, width = inputs.shape[-2:]
+        maps = to_pixels(relevance.grid, (height, width), outcome.trace.patch, self.lnstat.interpolation)
+        likely = self._probabilities(scores)
+        return [
+            Explanation(
+                name=each.item.name,
+                rule=self.lnstat.rule,
+                target=wanted[i],
+                prediction=best[i],
+                probabilities=None if likely is None else likely[i],
+                class_names=names,
+                grid=relevance.grid[i].cpu().double().numpy(),
+                relevance=maps[i].cpu().double().numpy(),
+                image=each.image,
+                original=each.item.picture,
+                box=each.view.box,
+                patch=outcome.trace.patch,
+                covers=outcome.trace.covers,
+            )
+            for i, each in enumerate(prepared)
+        ]
+
+    def _probabilities(self, scores: Tensor) -> np.ndarray[Any, Any] | None:
+        if scores.shape[1] == 1:  # the one score may be anything: softmax would say 100 %
+            return None
+        config = getattr(self.subject.model, "config", None)
+        several = getattr(config, "problem_type", None) == "multi_label_classification"
+        return np.asarray((scores.sigmoid() if several else scores.softmax(1)).double().numpy())
+
+    def stream(self, items: Sequence[Item], targets: Sequence[Target], batch_size: int) -> Iterator[Explanation]:
+        """Explain images in batches of those that follow each other and are of one size."""
+        waiting: list[tuple[Prepared, Target]] = []
+        for item, target in zip(items, targets, strict=True):
+            prepared = self.prepare(item)
+            if waiting and (len(waiting) == batch_size or waiting[0][0].inputs.shape != prepared.inputs.shape):
+                yield from self._flush(waiting)
+                waiting = []
+            waiting.append((prepared, target))
+        yield from self._flush(waiting)
+
+    def _flush(self, waiting: list[tuple[Prepared, Target]]) -> list[Explanation]:
+        return self.explain([each for each, _ in waiting], [target for _, target in waiting]) if waiting else []
+
+
+def _picture(inputs: Tensor, view: View) -> Image.Image:
+    """The input with its normalisation undone; a single channel is shown as grey."""
+    pixels = inputs.detach().cpu().double().numpy()
+    if len(pixels) not in (1, 3) or len(view.mean) != len(pixels):
+        raise SourceError(
+            f"the model's input has shape {tuple(inputs.shape)}, its transform {len(view.mean)} channels; expected an "
+            "image of 3 channels or 1"
+        )
+    pixels = pixels * np.reshape(view.std, (-1, 1, 1)) + np.reshape(view.mean, (-1, 1, 1))
+    pixels = (np.broadcast_to(pixels, (3, *pixels.shape[1:])).clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))

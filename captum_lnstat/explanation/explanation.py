@@ -1,0 +1,234 @@
+"""What ``explain`` returns: a map with the image that it belongs to, ready to be looked at, saved or worked on."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from captum_lnstat.errors import SourceError
+from captum_lnstat.explanation.subject.classes import label
+from captum_lnstat.explanation.subject.crop import Box, on_image
+from captum_lnstat.visualize.colors import Scale, faded, overlay
+from captum_lnstat.visualize.writing import write_image
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+# A strip of overlays in a notebook is so high, and holds so many.
+_STRIP, _SHOWN = 224, 12
+# So many pixels of an original are drawn at once.
+_PIXELS = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """The explanation of one image.
+
+    Attributes:
+        name: Of the image: its file's name without the suffix, or ``"image"``.
+        rule: The rule of ``LNStatAttribution``.
+        target: The class that is explained.
+        prediction: The class with the highest score.
+        probabilities: Of every class; nothing for a model with one score alone.
+        class_names: Of every class, or none.
+        grid: Relevance on the model's patch grid.
+        relevance: The same on the pixels of ``image``, the sum kept.
+        image: The image as the model saw it: cut, resized, 8-bit RGB.
+        original: The image that was given; nothing if a model's input was given.
+        box: Left, top, right and bottom of what the model saw, in pixels of ``original``; nothing if the transform is
+            no resizing and cropping.
+        patch: Height and width of a patch, in pixels of ``image``.
+        covers: What the map leaves out, in words.
+    """
+
+    name: str
+    rule: str
+    target: int
+    prediction: int
+    probabilities: Float[np.ndarray, " class"] | None
+    class_names: tuple[str, ...] = field(repr=False)
+    grid: Float[np.ndarray, "row column"] = field(repr=False)
+    relevance: Float[np.ndarray, "height width"] = field(repr=False)
+    image: Image.Image = field(repr=False)
+    original: Image.Image | None = field(repr=False)
+    box: Box | None = field(repr=False)
+    patch: tuple[int, int] = field(repr=False)
+    covers: str = field(default="", repr=False)
+
+    @property
+    def signed(self) -> bool:
+        """Whether negative relevance argues against the target."""
+        return self.rule == "evidence"
+
+    @property
+    def confidence(self) -> float | None:
+        """The probability of the target."""
+        return None if self.probabilities is None else float(self.probabilities[self.target])
+
+    def label(self, index: int) -> str:
+        """A class in words."""
+        return label(self.class_names, index)
+
+    def top(self, count: int = 5) -> tuple[tuple[str, float], ...]:
+        """The likeliest classes with their probabilities, the first first."""
+        if self.probabilities is None:
+            return ()
+        order = np.argsort(-self.probabilities, kind="stable")[:count]
+        return tuple((self.label(int(index)), float(self.probabilities[index])) for index in order)
+
+    @cached_property
+    def overlay(self) -> Image.Image:
+        """The map laid over ``image``, of its size."""
+        pixels = np.asarray(self.image.convert("RGB")) / 255
+        return Image.fromarray(_eight_bits(overlay(pixels, self.relevance, signed=self.signed)))
+
+    @cached_property
+    def on_original(self) -> Image.Image:
+        """The map laid over the image that was given, of its size. What the model did not see is a darker grey.
+
+        Raises:
+            SourceError: The model's input was given, not an image; or the transform is no resizing and cropping, so
+                that the pixels of the two cannot be told to belong together.
+        """
+        if self.original is None:
+            raise SourceError("a model's input was explained, so there is no original image; take overlay")
+        if self.box is None:
+            raise SourceError(
+                "the transform does more than resize and cut out an upright rectangle, so the map cannot be placed on "
+                "the original image; take overlay, which shows the image as the model saw it"
+            )
+        left, top, right, bottom = self.box
+        # Patches need not end where the model's image ends.
+        across = (right - left) * self.grid.shape[1] * self.patch[1] / self.image.width
+        down = (bottom - top) * self.grid.shape[0] * self.patch[0] / self.image.height
+        values = on_image(self.grid, (left, top, left + across, top + down), self.original.size)
+        seen = np.isfinite(values) & np.isfinite(on_image(np.zeros((1, 1)), self.box, self.original.size))
+        scale = Scale.of([values[seen]], signed=self.signed)
+        photo = np.asarray(self.original.convert("RGB"))
+        drawn = np.empty_like(photo)
+        # A photograph in floating colours takes gigabytes: some rows at a time.
+        rows = max(_PIXELS // photo.shape[1], 1)
+        for top_row in range(0, len(photo), rows):
+            part = slice(top_row, top_row + rows)
+            pixels, inside = photo[part] / 255, seen[part]
+            laid = overlay(pixels, np.where(inside, values[part], scale.low), scale=scale)
+            drawn[part] = _eight_bits(np.where(inside[..., None], laid, 0.6 * faded(pixels)))
+        return Image.fromarray(drawn)
+
+    def save(self, path: str | Path, *, original: bool = False) -> Path:
+        """Write the overlay; a file that was there is replaced in one step, and no half of one is ever left.
+
+        Args:
+            path: The suffix says the format.
+            original: Write ``on_original`` rather than ``overlay``.
+
+        Raises:
+            ValueError: Pillow does not write such files.
+            OSError: The folder cannot be written to.
+            SourceError: As for ``on_original``.
+        """
+        return write_image(path, self.on_original if original else self.overlay)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "name": self.name,
+            "rule": self.rule,
+            "target": self.target,
+            "target_name": self.class_names[self.target] if self.class_names else None,
+            "confidence": self.confidence,
+            "prediction": self.prediction,
+            "prediction_name": self.class_names[self.prediction] if self.class_names else None,
+            "top": [{"class": name, "probability": share} for name, share in self.top()],
+            "grid": self.grid.tolist(),
+            "box": None if self.box is None else [round(edge, 2) for edge in self.box],
+            "covers": self.covers,
+        }
+
+    def __str__(self) -> str:
+        likely = [percent(self.probabilities[index]) for index in (self.prediction, self.target)] if (
+            self.probabilities is not None
+        ) else ["score only"] * 2  # fmt: skip
+        return (
+            f"{self.name}: predicted {self.label(self.prediction)}, {likely[0]}; explained "
+            f"{self.label(self.target)}, {likely[1]}, rule {self.rule}"
+        )
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.overlay)
+
+
+class Explanations(tuple[Explanation, ...]):
+    """The explanations of several images, in their order."""
+
+    __slots__ = ()
+
+    def save(self, folder: str | Path, *, original: bool = False) -> tuple[Path, ...]:
+        """Write every overlay into a folder, which is made if it is not there: ``NAME.png``, numbered if names repeat.
+
+        Args:
+            folder: Where to.
+            original: As for ``Explanation.save``.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = unique_names([each.name for each in self])
+        return tuple(
+            each.save(folder / f"{name}.png", original=original) for each, name in zip(self, names, strict=True)
+        )
+
+    def _repr_png_(self) -> bytes:
+        """The first overlays beside each other."""
+        shown = [each.overlay for each in self[:_SHOWN]]
+        shown = [image.resize((max(round(image.width * _STRIP / image.height), 1), _STRIP)) for image in shown]
+        strip = Image.new("RGB", (sum(image.width + 4 for image in shown) - 4, _STRIP), "white")
+        left = 0
+        for image in shown:
+            strip.paste(image, (left, 0))
+            left += image.width + 4
+        return _png(strip)
+
+
+def percent(probability: float) -> str:
+    """A probability for people; a tiny one is not printed as zero.
+
+    Example:
+        >>> percent(0.5), percent(0.0004)
+        ('50.0%', 'below 0.1%')
+    """
+    return f"{float(probability):.1%}" if probability >= 0.001 else "below 0.1%"
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """The same names, with a number behind those that were there before.
+
+    Example:
+        >>> unique_names(["cat", "dog", "cat"])
+        ['cat', 'dog', 'cat-2']
+    """
+    taken: set[str] = set()
+    found = []
+    for name in names:
+        unique, number = name, 1
+        while unique in taken or (number > 1 and unique in names):
+            number += 1
+            unique = f"{name}-{number}"
+        taken.add(unique)
+        found.append(unique)
+    return found
+
+
+def _eight_bits(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()

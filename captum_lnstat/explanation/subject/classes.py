@@ -1,0 +1,104 @@
+"""The names of a model's classes, where the model knows them, and the class that a name or an index means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from captum_lnstat.errors import SourceError, near
+from captum_lnstat.recording.eager import eager
+
+
+def class_count(model: nn.Module) -> int | None:
+    """How many classes a model tells apart, if it says so; 0 for a model without a classifier."""
+    model = eager(model)
+    for owner, name in ((model, "num_classes"), (getattr(model, "config", None), "num_labels")):
+        count = getattr(owner, name, None)
+        if isinstance(count, int):
+            return count
+    if type(model).__module__.startswith("torchvision."):
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        return linear[-1].out_features if linear else None
+    return None
+
+
+def class_names_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of the classes, in order; several names of one class are joined by commas. Nothing if not known.
+
+    Example:
+        >>> import timm
+        >>> class_names_of(timm.create_model("vit_tiny_patch16_224", depth=1))[967]
+        'espresso'
+        >>> class_names_of(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=5))
+        ()
+    """
+    model = eager(model)
+    count = class_count(model)
+    names = _of_timm(getattr(model, "timm_model", model)) or _of_transformers(model)
+    return names if count is not None and len(names) == count else ()
+
+
+def _of_timm(model: Any) -> tuple[str, ...]:
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, dict):
+        return ()
+    own = config.get("label_names")
+    subset = infer_imagenet_subset(model)
+    return tuple(own or (ImageNetInfo(subset).label_descriptions() if subset else ()))
+
+
+def _of_transformers(model: Any) -> tuple[str, ...]:
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(labels, dict) or sorted(labels) != list(range(len(labels))):
+        return ()
+    names = tuple(str(labels[index]) for index in range(len(labels)))
+    # LABEL_0, LABEL_1, ... stand where nobody has given a name.
+    return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def find_class(wanted: int | str, names: Sequence[str], count: int | None) -> int:
+    """The class that an index or a name means.
+
+    Args:
+        wanted: An index, or a name; a class with several names answers to each of them, in capitals or not.
+        names: The names of all classes, or none.
+        count: How many classes there are, if it is known.
+
+    Raises:
+        SourceError: There is no such class, or there are several.
+
+    Example:
+        >>> find_class("Cat", ("dog", "cat, tomcat"), 2), find_class("0", (), 2)
+        (1, 0)
+    """
+    until = "" if count is None else f", 0 to {count - 1}"
+    if isinstance(wanted, bool) or not isinstance(wanted, int | str):
+        raise SourceError(f"a target is {wanted!r}; expected the index or the name of a class")
+    if isinstance(wanted, int) or re.fullmatch(r"-?\d+", wanted):
+        if int(wanted) < 0 or (count is not None and int(wanted) >= count):
+            raise SourceError(f"there is no class {wanted}; expected an index{until}")
+        return int(wanted)
+    if not names:
+        raise SourceError(
+            f"unknown class {wanted!r}: the names of this model's classes are not known; give an index{until}"
+        )
+    folded = wanted.casefold()
+    found = [i for i, name in enumerate(names) if folded in (name.casefold(), *name.casefold().split(", "))]
+    if not found:
+        known = [part for name in names for part in name.split(", ")]
+        otherwise = f"expected one of {', '.join(names)}" if len(names) <= 20 else f"expected a name or an index{until}"
+        raise SourceError(f"unknown class {wanted!r}; {near(wanted, known, otherwise)}")
+    if len(found) > 1:
+        raise SourceError(
+            f"{wanted!r} is the name of several classes; give one of the indices {', '.join(map(str, found))}"
+        )
+    return found[0]
+
+
+def label(names: Sequence[str], index: int) -> str:
+    """A class in words: its first name and its index."""
+    return f"{names[index].split(', ')[0]} ({index})" if names else f"class {index}"

@@ -1,0 +1,229 @@
+"""The measures that run the model, as torchmetrics classes; see ``modular`` for what they have in common.
+
+The model is given to ``update`` and not kept: a metric is a module, and would move, copy and save the model with
+itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from captum_lnstat.metrics import captum_measures, perturbation
+from captum_lnstat.metrics.classes import ImageMean, ImageSums
+from captum_lnstat.metrics.perturbation import NINE, Curve, Order
+from captum_lnstat.metrics.targets import Classes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Forward = Callable[[Tensor], Any]
+Fill = Tensor | Callable[[Tensor], Tensor]
+
+
+class _Path(ImageSums):
+    """Base of the metrics along a path of changed images; the figure is the curves' mean height, ``Curve.auc``.
+
+    Args:
+        fill: What removed pixels become: ``black(mean, std)``, or a function of the images such as ``blurred``.
+        kwargs: torchmetrics' own.
+    """
+
+    curve: Tensor
+
+    def __init__(self, fill: Fill, length: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._filling = fill
+        self.add_state("curve", torch.zeros(length, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _fill(self, images: Tensor) -> Tensor:
+        return self._filling if isinstance(self._filling, Tensor) else self._filling(images)
+
+    def _add_curve(self, curve: Curve) -> None:
+        self.add(curve.auc)
+        self.curve += curve.values.double().sum(0)
+
+    def compute(self) -> dict[str, Float[Tensor, "..."]]:
+        """``auc``, the mean height of the curves, and ``curve``, their mean at every step.
+
+        Raises:
+            ValueError: No image was seen.
+        """
+        return {"auc": self.mean(), "curve": self.mean(self.curve)}
+
+
+class _Perturbation(_Path):
+    order: Order
+
+    def __init__(self, fill: Fill, steps: Sequence[float] = NINE, **kwargs: Any) -> None:
+        super().__init__(fill, len(steps), **kwargs)
+        self.steps = tuple(steps)
+
+    def update(
+        self,
+        forward: Forward,
+        images: Float[Tensor, "batch channel height width"],
+        maps: Float[Tensor, "batch height width"],
+        target: Classes,
+    ) -> None:
+        fill = self._fill(images)
+        self._add_curve(
+            perturbation.perturbation_curve(
+                forward, images, maps, target, order=self.order, fill=fill, steps=self.steps
+            )
+        )
+
+
+class PositivePerturbation(_Perturbation):
+    """``perturbation_curve``, most relevant pixels first: a dictionary ``auc``, ``curve``; lower is better.
+
+    Example:
+        >>> import torch
+        >>> metric = PositivePerturbation(fill=torch.zeros(1, 1, 1, 1), steps=(0.0, 0.5))
+        >>> score = lambda images: torch.stack([torch.full((len(images),), 0.5), images[:, 0, 0, 0]], 1)
+        >>> metric(score, torch.ones(1, 1, 1, 2), torch.tensor([[[1.0, 0.0]]]), 1)
+        {'auc': tensor(0.5000), 'curve': tensor([1., 0.])}
+    """
+
+    higher_is_better = False
+    order = "positive"
+
+
+class NegativePerturbation(_Perturbation):
+    """``perturbation_curve``, least relevant pixels first: a dictionary ``auc``, ``curve``; higher is better.
+
+    Example:
+        >>> import torch
+        >>> metric = NegativePerturbation(fill=torch.zeros(1, 1, 1, 1), steps=(0.0, 0.5))
+        >>> score = lambda images: torch.stack([torch.full((len(images),), 0.5), images[:, 0, 0, 0]], 1)
+        >>> metric(score, torch.ones(1, 1, 1, 2), torch.tensor([[[1.0, 0.0]]]), 1)
+        {'auc': tensor(1.), 'curve': tensor([1., 1.])}
+    """
+
+    order = "negative"
+
+
+class _Game(_Path):
+    def __init__(self, fill: Fill, steps: int = 50, **kwargs: Any) -> None:
+        super().__init__(fill, steps + 1, **kwargs)
+        self.steps = steps
+
+
+class Deletion(_Game):
+    """``deletion``: a dictionary ``auc``, ``curve`` of the target's probability; lower is better.
+
+    Example:
+        >>> import torch
+        >>> score = lambda images: torch.stack([torch.zeros(len(images)), images.sum((1, 2, 3))], 1)
+        >>> metric = Deletion(fill=torch.zeros(1, 1, 1, 1), steps=1)
+        >>> metric(score, torch.ones(1, 1, 1, 2), torch.tensor([[[1.0, 0.0]]]), 1)["curve"]
+        tensor([0.8808, 0.5000])
+    """
+
+    higher_is_better = False
+
+    def update(
+        self,
+        forward: Forward,
+        images: Float[Tensor, "batch channel height width"],
+        maps: Float[Tensor, "batch height width"],
+        target: Classes,
+    ) -> None:
+        fill = self._fill(images)
+        self._add_curve(perturbation.deletion(forward, images, maps, target, fill=fill, steps=self.steps))
+
+
+class Insertion(_Game):
+    """``insertion``: a dictionary ``auc``, ``curve`` of the target's probability; higher is better.
+
+    Example:
+        >>> import torch
+        >>> score = lambda images: torch.stack([torch.zeros(len(images)), images.sum((1, 2, 3))], 1)
+        >>> metric = Insertion(fill=torch.zeros(1, 1, 1, 1), steps=1)
+        >>> metric(score, torch.ones(1, 1, 1, 2), torch.tensor([[[1.0, 0.0]]]), 1)["curve"]
+        tensor([0.5000, 0.8808])
+    """
+
+    def update(
+        self,
+        forward: Forward,
+        images: Float[Tensor, "batch channel height width"],
+        maps: Float[Tensor, "batch height width"],
+        target: Classes,
+    ) -> None:
+        fill = self._fill(images)
+        self._add_curve(perturbation.insertion(forward, images, maps, target, fill=fill, steps=self.steps))
+
+
+class Infidelity(ImageMean):
+    """Mean of ``infidelity``, whose options are keywords here; lower is better.
+
+    Example:
+        >>> import torch
+        >>> score = lambda images: images.sum((1, 2, 3))[:, None]
+        >>> images = torch.rand(1, 3, 4, 4)
+        >>> bool(Infidelity(torch.zeros(1, 3, 1, 1), patch=2)(score, images, images.sum(1), 0) < 1e-9)
+        True
+    """
+
+    higher_is_better = False
+    plot_upper_bound = None
+
+    def __init__(
+        self,
+        fill: Fill,
+        *,
+        patch: int | None = None,
+        share: float = 0.2,
+        draws: int = 32,
+        seed: int = 0,
+        normalize: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self._filling = fill
+        self.options: dict[str, Any] = {
+            "patch": patch,
+            "share": share,
+            "draws": draws,
+            "seed": seed,
+            "normalize": normalize,
+        }
+
+    def update(
+        self,
+        forward: Forward,
+        images: Float[Tensor, "batch channel height width"],
+        maps: Float[Tensor, "batch height width"],
+        target: Classes,
+    ) -> None:
+        fill = self._filling if isinstance(self._filling, Tensor) else self._filling(images)
+        self.add(captum_measures.infidelity(forward, images, maps, target, fill=fill, **self.options))
+
+
+class Sensitivity(ImageMean):
+    """Mean of ``sensitivity``, whose options are keywords here; lower is better.
+
+    Example:
+        >>> import torch
+        >>> Sensitivity(draws=2)(lambda images, target: images * 0 + 1, torch.rand(1, 3, 4, 4), 0)
+        tensor(0.)
+    """
+
+    higher_is_better = False
+    plot_upper_bound = None
+
+    def __init__(self, *, radius: float = 0.02, draws: int = 10, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.options: dict[str, Any] = {"radius": radius, "draws": draws, "seed": seed}
+
+    def update(
+        self,
+        explain: Callable[..., Tensor],
+        images: Float[Tensor, "batch channel height width"],
+        target: Classes,
+    ) -> None:
+        self.add(captum_measures.sensitivity(explain, images, target, **self.options))

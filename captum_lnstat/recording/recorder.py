@@ -1,0 +1,387 @@
+"""Recorder: what happened in one forward pass, seen from a ``TorchFunctionMode``.
+
+The mode sees every attention and every LayerNorm, fused kernels and functional calls included, on this thread only,
+and leaves the model's results alone. Module hooks, removed afterwards, only stamp which module is running, keep the
+inputs and outputs of the modules a topology asked for, and mark where the head begins.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from captum_lnstat.errors import RecordingError
+from captum_lnstat.recording.attention_backward import (
+    ListenedAttention,
+    ListenedProduct,
+    can_be_listened,
+    product_can_be_listened,
+)
+from captum_lnstat.recording.constant_weights import linear, with_constant_weights
+from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer, FrozenLayerNorm, returns_moments
+from captum_lnstat.recording.kept import Kept, Shelf, edge
+from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
+from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite, SoftmaxSite
+
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+# What may stand between the softmax and the product with the values without being another quantity.
+_PASSING = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as, Tensor.contiguous, Tensor.float, Tensor.half}
+_JOINS = {torch.cat, torch.concat, torch.concatenate}
+_WATCHED = {
+    *LAYER_NORMS,
+    *_JOINS,
+    *SOFTMAXES,
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+    F.rms_norm,
+    torch.einsum,
+}
+_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
+# Modules in which neither attention nor a norm runs: which of them is running need not be known.
+_LEAVES = {
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish),
+}
+
+
+@dataclass
+class _Softmax:
+    """A softmax output on its way to the product with the values."""
+
+    module: str
+    attention: Kept
+    value: Kept | None = None
+    output: GradientEdge | None = None
+    multiplied: bool = False
+
+    def finish(self) -> SoftmaxSite:
+        return SoftmaxSite(self.module, self.attention, self.value, self.output)
+
+
+_PRODUCT = re.compile(r"(\w*)(\w)(\w),\1\3(\w)->\1\2\4")
+
+
+def _is_product(equation: Any) -> bool:
+    """Whether an einsum is the product of maps with values: ``...ij,...jd->...id``."""
+    found = _PRODUCT.fullmatch(equation.replace(" ", "")) if isinstance(equation, str) else None
+    return found is not None and len({*found[1], *found.group(2, 3, 4)}) == len(found[1]) + 3
+
+
+class Recorder(TorchFunctionMode):
+    """Context manager that records one forward pass of ``model`` on this thread.
+
+    Args:
+        model: The module whose submodules stamp the events.
+        taps: Modules whose input and output are kept by reference.
+        head_begins: The module whose input is the end of the residual stream, or, with ``head_follows`` in its place,
+            the module whose output it is. The head from there on runs with a
+            graph and with frozen LayerNorm statistics; its values are bit for bit those of the model.
+        channels_first: There the stream has its channels before its rows; it is kept with them last.
+        cut: Cut the graph where the head begins (the trunk needs none). False keeps the trunk's graph, and the
+            LayerNorms as they are.
+        freeze: ``"head"`` freezes the LayerNorms of a head that was cut off. ``"everything"`` freezes norms, attention
+            probabilities and activation gates of the whole model, which is then affine for autograd.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> layer = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
+        >>> with torch.no_grad(), Recorder(layer) as recorder:
+        ...     _ = layer(torch.rand(1, 5, 8))
+        >>> [site.module for site in recorder.recording.sites], [norm.module for norm in recorder.recording.norms]
+        (['self_attn'], ['norm1', 'norm2'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Iterable[nn.Module] = (),
+        head_begins: nn.Module | None = None,
+        head_follows: nn.Module | None = None,
+        *,
+        channels_first: bool = False,
+        cut: bool = True,
+        compact: bool = False,
+        freeze: Literal["head", "everything"] = "head",
+    ) -> None:
+        super().__init__()
+        self._model = model
+        self._taps = set(taps)
+        self._head_begins = head_begins
+        self._head_follows = head_follows
+        self._channels_first = channels_first
+        self._cut = cut
+        # What is in a graph is kept by the graph, where it is.
+        self._shelf = Shelf() if cut and compact else None
+        self._freezer = Freezer() if freeze == "everything" else None
+        # Every function is called as it is, and only some are looked at.
+        self._plain = cut and self._freezer is None
+        self._thread = threading.get_ident()
+        self._handles: list[RemovableHandle] = []
+        self._running: list[str] = [""]
+        self._events: list[AttentionSite | _Softmax] = []
+        self._softmaxes: dict[int, tuple[Tensor, _Softmax]] = {}
+        self._norms: list[NormCall] = []
+        self._joins: list[tuple[int, ...]] = []
+        self._calls: dict[str, list[ModuleCall]] = {}
+        self._stream_end: Tensor | None = None
+
+    @property
+    def recording(self) -> Recording:
+        """What has been recorded; read it after the context has closed."""
+        sites = tuple(event.finish() if isinstance(event, _Softmax) else event for event in self._events)
+        calls = {name: tuple(calls) for name, calls in self._calls.items()}
+        return Recording(sites, tuple(self._norms), calls, self._stream_end, tuple(self._joins))
+
+    def __enter__(self) -> Recorder:
+        try:
+            stamped = self._taps | {self._model, self._head_begins, self._head_follows}
+            for dotted, module in self._model.named_modules():
+                if type(module) in _LEAVES and module not in stamped:
+                    continue
+                name = dotted.replace("._orig_mod", "")  # a block wrapped by torch.compile
+                self._handles.append(module.register_forward_pre_hook(self._entering(name)))
+                self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
+        except BaseException:
+            self._remove_hooks()
+            raise
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._remove_hooks()
+        self._softmaxes.clear()
+        if self._freezer is not None:
+            self._freezer.clear()
+        super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _keep(self, tensor: Tensor) -> Kept:
+        return Kept.on(self._shelf, tensor)
+
+    # Other threads may run the same model while this one records: their calls are none of our business.
+    def _elsewhere(self) -> bool:
+        return threading.get_ident() != self._thread
+
+    def _entering(self, name: str) -> Callable[[nn.Module, Any], Any]:
+        def hook(module: nn.Module, inputs: Any) -> Any:
+            if self._elsewhere():
+                return None
+            self._running.append(name)
+            if module is self._head_begins:
+                begun = self._begin_head(inputs[0])
+                return None if begun is None else (begun, *inputs[1:])
+            return None
+
+        return hook
+
+    def _leaving(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if self._elsewhere():
+                return None
+            self._running.pop()
+            # A block may return its attention maps beside its tokens.
+            first = output[0] if isinstance(output, tuple) and output else output
+            if module in self._taps and isinstance(first, Tensor) and inputs and isinstance(inputs[0], Tensor):
+                self._calls.setdefault(name, []).append(ModuleCall(self._keep(inputs[0]), self._keep(first)))
+            if module is not self._head_follows or not isinstance(first, Tensor):
+                return None
+            begun = self._begin_head(first)
+            return begun if begun is None or first is output else (begun, *output[1:])
+
+        return hook
+
+    def _begin_head(self, stream: Tensor) -> Tensor | None:
+        if torch.is_inference_mode_enabled():
+            raise RecordingError(
+                "forward_func runs the model under torch.inference_mode, where nothing can be differentiated, not even "
+                "its head; use torch.no_grad there, or nothing"
+            )
+        if self._stream_end is not None:
+            raise RecordingError("the model ran more than once in one forward_func call; expected exactly one pass")
+        first = self._channels_first and stream.dim() == 4
+        if first:
+            stream = stream.movedim(1, -1)
+        if not self._cut:
+            self._stream_end = stream
+            return stream.movedim(-1, 1) if first else None
+        # Where it lies is where what was kept of it lies.
+        stream = self._keep(stream).tensor
+        # The caller's grad mode comes back when the forward_func call returns: see engine.py.
+        torch.set_grad_enabled(True)
+        self._stream_end = stream.detach().requires_grad_()
+        return self._stream_end.movedim(-1, 1) if first else self._stream_end
+
+    @property
+    def _in_cut_head(self) -> bool:
+        return self._cut and self._stream_end is not None
+
+    @property
+    def _ours(self) -> bool:
+        """A backward pass of the model that only the gradient rule will run."""
+        return not self._cut and self._freezer is None and len(self._running) > 1
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._elsewhere() or (self._plain and function not in _WATCHED and self._is_new(args)):
+            return function(*args, **kwargs)
+        if function in LAYER_NORMS:
+            return self._layer_norm(function, *args, **kwargs)
+        if function in _JOINS and self._stream_end is None:
+            self._join(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            return self._fused(partial(self._call, function, args, kwargs), *args, **kwargs)
+        if function in _PRODUCTS and self._softmaxes and self._ours and len(args) == 2:
+            output = self._product(partial(self._call, function, args, kwargs), *args)
+        else:
+            output = self._call(function, args, kwargs)
+        if function is F.multi_head_attention_forward:
+            self._multi_head(output[0], *args, **kwargs)
+        elif function is F.rms_norm:
+            self._rms_norm(*args, **kwargs)
+        elif function in SOFTMAXES:
+            self._softmax(output, *args, **kwargs)
+        elif self._softmaxes and args:
+            if function is torch.einsum and len(args) == 3 and _is_product(args[0]):
+                function, args = torch.matmul, args[1:]
+            self._follow(function, output, args, kwargs)
+        return output
+
+    def _is_new(self, args: tuple[Any, ...]) -> bool:
+        """Whether a function does not read the output of a softmax first."""
+        return not args or id(args[0]) not in self._softmaxes
+
+    def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # What forward_func does around the model (a softmax of the scores) is differentiated as it is.
+        if len(self._running) == 1:
+            return function(*args, **kwargs)
+        if self._freezer is not None:
+            return self._freezer(function, args, kwargs)
+        if not self._cut:
+            args, kwargs = with_constant_weights(function, args, kwargs)
+            if function is F.linear:
+                return linear(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def _fused(
+        self,
+        call: Callable[[], Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        mask = None if attn_mask is None else self._keep(attn_mask)
+        q, k, v = self._keep(query), self._keep(key), self._keep(value)
+        site = FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, None)
+        if self._ours and can_be_listened(site, dropout_p, attn_mask):
+            output: Tensor = ListenedAttention.apply(query, key, value, attn_mask, site)
+        else:
+            output = call()
+        self._events.append(replace(site, output=edge(output)))
+        return output
+
+    def _product(self, call: Callable[[], Tensor], attention: Tensor, value: Tensor) -> Tensor:
+        _, event = self._softmaxes.get(id(attention), (None, None))
+        if event is not None and not event.multiplied:
+            site = SoftmaxSite(event.module, event.attention, self._keep(value), None)
+            if product_can_be_listened(site, attention, value):
+                output: Tensor = ListenedProduct.apply(attention, value, site)
+                return output
+        return call()
+
+    def _multi_head(self, output: Tensor, *args: Any, **kwargs: Any) -> None:
+        arguments = _MULTI_HEAD.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        named = dict(arguments.arguments)
+        for name in ("query", "key", "value", "attn_mask", "key_padding_mask"):
+            if named[name] is not None:
+                named[name] = self._keep(named[name])
+        self._events.append(MultiHeadSite(self._running[-1], named, edge(output)))
+
+    def _join(self, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
+        if all(isinstance(part, Tensor) and part.dim() == 3 for part in tensors) and dim in (1, -2):
+            self._joins.append(tuple(part.shape[1] for part in tensors))
+
+    def _softmax(self, output: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> None:
+        # Attention normalises over the keys, the last of at least three dimensions; the rest are other softmaxes.
+        if input.dim() >= 3 and dim in (-1, input.dim() - 1):
+            event = _Softmax(self._running[-1], self._keep(output))
+            self._events.append(event)
+            self._softmaxes[id(output)] = (output, event)
+
+    def _follow(self, function: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _, event = self._softmaxes.get(id(args[0]), (None, None))
+        if event is None or not isinstance(output, Tensor):
+            return
+        if function in _PASSING:
+            self._softmaxes[id(output)] = (output, event)
+        elif function in _PRODUCTS and not event.multiplied:
+            event.value = self._keep(args[1] if len(args) > 1 else next(iter(kwargs.values())))
+            event.output = edge(output)
+            event.multiplied = True
+
+    def _layer_norm(
+        self,
+        function: Any,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        *rest: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        shape, moments = tuple(normalized_shape), None
+        kept, name = self._keep(input), self._running[-1]
+        if self._in_cut_head and torch.is_grad_enabled():
+            output = FrozenLayerNorm.apply(input, shape, weight, bias, float(eps))
+        elif self._freezer is None and returns_moments(input):
+            # What layer_norm itself calls. Reading the statistics here saves reading the tokens again for them.
+            arguments = (input, shape, weight, bias, float(eps))
+            if not self._cut:
+                arguments, _ = with_constant_weights(function, arguments, {})
+            output, *pair = torch.native_layer_norm(*arguments)
+            if self._shelf is not None and kept.original is not None:
+                pair = [self._shelf.put(moment, least=0)[0] for moment in pair]
+            moments = (pair[0], pair[1])
+        else:
+            output = self._call(function, (input, normalized_shape, weight, bias, eps, *rest), kwargs)
+        self._norms.append(NormCall(name, "layer_norm", kept, len(shape), weight, bias, float(eps), moments))
+        return output  # type: ignore[no-any-return]
+
+    def _rms_norm(
+        self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> None:
+        epsilon = torch.finfo(input.dtype).eps if eps is None else float(eps)
+        kept = self._keep(input)
+        self._norms.append(NormCall(self._running[-1], "rms_norm", kept, len(normalized_shape), weight, None, epsilon))

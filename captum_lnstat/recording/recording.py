@@ -1,0 +1,140 @@
+"""What one forward pass left: attention sites, norm calls, and the calls of the tapped modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from captum_lnstat.errors import RecordingError
+from captum_lnstat.recording.kept import Kept
+from captum_lnstat.recording.sites import AttentionSite
+from captum_lnstat.recording.statistics import TokenStatistics, token_statistics
+
+# So many units of rounding of eps, a variance next to it is known well.
+MANY = 1e4
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """One LayerNorm (or RMSNorm) call: which module ran it, and what it read.
+
+    Attributes:
+        module: Dotted name of the innermost running module.
+        kind: ``"layer_norm"`` or ``"rms_norm"``.
+        input: What was normalised, ``(batch, *tokens, channel)``.
+        dims: How many trailing dimensions are normalised together.
+        moments: Mean and ``1 / sqrt(variance + eps)`` of every token as the kernel returned them, if it did.
+    """
+
+    module: str
+    kind: str
+    input: Kept
+    dims: int
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    moments: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def statistics(self) -> TokenStatistics:
+        """Mean and biased variance of every token at the input of this norm, in float32."""
+        x = self.input.read()
+        if self.moments is not None:
+            mean, deviation = (moment.detach().flatten(-self.dims) for moment in self.moments)
+            variance = deviation[..., 0].square().reciprocal() - self.eps
+            # Below that what is left of the variance next to eps is rounding.
+            if bool((variance > MANY * torch.finfo(variance.dtype).eps * self.eps).all()):
+                return TokenStatistics(mean[..., 0], variance)
+        return token_statistics(x, self.dims)
+
+
+_Event = TypeVar("_Event", NormCall, AttentionSite)
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """The first tensor a module was given and the tensor it returned."""
+
+    input: Kept
+    output: Kept
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one forward pass left: attention sites and norm calls in order, and the calls of the tapped modules.
+
+    Attributes:
+        sites: Attention sites, first to last.
+        norms: LayerNorm and RMSNorm calls, first to last.
+        stream_end: The residual stream where the head begins, in the head's graph, or ``None`` if none was marked.
+        joins: How many tokens each part had that was joined along the tokens, for each such call before the head.
+        scores: What ``forward_func`` returned, in the same graph, once it has.
+    """
+
+    sites: tuple[AttentionSite, ...]
+    norms: tuple[NormCall, ...]
+    calls: dict[str, tuple[ModuleCall, ...]]
+    stream_end: Tensor | None
+    joins: tuple[tuple[int, ...], ...] = ()
+    scores: Tensor | None = None
+
+    def call(self, module: str) -> ModuleCall:
+        """The one call of a tapped module."""
+        calls = self.calls.get(module, ())
+        if len(calls) != 1:
+            raise RecordingError(f"module {module!r} ran {len(calls)} times in the forward pass; expected once")
+        return calls[0]
+
+    def site(self, module: str) -> AttentionSite:
+        """The one attention site inside a module."""
+        found = self._sites_inside.get(module, [])
+        if len(found) != 1:
+            raise RecordingError(
+                f"{len(found)} attention computations were seen inside {module!r}; expected one. A kernel that hides "
+                "its attention (flash_attn, xFormers, a scripted module) has to be switched to PyTorch's own"
+            )
+        return found[0]
+
+    def norm(self, module: str) -> NormCall:
+        """The one norm call of a module."""
+        found = self.norms_inside(module)
+        if len(found) != 1 or found[0].kind != "layer_norm":
+            seen = ", ".join(norm.kind for norm in found) or "none"
+            raise RecordingError(f"expected one LayerNorm call at {module!r}, saw: {seen}")
+        return found[0]
+
+    def norms_inside(self, module: str) -> list[NormCall]:
+        """Every norm call inside a module, in order."""
+        return self._norms_inside.get(module, [])
+
+    def in_order(self, norms: Iterable[NormCall]) -> list[NormCall]:
+        """Some of the norm calls, first to last."""
+        return sorted(norms, key=lambda norm: self._place_of_norm[id(norm)])
+
+    # Asked for every block: looked through once.
+    @cached_property
+    def _sites_inside(self) -> dict[str, list[AttentionSite]]:
+        return _by_module(self.sites)
+
+    @cached_property
+    def _norms_inside(self) -> dict[str, list[NormCall]]:
+        return _by_module(self.norms)
+
+    @cached_property
+    def _place_of_norm(self) -> dict[int, int]:
+        return {id(norm): place for place, norm in enumerate(self.norms)}
+
+
+def _by_module(events: Sequence[_Event]) -> dict[str, list[_Event]]:
+    """Events by the name of every module that they happened in; by that of the model itself if in no other."""
+    found: dict[str, list[_Event]] = {}
+    for event in events:
+        parts = event.module.split(".")
+        for end in range(len(parts)):
+            found.setdefault(".".join(parts[: end + 1]), []).append(event)
+    return found

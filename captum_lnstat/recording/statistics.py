@@ -1,0 +1,96 @@
+"""Token statistics at the LayerNorms, and the residual and merging shares that follow from them.
+
+A LayerNorm reads a token ``x`` only as ``(x - mean) / sigma``. The part of a sum ``x' = x + d`` that comes from ``x``
+therefore survives in proportion to the spread of ``x`` and ``d`` over the channels, not to their length: the mean is
+invisible to everything that reads the stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+ResidualShare = Literal["ratio", "update", "half"]
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Statistics and relevance are computed in float32, or in float64 for a float64 tensor."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def stream(tokens: Tensor) -> Tensor:
+    """The residual stream as (batch, token, channel), whatever its layout was, in the accumulation dtype."""
+    return tokens.flatten(1, -2).to(accumulation_dtype(tokens))
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Mean and biased variance over the channels of each token, in float32 (float64 for a float64 model)."""
+
+    mean: Float[Tensor, "batch *tokens"]
+    variance: Float[Tensor, "batch *tokens"]
+
+    def flat(self) -> TokenStatistics:
+        """The tokens in one dimension, ``(batch, token)``."""
+        return TokenStatistics(self.mean.flatten(1), self.variance.flatten(1))
+
+
+def token_statistics(x: Float[Tensor, "batch *tokens channel"], channel_dims: int = 1) -> TokenStatistics:
+    """Mean and biased variance of every token over its last ``channel_dims`` dimensions.
+
+    Example:
+        >>> import torch
+        >>> statistics = token_statistics(torch.tensor([[1.0, 3.0]]))
+        >>> statistics.mean, statistics.variance
+        (tensor([2.]), tensor([1.]))
+    """
+    dims = tuple(range(-channel_dims, 0))
+    variance, mean = torch.var_mean(x.detach().to(accumulation_dtype(x)), dims, correction=0)
+    return TokenStatistics(mean, variance)
+
+
+def token_variance(x: Float[Tensor, "batch *tokens channel"]) -> Float[Tensor, "batch *tokens"]:
+    """Biased variance of every token over its channels."""
+    return token_statistics(x).variance
+
+
+def residual_share(
+    before: Float[Tensor, "batch token channel"],
+    update: Float[Tensor, "batch token channel"],
+    form: ResidualShare,
+) -> Float[Tensor, "batch token"]:
+    """Share of each token after an attention that is the token before it, between 0 and 1.
+
+    Args:
+        before: The residual stream ``x`` before the attention's update ``d`` is added.
+        update: The update ``d``.
+        form: ``"ratio"``: ``min(1, var(x) / var(x + d))``, from the statistics of the two LayerNorms that read the
+            stream. ``"update"``: ``var(x) / (var(x) + var(d))``. ``"half"``: 1/2, as attention rollout assumes.
+
+    Returns:
+        alpha, one value per token. A token of no variance at all, before and after, keeps half.
+    """
+    if form == "half":
+        return before.new_full(before.shape[:-1], 0.5, dtype=accumulation_dtype(before))
+    own = token_variance(before)
+    if form == "ratio":
+        return ratio_share(own, token_variance(before + update))
+    if form == "update":
+        return _share(own, own + token_variance(update))
+    raise ValueError(f"residual is {form!r}; expected 'ratio', 'update' or 'half'")
+
+
+def ratio_share(own: Float[Tensor, "batch token"], joined: Float[Tensor, "batch token"]) -> Tensor:
+    """``min(1, own / joined)``: the residual share from the variances at the two LayerNorms."""
+    return _share(own, joined).clamp(max=1.0)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / whole, torch.where(part > 0, 1.0, 0.5).to(part.dtype))

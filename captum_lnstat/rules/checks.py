@@ -1,0 +1,161 @@
+"""What is refused before, during and after a recorded pass, so that no picture is made from what does not add up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_lnstat.errors import RecordingError, warn_caller
+from captum_lnstat.recording.statistics import stream
+from captum_lnstat.trace.pooling import FixedPooling
+from captum_lnstat.trace.trace import Trace
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+
+# How far evidence may be from the score, relative to its size. Float error is far below; another wiring far above.
+TOLERANCE = 1e-3
+HALF_TOLERANCE = 0.1
+
+
+def check_image(image: object) -> Tensor:
+    """The image batch, or an error that says what is wrong with it."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"inputs is a {type(image).__name__}; expected a torch.Tensor or a tuple with one")
+    if image.layout is not torch.strided or image.is_nested or image.device.type == "meta":
+        kind = "nested" if image.is_nested else image.device.type if image.device.type == "meta" else image.layout
+        raise TypeError(f"inputs is a {kind} tensor; expected a dense one with values")
+    if image.dim() != 4:
+        raise ValueError(f"inputs has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
+    if image.numel() == 0:
+        raise ValueError(f"inputs has shape {tuple(image.shape)}; expected at least one image")
+    if not image.is_floating_point():
+        raise TypeError(f"inputs is of {image.dtype}; expected a floating-point image, normalised for the model")
+    # One look at the images: a NaN is its own minimum and maximum.
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(image))).all()):
+        raise ValueError("inputs holds NaN or infinite values; expected finite ones, since no map can be right for it")
+    return image
+
+
+def check_fits(attribution: Tensor) -> Tensor:
+    """Relevance that is finite may still be too large for the narrow dtype of the images."""
+    if attribution.dtype.itemsize < 4 and not bool(torch.isfinite(attribution).all()):
+        raise RecordingError(
+            f"the relevance does not fit into {attribution.dtype}, the dtype of the images; expected images in float32 "
+            "for a score of this size"
+        )
+    return attribution
+
+
+def size_not_taken(embed: Any, size: tuple[int, int]) -> str | None:
+    """Why a patch embedding does not take images of a size, or ``None``: it does, or does not say."""
+    own, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+    if not isinstance(own, tuple | list) or not isinstance(patch, tuple | list):
+        return None
+    if getattr(embed, "strict_img_size", True):
+        return f"the model takes {tuple(own)} only" if size != tuple(own) else None
+    if not getattr(embed, "dynamic_img_pad", False) and (size[0] % patch[0] or size[1] % patch[1]):
+        return f"the model takes multiples of its patch size {tuple(patch)} only"
+    return None
+
+
+def check_size(image: Tensor, model: nn.Module, entrance: str, *, direct: bool) -> None:
+    """Images that the model cannot take, refused before it runs.
+
+    Args:
+        image: The images.
+        model: The transformer.
+        entrance: Name of its patch embedding.
+        direct: The images are given to the transformer as they are, so that their channels are its own.
+    """
+    embed = dict(model.named_modules()).get(entrance)
+    reason = size_not_taken(embed, (image.shape[-2], image.shape[-1]))
+    if reason is not None:
+        raise ValueError(
+            f"inputs are {image.shape[-2]} x {image.shape[-1]} pixels; {reason}. Resize them before you explain them, "
+            "or build the model for this size (img_size=, or dynamic_img_size=True where timm has it)"
+        )
+    layers = () if embed is None else embed.modules()
+    convolution = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
+    if direct and convolution is not None and convolution.in_channels != image.shape[1]:
+        raise ValueError(
+            f"inputs have {image.shape[1]} channels; the model takes {convolution.in_channels}. Repeat or convert "
+            "them, or build the model with in_chans="
+        )
+
+
+def check_seen(seen: Tensor, image: Tensor) -> None:
+    """The transformer has to see the images it is to explain: as many, and of their size."""
+    if len(seen) != len(image) or seen.shape[-2:] != image.shape[-2:]:
+        raise RecordingError(
+            f"the transformer was given images of shape {tuple(seen.shape)}, forward_func of {tuple(image.shape)}; "
+            "expected as many, of the same height and width. Resize, crop or repeat them before you explain them"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """A model that no gradient can be taken of is refused; one in train mode is warned about."""
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.is_inference():
+        raise RecordingError(
+            f"the parameters of {type(model).__name__} were made under torch.inference_mode, so no gradient can be "
+            "taken even at its head; build or load the model outside inference_mode"
+        )
+    if model.training:
+        warn_caller(
+            f"{type(model).__name__} is in train mode: dropout and stochastic depth make the explanation of this pass "
+            "random. Call model.eval() first"
+        )
+
+
+def check_stream(trace: Trace, stream_end: Tensor) -> None:
+    """Every step has to read what the one before it returned, and the head what the last one returned."""
+    readers = [step.before for step in trace.steps[1:]] + [stream(stream_end.detach())]
+    names = [step.name for step in trace.steps[1:]] + ["the head"]
+    for step, reader, name in zip(trace.steps, readers, names, strict=True):
+        written = step.after
+        if written.shape != reader.shape:
+            same = False
+        else:
+            one = written.data_ptr() == reader.data_ptr() and written.stride() == reader.stride()
+            same = one or torch.equal(written, reader)
+        if not same:
+            raise RecordingError(
+                f"{name} does not read what the step before it returned: the model does something between its blocks "
+                "that its topology does not know, so relevance cannot be placed"
+            )
+
+
+_OTHER_POOLING = (
+    "expected the head of the family. If several scores read a part each (a distilled model in train mode), explain "
+    "their mean with output=; a model with a pooling of its own needs a topology of its own"
+)
+
+
+def reads(slope: Tensor) -> Bool[Tensor, "batch token"]:
+    """Which tokens a score has a gradient at."""
+    return stream(slope).ne(0).any(-1)
+
+
+def check_start(trace: Trace, read: Bool[Tensor, "batch token"]) -> None:
+    """The head may only read the tokens that the topology says it reads."""
+    expected = trace.start("mean").ne(0)
+    unexpected = read & ~expected
+    # In float16 a covector can vanish for want of small numbers.
+    exact = isinstance(trace.pooling, FixedPooling) and trace.blocks[0].site.dtype != torch.float16
+    if exact and not bool(unexpected.any()):
+        missing = expected & ~read & read.any(1, keepdim=True)
+        if bool(missing.any()):
+            token = int(missing.nonzero()[0, 1])
+            raise RecordingError(
+                f"the head does not read token {token}, but pooling was recognised as {trace.pooling.name!r}, which "
+                f"does; {_OTHER_POOLING}"
+            )
+    if bool(unexpected.any()):
+        token = int(unexpected.nonzero()[0, 1])
+        raise RecordingError(
+            f"the head reads token {token}, but pooling was recognised as {trace.pooling.name!r}, which does not; "
+            f"{_OTHER_POOLING}"
+        )

@@ -1,0 +1,159 @@
+"""From the model's output to the score that is explained, and from the score to the head's covector ``u``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from captum_lnstat.errors import RecordingError
+from captum_lnstat.recording.forward import Target, _select_targets
+from captum_lnstat.recording.statistics import accumulation_dtype, stream
+from captum_lnstat.trace.covector import Covector
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+# Gradients of so many entries are held at once, those of a few scores at least.
+HELD = 1 << 19
+FEWEST = 4
+
+
+def plain_target(target: Any) -> Any:
+    """Numpy integers as Python's own: Captum refuses them, and an argmax in numpy gives one."""
+    if isinstance(target, Tensor) and target.is_inference():
+        return target.clone()
+    if isinstance(target, np.integer):
+        return int(target)
+    if isinstance(target, list) and target and all(isinstance(t, np.integer) for t in target):
+        return [int(t) for t in target]
+    return target
+
+
+def target_score(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
+    """The output that ``target`` selects, one value an image; Captum's own rules, checks and messages."""
+    target = plain_target(target)
+    _check_range(output, target)
+    score: Tensor = output if output.dim() == 0 else _select_targets(output, target)
+    if score.dim() == 0:
+        raise ValueError(
+            "forward_func returned a single number for the whole batch; expected one output per image, "
+            "(batch, classes) or (batch,)"
+        )
+    assert score[0].numel() == 1, (
+        "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
+    )
+    return score.reshape(len(score))
+
+
+def _check_range(output: Tensor, target: Any) -> None:
+    """Refuse a class that is not there before it is looked up: on a GPU, the look-up would end the process.
+
+    Of Captum's types for each form: IndexError for one class, which may count from the end, RuntimeError for one class
+    an image. Every other mistake in a target is left to Captum's own checks.
+    """
+    if output.dim() != 2 or isinstance(target, bool):
+        return
+    classes = output.shape[1]
+    if isinstance(target, tuple) and len(target) == 1:
+        target = target[0]
+    elif isinstance(target, Tensor) and target.numel() == 1 and not target.is_floating_point():
+        target = target.item()
+    if isinstance(target, int):
+        if not -classes <= target < classes:
+            raise IndexError(_no_such_class(target, output))
+        return
+    if isinstance(target, Tensor) and target.dtype in (torch.int64, torch.int32):
+        target = target.flatten().tolist()
+    if isinstance(target, list) and len(target) == len(output) and all(isinstance(t, int) for t in target):
+        for seen in target:
+            if not 0 <= seen < classes:
+                raise RuntimeError(_no_such_class(seen, output))
+
+
+def _no_such_class(seen: int, output: Tensor) -> str:
+    classes = output.shape[1]
+    return (
+        f"target {seen} is none of the {classes} classes that forward_func scores: index {seen} is out of bounds for "
+        f"dimension 1 with size {classes}. Expected 0 to {classes - 1}"
+    )
+
+
+def contrast(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
+    """The target's output minus the mean of the other classes' outputs, weighted by their probabilities.
+
+    ``y_c - sum_{k != c} p_k / (1 - p_c) y_k`` with ``p = softmax(y)`` held constant.
+    """
+    if output.dim() != 2 or output.shape[1] < 2:
+        raise ValueError(
+            f"contrastive evidence compares a class with the others, but the model returned {tuple(output.shape)}; "
+            "expected (batch, classes) with at least two classes. Pass contrastive=False"
+        )
+    score = target_score(output, target)
+    classes = torch.arange(output.shape[1], device=output.device).expand_as(output)
+    chosen = target_score(classes, target)
+    logits = output.detach().to(accumulation_dtype(output))
+    others = logits.scatter(1, chosen[:, None], -math.inf).softmax(1)
+    return score - (others.to(output.dtype) * output).sum(1)
+
+
+def head_covector(
+    scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor
+) -> tuple[Covector, Float[Tensor, "batch score"]]:
+    """``u`` with ``score = sum_i u_i . x_i + constant`` at the end of the residual stream, and the constant.
+
+    The LayerNorms of the head were recorded with frozen statistics, so for a head of norms, pooling and linear layers
+    this is exact. For any other head it is the first-order expansion, the remainder being part of the constant.
+    """
+    covector = Covector.of_parts(_slopes(scores, stream_end))
+    said = covector.read(stream(stream_end.detach())).sum(1)
+    values = torch.stack([score.detach() for score in scores], 1)
+    return covector, values.to(said.dtype) - said
+
+
+def _slopes(
+    scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor
+) -> Iterator[Float[Tensor, "batch token score channel"]]:
+    """The gradient of every score at the end of the stream, that of some scores in one backward pass."""
+    check_differentiable(scores[0])
+    if len(scores) == 1:
+        yield stream(gradients(scores[0], [stream_end])[0])[:, :, None]
+        return
+    at_once = max(FEWEST, HELD // stream_end.numel())
+    for start in range(0, len(scores), at_once):
+        together = torch.stack([score.sum() for score in scores[start : start + at_once]])
+        one_each = torch.eye(len(together), dtype=together.dtype, device=together.device)
+        more = start + at_once < len(scores)
+        slopes: Tensor = torch.autograd.grad(
+            together, [stream_end], one_each, retain_graph=more, is_grads_batched=True
+        )[0]
+        yield stream(slopes.flatten(0, 1)).reshape(*slopes.shape[:2], -1, slopes.shape[-1]).movedim(0, 2)
+
+
+def check_differentiable(score: Tensor) -> None:
+    """The score has to be in the graph of the transformer's tokens."""
+    if not score.requires_grad:
+        raise RecordingError(
+            "the score has no gradient at the transformer's tokens: forward_func leaves the graph after the model "
+            "(no_grad, inference_mode, detach, numpy, argmax or re-entrant checkpointing). Let it return the model's "
+            "scores as they are"
+        )
+
+
+def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor | GradientEdge]) -> tuple[Tensor, ...]:
+    """Gradient of every image's score; the parameters' ``.grad`` stays as it is."""
+    check_differentiable(score)
+    try:
+        return torch.autograd.grad(score.sum(), list(at))  # type: ignore[arg-type]  # torch takes both, mixed
+    except RuntimeError as error:
+        if "not have been used in the graph" not in str(error):
+            raise
+        raise RecordingError(
+            "the score does not depend on every recorded attention or token; expected a forward_func that returns "
+            "the scores of one pass of the model"
+        ) from error

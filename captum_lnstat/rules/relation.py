@@ -1,0 +1,196 @@
+"""One block's relation, applied to row vectors: what its attention hands down, and what its values said.
+
+The probabilities of a site are computed again some at a time, used for everything that needs them, and dropped. No map
+of all queries against all keys is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_lnstat.errors import UnsupportedModelError
+from captum_lnstat.layout import WholeImage
+from captum_lnstat.recording.fusion import Fuser, HeadFusion
+from captum_lnstat.recording.sites import Queries
+from captum_lnstat.rules.many_scores import read_many
+from captum_lnstat.rules.wiring import Probe, Wiring, read_values
+from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.maps import pull_through
+from captum_lnstat.trace.steps import Block
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+# Up to so many directions in u, what values said is summed over the queries before it is read, not after.
+FEW = 16
+# Up to so many, the directions are weighted with what is heard of them, and not the values read with each.
+FEW_TO_WEIGH = 4
+# With many scores what is read is wider than a window is large up to so many directions.
+FEW_OF_MANY_SCORES = 64
+# From so many row vectors on, the heads' maps are fused before they are multiplied, not the products after.
+WIDE = 16
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a block's attention made of row vectors, at the tokens before the block.
+
+    Attributes:
+        rows: ``r A`` for every row vector given.
+        rows_lost: What of it fell on padded places.
+        said: ``c_j``: what each token's values said about every score, if there was a covector.
+        said_lost: What padded places said.
+        constant: What the biases on the way said.
+    """
+
+    rows: Float[Tensor, "batch token row"]
+    rows_lost: Float[Tensor, "batch row"]
+    said: Float[Tensor, "batch token score"] | None
+    said_lost: Float[Tensor, "batch score"] | None
+    constant: Float[Tensor, "batch score"] | None
+
+
+def hand_down(
+    block: Block,
+    rows: Float[Tensor, "batch token row"],
+    at: Int[Tensor, " place"] | None,
+    u: Covector | None,
+    fusion: HeadFusion,
+    wiring: Wiring | None,
+) -> Handed:
+    """``r A`` with head-fused ``A``, and ``c_j = sum_h sum_i A^h_ij (u_i W_O^h) . v^h_j``.
+
+    Args:
+        block: The block.
+        rows: Row vectors at the tokens after the attention.
+        at: The only tokens at which they are not zero, if that is known.
+        u: Covector of the stream.
+        fusion: How the heads become one for ``r A``; what was said is summed over the heads as they are.
+        wiring: Where the block's update is compared with what the attention was seen to do.
+    """
+    check_layout(block)
+    site, keys, count = block.site, block.keys or block.layout, rows.shape[-1]
+    reader = None if u is None else _Reader(block, u)
+    probe = None if wiring is None else Probe(block)
+    additive = fusion == "mean" and not site.signed and count < WIDE  # no head-fused map is needed
+    # What is multiplied with every head's map from the left, side by side.
+    columns = [rows] if additive else []
+    columns += [part.columns for part in (reader, probe) if part is not None and part.columns is not None]
+    wanted, grouped = _wanted(block, at, u), block.layout.gather(rows).transpose(-2, -1)
+    lefts = block.layout.gather(torch.cat(columns, -1)).transpose(-2, -1) if columns else grouped[:, :0]
+    heard = lefts.new_zeros(len(lefts), site.shape[1], lefts.shape[1], site.shape[3])
+    mixed = rows.new_zeros(len(grouped), count, site.shape[3])
+    for queries, turns in site.chunks(wanted, whole_maps=callable(fusion)):
+        left, fuser = lefts[:, :, queries], Fuser(fusion, site.shape[1], signed=site.signed)
+        for heads, attention in turns:
+            add_product(heard, heads, left, attention)
+            if not additive:
+                fuser.add(attention)
+            for part in (reader, probe):
+                if part is not None and part.columns is None:
+                    part.add(queries, heads, attention)
+        if not additive:
+            mixed += grouped[:, :, queries] @ fuser.fused()
+    ends = [0, *itertools.accumulate(part.shape[-1] for part in columns)]
+    shares = [(heard[:, :, slice(*pair)], lefts[:, slice(*pair)]) for pair in itertools.pairwise(ends)]
+    if additive:
+        mixed = shares.pop(0)[0].mean(1)
+    if reader is not None and reader.columns is not None:
+        reader.hear(*shares.pop(0))
+    if probe is not None and probe.columns is not None:
+        probe.hear(shares.pop(0)[0])
+    if wiring is not None and probe is not None:
+        wiring.note(block.name, probe.excess(wanted))
+    handed, lost = keys.scatter(mixed.transpose(-2, -1), len(rows))
+    if reader is None:
+        return Handed(handed, lost, None, None, None)
+    said, said_lost = keys.scatter(reader.said, len(rows))
+    return Handed(handed, lost, said, said_lost, reader.constant)
+
+
+def _wanted(block: Block, at: Tensor | None, u: Covector | None) -> Tensor | None:
+    """The queries that matter; ``None`` for all."""
+    if at is None or not isinstance(block.layout, WholeImage):
+        return None
+    if u is not None:
+        at = torch.unique(torch.cat([at, u.at]))
+    return at if 2 * len(at) < block.between.shape[1] else None
+
+
+class _Reader:
+    """Collects what the values of a block said about the scores.
+
+    Of a covector with few directions ``p_k``: ``sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j)``, where nothing wide is
+    multiplied with a map. The inner sums are the ``columns`` times the map, head by head. With more directions there
+    are no columns, and what each query hears is carried to the keys as it is.
+    """
+
+    def __init__(self, block: Block, u: Covector) -> None:
+        self._site = block.site
+        if block.layout.covered is not None:
+            u = u.scaled(block.layout.covered.to(u.scale.dtype)[None])  # a token that takes no part hears no bias
+        pulled, constant = pull_through(block.path, u)
+        self.constant = constant.sum(1)
+        batch, heads = len(u.scale), block.site.shape[1]
+        self.columns: Tensor | None = None
+        if u.kinds <= (FEW if u.scores == 1 else FEW_OF_MANY_SCORES):
+            one_hot = F.one_hot(pulled.kind, pulled.kinds).to(u.scale.dtype)
+            self.columns = pulled.spread(pulled.scale[..., None] * one_hot)
+            # (batch, kind, score, head, head channel)
+            self._directions = pulled.directions.reshape(batch, pulled.kinds, u.scores, heads, -1)
+        else:
+            grouped = block.layout.gather(pulled.spread(pulled.dense().flatten(2)))
+            split = grouped.reshape(*grouped.shape[:2], u.scores, heads, -1)
+            self._dense = split.permute(0, 3, 1, 2, 4)  # (group, head, query, score, head channel)
+        self.said = u.scale.new_zeros(block.site.shape[0], block.site.shape[3], u.scores)
+
+    def add(self, queries: Queries, heads: slice, attention: Float[Tensor, "group head query key"]) -> None:
+        """Without columns: what the queries heard through some heads."""
+        values, pulled = self._site.values(heads), self._dense[:, heads][:, :, queries]
+        carried = attention.transpose(-2, -1) @ pulled.flatten(3)
+        carried = carried.reshape(*carried.shape[:3], *pulled.shape[3:])
+        self.said += (carried * values[:, :, :, None]).sum((1, 4))
+
+    def hear(self, heard: Float[Tensor, "group head kind key"], columns: Float[Tensor, "group kind query"]) -> None:
+        """With columns: what they became by the maps of all heads."""
+        values, directions = self._site.values(slice(0, heard.shape[1])), self._directions
+        if directions.shape[2] == 1 and 1 < directions.shape[1] <= FEW_TO_WEIGH:
+            # What is heard of each direction, at every key: as large as the values, which are read where they lie.
+            every = directions[:, :, 0].transpose(1, 2).repeat_interleave(len(values) // len(directions), 0)
+            self.said = torch.linalg.vecdot(heard.transpose(-2, -1) @ every, values).sum(1)[..., None]
+            return
+        if directions.shape[2] == 1:
+            read = read_values(values, directions[:, :, 0].permute(0, 2, 3, 1))
+            self.said = (heard * read.transpose(-2, -1)).sum((1, 2))[..., None]
+            return
+        self.said = read_many(heard, values, directions.flatten(3), columns.any(-1))
+
+
+def check_layout(block: Block) -> None:
+    """Attention has to be from token to token."""
+    members = block.layout.gather(block.between[:1, :, :1]).shape[1]
+    queries, keys = block.site.shape[2:]
+    if queries != members or (block.keys is None and keys != members):
+        raise UnsupportedModelError(
+            f"the attention of {block.name!r} is {queries} x {keys}, its tokens are "
+            f"{members}; expected attention from token to token (not from channel to channel)"
+        )
+
+
+def add_product(
+    total: Float[Tensor, "group head column key"],
+    heads: slice,
+    left: Float[Tensor, "group column query"],
+    attention: Float[Tensor, "group some_heads query key"],
+) -> None:
+    """Add the product of the same columns with the maps of some heads to theirs."""
+    if attention.shape[1] == 1:
+        total[:, heads.start].baddbmm_(left, attention[:, 0])
+    else:
+        total[:, heads] += left[:, None] @ attention

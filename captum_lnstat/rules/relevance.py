@@ -1,0 +1,67 @@
+"""What every rule returns, and what every rule may be told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from captum_lnstat.recording.fusion import HeadFusion
+from captum_lnstat.recording.statistics import ResidualShare
+from captum_lnstat.trace.steps import MergingShare
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def per_image(values: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
+    """Sum everything but the batch."""
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a rule may be told.
+
+    Attributes:
+        residual: How the residual share of a token follows from its statistics.
+        head_fusion: How the maps of the heads become one.
+        merging: How a merged token hands its relevance to its children.
+        evidence_residual: The residual share with which evidence, once found, is rolled down.
+    """
+
+    residual: ResidualShare = "ratio"
+    head_fusion: HeadFusion = "mean"
+    merging: MergingShare = "variance"
+    evidence_residual: ResidualShare = "half"
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Relevance of every patch, and where the rest of it went.
+
+    Attributes:
+        grid: Relevance on the patch grid.
+        prefix: What ended on the prefix tokens.
+        padding: What padded places of windows took.
+        constant: What belongs to no token: biases and the LayerNorms' betas.
+    """
+
+    grid: Float[Tensor, "batch row column"]
+    prefix: Float[Tensor, "batch token"]
+    padding: Float[Tensor, " batch"]
+    constant: Float[Tensor, " batch"]
+
+    @property
+    def total(self) -> Float[Tensor, " batch"]:
+        """The sum of everything: 1 for perception, the target's score for evidence."""
+        return per_image(self.grid) + self.prefix.sum(1) + self.padding + self.constant
+
+    @classmethod
+    def joined(cls, parts: Sequence[Relevance]) -> Relevance:
+        """Those of several scores as one batch, score by score."""
+        fields = ((one.grid, one.prefix, one.padding, one.constant) for one in parts)
+        return cls(*map(torch.cat, zip(*fields, strict=True)))

@@ -1,0 +1,103 @@
+"""What a model is made of by structure: lists of blocks, and the convolutions that make the patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from captum_lnstat.errors import UnsupportedModelError
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.topology.anatomy.parts import find_parts
+
+LISTS = (nn.ModuleList, nn.Sequential)
+# A convolution that reads images has few input channels; one between two stages reads features, which are more.
+IMAGE_CHANNELS = 16
+
+
+def named(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names that a recording has for them."""
+    return {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.Module]:
+    """Lists of nothing but residual blocks, by name, in the order in which they are defined."""
+    return {
+        name: module
+        for name, module in named(model).items()
+        if isinstance(module, LISTS) and len(module) > 0 and all(find_parts(block) is not None for block in module)
+    }
+
+
+def convolutions(model: nn.Module, but_in: Iterable[nn.Module] = ()) -> dict[str, nn.Conv2d]:
+    """Convolutions of ``model`` by name, in the order in which they are defined; those in ``but_in`` are left out.
+
+    Example:
+        >>> list(convolutions(nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Conv2d(4, 8, 2))))
+        ['0', '2']
+    """
+    left_out = {id(part) for module in but_in for part in module.modules()}
+    return {
+        name: module
+        for name, module in named(model).items()
+        if isinstance(module, nn.Conv2d) and id(module) not in left_out
+    }
+
+
+def reads_images(found: Mapping[str, nn.Conv2d]) -> bool:
+    """Whether the first of some convolutions can be one that reads images."""
+    return bool(found) and next(iter(found.values())).in_channels < IMAGE_CHANNELS
+
+
+def grid_of(recording: Recording, convolution: str) -> tuple[int, int]:
+    """Rows and columns of what a convolution returned."""
+    rows, columns = recording.call(convolution).output.tensor.shape[-2:]
+    return int(rows), int(columns)
+
+
+def patch_of(
+    found: Mapping[str, nn.Conv2d], recording: Recording, grid: tuple[int, int], image_size: tuple[int, int]
+) -> tuple[int, int]:
+    """Height and width of a patch in pixels: the strides of convolutions that ran one after another.
+
+    Raises:
+        UnsupportedModelError: Such patches do not cover the image: the convolutions do not follow each other, or
+            something between them has a stride of its own.
+    """
+    height, width = 1, 1
+    for name, convolution in found.items():
+        if name in recording.calls:
+            height, width = height * convolution.stride[0], width * convolution.stride[1]
+    fits = [
+        abs(pixels - cells * cell) < cell for pixels, cells, cell in zip(image_size, grid, (height, width), strict=True)
+    ]
+    if not all(fits):
+        raise UnsupportedModelError(
+            f"the convolutions before the blocks, of strides that make {height} x {width} px, turn {image_size[0]} x "
+            f"{image_size[1]} px into {grid[0]} x {grid[1]} tokens; expected them to follow each other, and nothing "
+            "with a stride between them"
+        )
+    return height, width
+
+
+def check_prefix_first(recording: Recording, tokens: int, prefix: int, *, seen: bool) -> None:
+    """Tokens that are no patches have to be joined before the patches, where the prefix is looked for.
+
+    Args:
+        recording: The pass.
+        tokens: Number of tokens that the first block was given.
+        prefix: How many of them are no patches.
+        seen: The joining has to have been seen.
+
+    Raises:
+        UnsupportedModelError: They were joined in another order, or it cannot be seen how.
+    """
+    joined = [parts for parts in recording.joins if sum(parts) == tokens and len(parts) > 1]
+    if not prefix or (not joined and not seen):
+        return
+    if not joined or joined[-1][-1] != tokens - prefix:
+        how = f"joined in parts of {', '.join(map(str, joined[-1]))} tokens" if joined else "not joined by torch.cat"
+        raise UnsupportedModelError(
+            f"the first block saw {tokens} tokens, {tokens - prefix} of them patches, {how}; expected the patches last "
+            "and every other token before them. A model with another order needs a topology of its own"
+        )

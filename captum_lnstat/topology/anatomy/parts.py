@@ -1,0 +1,150 @@
+"""The parts of a residual block, found by what its modules are and not by what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from captum_lnstat.recording.eager import eager
+
+# An attention module says how many heads it has; libraries differ in the word.
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")
+# A Linear that reads so few numbers makes a position bias from coordinates; no heads are joined there.
+_COORDINATES = 3
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """Where the parts of a residual block are.
+
+    Attributes:
+        norms: Names of its LayerNorms in the block, as defined; the recording says in which order they run. A third
+            one normalises the stream that the block returns.
+        attention: Name of the child that attends.
+        out: The Linear from the joined heads back to the stream.
+        scale: What the attention's output is multiplied by, channel by channel (LayerScale), or ``None``.
+        gate: The Linear whose sigmoid multiplies the joined heads, and its name in the block, or ``None``.
+    """
+
+    norms: tuple[str, ...]
+    attention: str
+    out: nn.Linear
+    scale: Tensor | None
+    gate: tuple[str, nn.Linear] | None
+
+
+Known = dict[tuple[str, int], Any]
+_known: ContextVar[Known | None] = ContextVar("parts found while the structure of a model cannot change", default=None)
+
+
+@contextmanager
+def looked_up_once() -> Iterator[None]:
+    """Inside, what was found in a module holds: every family asks the same of the same modules."""
+    token = _known.set({} if _known.get() is None else _known.get())
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def known_so_far() -> Known | None:
+    """What has been found in modules since ``looked_up_once`` was entered; it is added to until that is left."""
+    return _known.get()
+
+
+def recall(known: Known) -> None:
+    """Until ``looked_up_once`` is left, what was found before in the same modules holds."""
+    if _known.get() is not None:
+        _known.set(known)
+
+
+def _once(name: str, module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:
+    known = _known.get()
+    if known is None:
+        return find(module)
+    key = name, id(module)
+    if key not in known:
+        known[key] = find(module)
+    return known[key]
+
+
+def find_parts(block: nn.Module) -> BlockParts | None:
+    """The parts of a residual block, or ``None`` for a module that is none.
+
+    A residual block has two norms among its children, or three, and one child that has heads. The last Linear of that
+    child with as many outputs as the second norm has channels leads back to the stream. Parameters of one value per
+    channel, in the block or alone in a child of it, are LayerScales, the attention's first.
+
+    Example:
+        >>> parts = find_parts(nn.TransformerEncoderLayer(8, 2))
+        >>> parts.attention, parts.norms
+        ('self_attn', ('norm1', 'norm2'))
+    """
+    found: BlockParts | None = _once("parts", eager(block), _find_parts)
+    return found
+
+
+def _find_parts(block: nn.Module) -> BlockParts | None:
+    children = dict(block.named_children())
+    norms = [name for name, child in children.items() if _channels(child) is not None]
+    if len(norms) not in (2, 3):
+        return None
+    # Of a block that widens the stream, the second norm reads what the attention has widened.
+    width = _channels(children[norms[1]])
+    attending = [name for name, child in children.items() if _attends(child)]
+    if len(attending) != 1:
+        return None
+    attention: Any = children[attending[0]]
+    gate = getattr(attention, "gate", None)
+    linears = [m for m in attention.modules() if isinstance(m, nn.Linear) and m.out_features == width and m is not gate]
+    linears = [m for m in linears if m.in_features > _COORDINATES]
+    if not linears:
+        return None
+    named_gate = (f"{attending[0]}.gate", gate) if isinstance(gate, nn.Linear) else None
+    return BlockParts(tuple(norms), attending[0], linears[-1], next(_scales(block, width), None), named_gate)
+
+
+def has_heads(module: nn.Module) -> bool:
+    """Whether a module, or one inside it, says how many heads it has."""
+    found: bool = _once("heads", module, _has_heads)
+    return found
+
+
+def _has_heads(module: nn.Module) -> bool:
+    own, kind = vars(module), type(module)  # a Module looks long for an attribute that it does not have
+    says = any(isinstance(own.get(name, getattr(kind, name, None)), int) for name in _HEAD_COUNTS)
+    return says or any(has_heads(child) for child in module.children())
+
+
+def _channels(module: nn.Module) -> int | None:
+    """How many channels a LayerNorm or RMSNorm normalises together."""
+    shape = getattr(module, "normalized_shape", None)
+    return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else None
+
+
+def _attends(module: nn.Module) -> bool:
+    if not has_heads(module) or _holds_block(module):
+        return False  # a whole encoder
+    return any(isinstance(part, nn.Linear) for part in module.modules())
+
+
+def _holds_block(module: nn.Module) -> bool:
+    def holds(module: nn.Module) -> bool:
+        return any(find_parts(child) is not None or _holds_block(child) for child in module.children())
+
+    found: bool = _once("block inside", module, holds)
+    return found
+
+
+def _scales(block: nn.Module, width: int | None) -> Iterator[Tensor]:
+    for child in (block, *block.children()):
+        parameters = list(child.parameters(recurse=False))
+        alone = len(parameters) == 1 and _channels(child) is None and not list(child.children())
+        for parameter in parameters:
+            if parameter.shape == (width,) and (child is block or alone):
+                yield parameter

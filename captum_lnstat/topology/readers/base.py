@@ -1,0 +1,69 @@
+"""What reads one attention block of a hierarchical model from a recording."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from captum_lnstat.layout import Groups
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.topology.anatomy.geometry import Grid, cells, strides_of
+from captum_lnstat.topology.anatomy.units import Stream
+from captum_lnstat.trace.steps import Block, Update
+from captum_lnstat.trace.trace import RULES
+
+# What makes tokens of several tokens.
+SPATIAL = (nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d)
+
+
+class Reader(ABC):
+    """One attention block.
+
+    Attributes:
+        block: The module.
+        channels_first: Whether a map that it is given has its channels before its rows.
+        rules: The rules that are defined for it.
+        covers: What has to be said of maps that are made with it.
+    """
+
+    channels_first: ClassVar[bool] = False
+    rules: ClassVar[tuple[str, ...]] = RULES
+    covers: ClassVar[str] = ""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block: Any = block
+
+    @classmethod
+    @abstractmethod
+    def reads(cls, module: nn.Module) -> bool:
+        """Whether a module is a block of this build."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Channels of the stream after it."""
+
+    @abstractmethod
+    def taps(self) -> Iterator[nn.Module]:
+        """The modules whose calls ``steps`` reads."""
+
+    def order(self, name: str, recording: Recording, grid: Grid | None) -> Tensor | None:
+        """The order of the tokens, if they are not row by row."""
+        return None
+
+    def grid_after(self, name: str, recording: Recording, grid: Grid) -> Grid:
+        """Rows and columns of tokens after it."""
+        return grid
+
+    @abstractmethod
+    def steps(self, name: str, recording: Recording, before: Stream) -> list[Block | Update]:
+        """The block, and what is added after it, from the stream that it was given."""
+
+
+def under(module: nn.Module, grid: Grid, after: Grid, device: torch.device) -> Groups:
+    """The tokens under each token that a convolution or pooling makes, or several one after another."""
+    return cells(grid, after, strides_of(module), device)

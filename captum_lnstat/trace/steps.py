@@ -1,0 +1,218 @@
+"""The steps of a trace: blocks, mergings, and what else stands between the patches and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, Union
+
+import torch
+from torch import Tensor
+
+from captum_lnstat.layout import Groups, Layout
+from captum_lnstat.recording.sites import AttentionSite
+from captum_lnstat.recording.statistics import (
+    ResidualShare,
+    TokenStatistics,
+    accumulation_dtype,
+    ratio_share,
+    residual_share,
+    token_statistics,
+    token_variance,
+)
+from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.maps import FrozenMap
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from captum_lnstat.recording.recording import NormCall
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: ``between = x + attention update``, ``after = between + mlp update``.
+
+    Attributes:
+        name: Dotted name of the block.
+        site: Its attention.
+        layout: How the tokens of ``between`` become the site's queries.
+        before: ``x``, the residual stream before the block.
+        between: The stream with the attention's update; what the MLP's norm reads, if it comes first.
+        after: The stream with the MLP's update; ``between`` itself if no MLP follows.
+        path: The affine maps from the site's output, heads joined, to the attention update.
+        keys: How the tokens of ``before`` became the site's keys, if not as the queries.
+        skip: For an attention that pools its queries: the tokens of ``before`` under each token after it.
+        carried: For such a block: what of ``before`` the update is added to, after the pooling.
+        grid: For such a block: rows and columns of tokens after it.
+        norms: The calls of the LayerNorms that read ``base`` and ``between``, if they did; their statistics are known.
+        pull: For such a block: from the covector of ``carried`` to that of ``before``, as in a ``Transition``.
+        post_norm: The update was normalised before it was added, and no LayerNorm reads the stream.
+    """
+
+    name: str
+    site: AttentionSite
+    layout: Layout
+    before: Float[Tensor, "batch token channel"]
+    between: Float[Tensor, "batch query_token out_channel"]
+    after: Float[Tensor, "batch query_token out_channel"]
+    path: tuple[FrozenMap, ...]
+    keys: Layout | None = None
+    skip: Groups | None = None
+    carried: Float[Tensor, "batch query_token out_channel"] | None = None
+    grid: tuple[int, int] | None = None
+    norms: tuple[NormCall, NormCall] | None = None
+    pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
+    post_norm: bool = False
+
+    @property
+    def base(self) -> Float[Tensor, "batch query_token out_channel"]:
+        """What the attention's update is added to."""
+        return self.before if self.carried is None else self.carried
+
+    @property
+    def attention_update(self) -> Float[Tensor, "batch query_token out_channel"]:
+        """What the attention added to each token."""
+        return self.between - self.base
+
+    @property
+    def mlp_update(self) -> Float[Tensor, "batch query_token out_channel"]:
+        """What the MLP added to each token."""
+        return self.after - self.between
+
+    @cached_property
+    def statistics(self) -> tuple[TokenStatistics, TokenStatistics]:
+        """Of every token before and after the attention's update: what the block's two LayerNorms read."""
+        first, second = self.norms or (None, None)
+        return _statistics(self.base, first), _statistics(self.between, second)
+
+    def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
+        """Share of each token after the attention that is the token before it; 1 where it takes no part.
+
+        ``"ratio"`` is a ratio of what two LayerNorms read. In a post-norm block they do not read the stream: the
+        update was given its variance by the norm, and ``var(x) / (var(x) + var(d))`` is what the statistics say.
+        """
+        if form == "half":
+            share = self.base.new_full(self.base.shape[:2], 0.5)
+        elif form == "ratio" and not self.post_norm:
+            own, joined = self.statistics
+            share = ratio_share(own.variance, joined.variance)
+        else:
+            share = residual_share(self.base, self.attention_update, "update" if form == "ratio" else form)
+        covered = self.layout.covered
+        return share if covered is None else torch.where(covered, share, 1.0)
+
+
+def _statistics(tokens: Tensor, norm: NormCall | None) -> TokenStatistics:
+    """Those of the LayerNorm if it read just these tokens, else computed."""
+    if norm is not None and norm.input.tensor.data_ptr() == tokens.data_ptr():
+        known = norm.statistics.flat()
+        if known.variance.shape == tokens.shape[:2]:
+            return known
+    return token_statistics(tokens)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """A patch merging: the children of each parent are joined along the channels and mapped to it.
+
+    Attributes:
+        name: Dotted name of the merging.
+        groups: The children of each parent; padding where the grid was odd.
+        children: The residual stream before the merging.
+        path: The affine maps from the joined children to the parent.
+        norm_first: True if the LayerNorm reads the joined children, False if it reads the parent.
+        reduction: Weight of the linear map, ``(parent channels, joined channels)``.
+        after: The residual stream after the merging.
+    """
+
+    name: str
+    groups: Groups
+    children: Float[Tensor, "batch child channel"]
+    path: tuple[FrozenMap, ...]
+    norm_first: bool
+    reduction: Float[Tensor, "out in"]
+    after: Float[Tensor, "batch parent out"]
+
+    @property
+    def before(self) -> Float[Tensor, "batch child channel"]:
+        """The stream before the merging."""
+        return self.children
+
+
+@dataclass(frozen=True)
+class Update:
+    """Something added to each token in place: an MLP of its own, a positional or depthwise convolution.
+
+    Evidence: ``<u, after - before>`` is put on the token. Relevance stays where it is.
+
+    Attributes:
+        name: Dotted name of the module.
+        before: The residual stream before it.
+        after: The residual stream after it.
+    """
+
+    name: str
+    before: Float[Tensor, "batch token channel"]
+    after: Float[Tensor, "batch token channel"]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A change of the tokens that is no attention: a convolutional stage, a pooling, tokens put in another order.
+
+    A token's relevance is shared evenly among the tokens that lie under it. Where ``pull`` is not known, the evidence
+    ``<u, after>`` is put on the tokens after it, and what was said below is not told apart.
+
+    Attributes:
+        name: Dotted name of the module.
+        groups: The tokens before it under each token after it. A token with none (a class token that joins here)
+            gives its relevance to padding.
+        before: The residual stream before it.
+        after: The residual stream after it.
+        grid: Rows and columns of patch tokens after it.
+        pull: From the covector after it to the covector before it and the constant, ``(batch, score)``, if it is
+            affine.
+    """
+
+    name: str
+    groups: Groups
+    before: Float[Tensor, "batch token channel"]
+    after: Float[Tensor, "batch token_after out_channel"]
+    grid: tuple[int, int]
+    pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
+
+
+Step = Union[Block, Merging, Update, Transition]
+MergingShare = Literal["uniform", "variance"]
+
+
+def merging_share(merging: Merging, form: MergingShare) -> Float[Tensor, "batch parent child"]:
+    """Share of a merged token that each of its four children gets; padded children get none.
+
+    Args:
+        merging: The patch merging.
+        form: ``"uniform"``: the same for every child. ``"variance"``: the child's share of the variance that the
+            merging's LayerNorm divides by. Where the norm reads the joined children (Swin v1) that is the sum of
+            ``(x_kc - mean)^2`` over the child's channels; where it reads the parent (Swin v2), the variance of the
+            child's part ``W_k x_k`` of it.
+    """
+    index = merging.groups.index
+    real = (index >= 0).to(accumulation_dtype(merging.children))
+    batch = len(merging.children)
+    if form == "uniform":
+        weight = real.expand(batch, -1, -1)
+    elif form == "variance":
+        gathered = merging.groups.gather(merging.children)
+        children = gathered.reshape(batch, -1, *gathered.shape[1:])
+        if merging.norm_first:
+            centred = children - children.mean((-2, -1), keepdim=True)
+            weight = torch.linalg.vecdot(centred, centred) * real
+        else:
+            weights = merging.reduction.to(children.dtype).reshape(len(merging.reduction), index.shape[1], -1)
+            weight = token_variance(torch.einsum("bpkc,okc->bpko", children, weights)) * real
+        weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, real)
+    else:
+        raise ValueError(f"merging is {form!r}; expected 'uniform' or 'variance'")
+    return weight / weight.sum(-1, keepdim=True)

@@ -1,0 +1,92 @@
+"""What a topology makes of a recording: the blocks and mergings from the image to the head, ready for the rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from captum_lnstat.recording.fusion import HeadFusion
+from captum_lnstat.recording.statistics import (
+    accumulation_dtype,
+)
+from captum_lnstat.trace.pooling import Pooling
+from captum_lnstat.trace.steps import Block, Merging, Step, Update
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+# Every rule there is.
+RULES = ("lnstat", "evidence", "rollout", "gradient")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The way of one forward pass from the patch tokens to the head.
+
+    Attributes:
+        family: What the model was recognised as.
+        steps: Blocks and mergings, from the image to the head.
+        tokens: The residual stream before the first step.
+        prefix: Number of prefix tokens; the patch tokens follow, row by row.
+        grid: Rows and columns of patch tokens before the first step.
+        patch: Height and width of a patch in pixels.
+        pooling: How the head reads the tokens.
+        training: The model was in train mode, so that dropout may stand between what was recorded and what came of it.
+        place: Which patch token is at each place of the grid, row by row, if they are not in that order.
+        covers: What the map leaves out, in words: stages that attention cannot see through.
+        rules: The rules that are defined for the model.
+    """
+
+    family: str
+    steps: tuple[Step, ...]
+    tokens: Float[Tensor, "batch token channel"]
+    prefix: int
+    grid: tuple[int, int]
+    patch: tuple[int, int]
+    pooling: Pooling
+    training: bool = False
+    place: Int[Tensor, " patch"] | None = None
+    covers: str = ""
+    rules: tuple[str, ...] = RULES
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks alone, first to last."""
+        return tuple(step for step in self.steps if isinstance(step, Block))
+
+    def above(self, block: Block, *, into: bool) -> Trace:
+        """The way from ``block`` to the head, as if its tokens were the patch tokens of the image.
+
+        Args:
+            block: One of ``blocks``.
+            into: Begin with the block, at its input. False begins after it, at its output.
+        """
+        index = next(i for i, step in enumerate(self.steps) if step is block)
+        first = index if into else index + 1
+        grid = self._grid_after(first)
+        tokens = block.before if into else block.after
+        return replace(self, steps=self.steps[first:], tokens=tokens, grid=grid, place=None)
+
+    @property
+    def grain(self) -> tuple[float, float]:
+        """Height and width of a patch token at the head, in patches of the grid: 1 where no stage is coarser."""
+        last = self._grid_after(len(self.steps))
+        return self.grid[0] / last[0], self.grid[1] / last[1]
+
+    def _grid_after(self, count: int) -> tuple[int, int]:
+        """Rows and columns of patch tokens after the first ``count`` steps."""
+        grid = self.grid
+        for step in self.steps[:count]:
+            if isinstance(step, Merging):
+                grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+            elif not isinstance(step, Update) and step.grid is not None:
+                grid = step.grid
+        return grid
+
+    def start(self, fusion: HeadFusion) -> Float[Tensor, "batch token"]:
+        """The row vector with which class-agnostic relevance starts at the head."""
+        weights = self.pooling.start(len(self.tokens), fusion)
+        return weights.to(accumulation_dtype(self.tokens))
