@@ -1,4 +1,4 @@
-"""What values said about many scores at once: one long sum over heads, kinds of directions and channels.
+"""What values contribute to many scores at once: one long sum over heads, kinds of directions and channels.
 
 What is summed over is ``kinds`` times as large as the values. It is made some at a time and multiplied while it is
 still in the cache.
