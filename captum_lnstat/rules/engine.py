@@ -17,10 +17,10 @@ from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
 from captum_lnstat.rules.checks import check_model, check_seen, check_size, check_start, check_stream, reads
 from captum_lnstat.rules.gradient import BackwardPass
-from captum_lnstat.rules.head import check_differentiable, contrast, gradients, head_covector, target_score
+from captum_lnstat.rules.head import check_differentiable, contrast, gradients, head_cotangent, target_score
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.anatomy.parts import looked_up_once
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.pooling import FixedPooling
 from captum_lnstat.trace.trace import Trace
 
@@ -35,14 +35,14 @@ class Needs:
 
     Attributes:
         target: A target; rules that are class-agnostic need none.
-        covector: The head's covector at the end of the stream.
+        cotangent: The head's cotangent at the end of the stream.
         contrastive: The score is that of the target against the other classes.
         output_gradients: The gradient of the score at every attention's output, hence the trunk's graph.
         input_gradient: Input times gradient with everything in the model frozen that is not affine.
     """
 
     target: bool = False
-    covector: bool = False
+    cotangent: bool = False
     contrastive: bool = False
     output_gradients: bool = False
     input_gradient: bool = False
@@ -65,7 +65,7 @@ class Pass:
     output: Tensor
     score: Tensor | None
     scores: tuple[Tensor, ...]
-    u: Covector | None
+    u: Cotangent | None
     constant: Tensor | None
     backward: BackwardPass | None
     input_times_gradient: Tensor | None
@@ -144,8 +144,8 @@ def _read(
         trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
         trace = replace(trace, training=topology.model.training)
         check_stream(trace, recording.stream_end)
-    if needs.covector and score is not None:
-        u, constant = head_covector(scores, recording.stream_end)
+    if needs.cotangent and score is not None:
+        u, constant = head_cotangent(scores, recording.stream_end)
         check_start(trace, u.reads())
     elif not needs.graph and not (isinstance(trace.pooling, FixedPooling) and trace.pooling.seen):
         # What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be.

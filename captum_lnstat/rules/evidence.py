@@ -16,8 +16,8 @@ from captum_lnstat.rules.checks import (
 from captum_lnstat.rules.relation import Handed
 from captum_lnstat.rules.relevance import Relevance, Settings, per_image
 from captum_lnstat.rules.walk import _Row, _walk
-from captum_lnstat.trace.covector import Covector, to_children
-from captum_lnstat.trace.maps import pull_through
+from captum_lnstat.trace.cotangent import Cotangent, to_children
+from captum_lnstat.trace.maps import pull_back
 from captum_lnstat.trace.steps import Block, Merging, Transition, Update
 from captum_lnstat.trace.trace import Trace
 
@@ -32,9 +32,9 @@ class _Evidence:
     token it came from, ``<u, input token>`` at the end. With these three the sum over tokens and constant is the score.
     """
 
-    def __init__(self, u: Covector, constant: Float[Tensor, "batch score"], settings: Settings) -> None:
+    def __init__(self, u: Cotangent, constant: Float[Tensor, "batch score"], settings: Settings) -> None:
         self._settings = settings
-        self.u: Covector | None = u
+        self.u: Cotangent | None = u
         self.constant = constant
         self.row = _Row(u.spread(u.scale.new_zeros(*u.scale.shape, u.scores)), u.at)
         self._kept = self.row.tokens
@@ -60,8 +60,8 @@ class _Evidence:
             assert said.constant is not None
             handed = handed + said.said
             self.constant = self.constant + said.said_lost + said.constant
-            if block.pull is not None:
-                self._pull(block.pull)
+            if block.pull_back is not None:
+                self._pull_back(block.pull_back)
             elif block.skip is not None:
                 # The pooling between is not affine: what the tokens after it say is put under them.
                 keep = keep + self.u.spread(self.u.read(block.base))
@@ -74,18 +74,18 @@ class _Evidence:
         if isinstance(step, Update):
             self._add(self.u.read(step.after, step.before))
         elif isinstance(step, Merging):
-            joined, constant = pull_through(step.path, self.u)
+            joined, constant = pull_back(step.path, self.u)
             # A padded child is a token of zeros: whatever u is there, nothing was said.
             self.u, self.constant = to_children(joined, step.groups), self.constant + constant.sum(1)
-        elif step.pull is not None:
-            self._pull(step.pull)
+        elif step.pull_back is not None:
+            self._pull_back(step.pull_back)
         else:
             self._add(self.u.read(step.after))
             self.u = None
 
-    def _pull(self, pull: Callable[[Covector], tuple[Covector, Tensor]]) -> None:
+    def _pull_back(self, pull_back: Callable[[Cotangent], tuple[Cotangent, Tensor]]) -> None:
         assert self.u is not None
-        u, constant = pull(self.u)
+        u, constant = pull_back(self.u)
         # Where the head reads a token that joined on the way, nothing is said from here down.
         self.u, self.constant = u if len(u.at) else None, self.constant + constant
 
@@ -96,12 +96,12 @@ class _Evidence:
         return self.row.relevance(trace, self.constant)
 
 
-def evidence(trace: Trace, u: Covector, constant: Tensor, settings: Settings) -> tuple[Relevance, ...]:
+def evidence(trace: Trace, u: Cotangent, constant: Tensor, settings: Settings) -> tuple[Relevance, ...]:
     """Class-specific, signed relevance: how much each patch argued for the target. Sums to the target's score.
 
     Args:
         trace: The traced forward pass.
-        u: The head's covector at the end of the stream, for one score or several.
+        u: The head's cotangent at the end of the stream, for one score or several.
         constant: ``score - sum_i u_i . x_i`` at the head, ``(batch, score)``: its bias and its LayerNorm's beta.
         settings: How relevance is rolled.
 

@@ -1,4 +1,4 @@
-"""From the model's output to the score that is explained, and from the score to the head's covector ``u``."""
+"""From the model's output to the score that is explained, and from the score to the head's cotangent ``u``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.forward import Target, _select_targets
 from captum_lnstat.recording.statistics import accumulation_dtype, stream
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -102,18 +102,18 @@ def contrast(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
     return score - (others.to(output.dtype) * output).sum(1)
 
 
-def head_covector(
+def head_cotangent(
     scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor
-) -> tuple[Covector, Float[Tensor, "batch score"]]:
+) -> tuple[Cotangent, Float[Tensor, "batch score"]]:
     """``u`` with ``score = sum_i u_i . x_i + constant`` at the end of the residual stream, and the constant.
 
     The LayerNorms of the head were recorded with frozen statistics, so for a head of norms, pooling and linear layers
     this is exact. For any other head it is the first-order expansion, the remainder being part of the constant.
     """
-    covector = Covector.of_parts(_slopes(scores, stream_end))
-    said = covector.read(stream(stream_end.detach())).sum(1)
+    cotangent = Cotangent.of_parts(_slopes(scores, stream_end))
+    said = cotangent.read(stream(stream_end.detach())).sum(1)
     values = torch.stack([score.detach() for score in scores], 1)
-    return covector, values.to(said.dtype) - said
+    return cotangent, values.to(said.dtype) - said
 
 
 def _slopes(

@@ -11,7 +11,7 @@ from captum_lnstat.rules.evidence import _Evidence
 from captum_lnstat.rules.perception import _Perception
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.walk import _walk
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ FAINT = 20
 
 
 def lnstat(
-    trace: Trace, u: Covector, constant: Tensor, settings: Settings
+    trace: Trace, u: Cotangent, constant: Tensor, settings: Settings
 ) -> tuple[tuple[Relevance, ...], tuple[Relevance, ...]]:
     """``max(P - mean P, P / 20) * max(G - median G, 0)``, scaled to the sum of ``max(G - median G, 0)``.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from captum_lnstat.rules.relation import Handed
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.walk import _Row, _walk
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.steps import Block, Merging, Transition, Update
 from captum_lnstat.trace.trace import Trace
 
@@ -18,7 +18,7 @@ class _Perception:
 
     def __init__(self, trace: Trace, settings: Settings) -> None:
         self._settings = settings
-        self.u: Covector | None = None
+        self.u: Cotangent | None = None
         start = trace.start(settings.head_fusion)
         self.row = _Row(start[..., None], start.ne(0).any(0).nonzero()[:, 0])
         self._kept = self.row.tokens

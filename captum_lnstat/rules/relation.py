@@ -20,8 +20,8 @@ from captum_lnstat.recording.fusion import Fuser, HeadFusion
 from captum_lnstat.recording.sites import Queries
 from captum_lnstat.rules.many_scores import read_many
 from captum_lnstat.rules.wiring import Probe, Wiring, read_values
-from captum_lnstat.trace.covector import Covector
-from captum_lnstat.trace.maps import pull_through
+from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.maps import pull_back
 from captum_lnstat.trace.steps import Block
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Handed:
     Attributes:
         rows: ``r A`` for every row vector given.
         rows_lost: What of it fell on padded places.
-        said: ``c_j``: what each token's values said about every score, if there was a covector.
+        said: ``c_j``: what each token's values said about every score, if there was a cotangent.
         said_lost: What padded places said.
         constant: What the biases on the way said.
     """
@@ -60,7 +60,7 @@ def hand_down(
     block: Block,
     rows: Float[Tensor, "batch token row"],
     at: Int[Tensor, " place"] | None,
-    u: Covector | None,
+    u: Cotangent | None,
     fusion: HeadFusion,
     wiring: Wiring | None,
 ) -> Handed:
@@ -70,7 +70,7 @@ def hand_down(
         block: The block.
         rows: Row vectors at the tokens after the attention.
         at: The only tokens at which they are not zero, if that is known.
-        u: Covector of the stream.
+        u: Cotangent of the stream.
         fusion: How the heads become one for ``r A``; what was said is summed over the heads as they are.
         wiring: Where the block's update is compared with what the attention was seen to do.
     """
@@ -114,7 +114,7 @@ def hand_down(
     return Handed(handed, lost, said, said_lost, reader.constant)
 
 
-def _wanted(block: Block, at: Tensor | None, u: Covector | None) -> Tensor | None:
+def _wanted(block: Block, at: Tensor | None, u: Cotangent | None) -> Tensor | None:
     """The queries that matter; ``None`` for all."""
     if at is None or not isinstance(block.layout, WholeImage):
         return None
@@ -126,16 +126,16 @@ def _wanted(block: Block, at: Tensor | None, u: Covector | None) -> Tensor | Non
 class _Reader:
     """Collects what the values of a block said about the scores.
 
-    Of a covector with few directions ``p_k``: ``sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j)``, where nothing wide is
-    multiplied with a map. The inner sums are the ``columns`` times the map, head by head. With more directions there
+    Of a cotangent with few directions ``p_k``: ``sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j)``, where nothing wide
+    is multiplied with a map. The inner sums are the ``columns`` times the map, head by head. With more directions there
     are no columns, and what each query hears is carried to the keys as it is.
     """
 
-    def __init__(self, block: Block, u: Covector) -> None:
+    def __init__(self, block: Block, u: Cotangent) -> None:
         self._site = block.site
         if block.layout.covered is not None:
             u = u.scaled(block.layout.covered.to(u.scale.dtype)[None])  # a token that takes no part hears no bias
-        pulled, constant = pull_through(block.path, u)
+        pulled, constant = pull_back(block.path, u)
         self.constant = constant.sum(1)
         batch, heads = len(u.scale), block.site.shape[1]
         self.columns: Tensor | None = None

@@ -17,7 +17,7 @@ from captum_lnstat.layout import Groups, even_shares
 from captum_lnstat.rules.relation import Handed, hand_down
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.wiring import Wiring
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.steps import Block, Merging, Transition, Update, merging_share
 from captum_lnstat.trace.trace import Trace
 
@@ -59,10 +59,10 @@ class _Row:
 
 
 class _Walker(Protocol):
-    """Row vectors, and perhaps a covector, on their way from the head to the image."""
+    """Row vectors, and perhaps a cotangent, on their way from the head to the image."""
 
     row: _Row
-    u: Covector | None
+    u: Cotangent | None
 
     def give(self, block: Block) -> Tensor:
         """What goes through the block's attention."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.sites import Queries
-from captum_lnstat.trace.covector import Covector
-from captum_lnstat.trace.maps import pull_through
+from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.maps import pull_back
 from captum_lnstat.trace.steps import Block
 
 if TYPE_CHECKING:
@@ -76,10 +76,10 @@ class Probe:
         self._w, self._z = w, _scattered(tokens, w.device, w.dtype)
         everywhere = torch.arange(tokens, device=w.device)
         directions = w.expand(batch, 1, 1, channels)
-        u = Covector(everywhere, self._z.expand(batch, -1), directions, torch.zeros_like(everywhere), tokens)
-        self._u, self._constant = pull_through(block.path, u)
+        u = Cotangent(everywhere, self._z.expand(batch, -1), directions, torch.zeros_like(everywhere), tokens)
+        self._u, self._constant = pull_back(block.path, u)
         site = block.site
-        # What is multiplied with every head's map from the left, if the covector has one direction for all tokens.
+        # What is multiplied with every head's map from the left, if the cotangent has one direction for all tokens.
         self.columns: Tensor | None = None
         if self._u.kinds > 1:
             grouped = block.layout.gather(self._u.dense()[:, :, 0])
