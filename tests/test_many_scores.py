@@ -7,8 +7,8 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 
 from captum_lnstat import LNStatAttribution
+from captum_lnstat.rules import many_scores
 from captum_lnstat.rules.many_scores import read_many
-from captum_lnstat.rules.walk import many_scores
 from captum_lnstat.trace.cotangent import Cotangent
 
 
