@@ -362,7 +362,7 @@ class Dense:
             rows.append(value)
         return torch.stack(rows)
 
-    def covector(self, target: Tensor, contrastive: bool = False) -> tuple[Tensor, Tensor]:
+    def cotangent(self, target: Tensor, contrastive: bool = False) -> tuple[Tensor, Tensor]:
         """``u`` of the stream after the last block, from autograd through detached norms, and what the head adds."""
         head = copy.deepcopy(self.model)
         for parent in list(head.modules()):
@@ -451,7 +451,7 @@ class Dense:
         fusion: Fusion = "mean",
         merging: str = "uniform",
     ) -> Answer:
-        u, constant = self.covector(target, contrastive)
+        u, constant = self.cotangent(target, contrastive)
         r = torch.zeros_like(u[..., 0])
         lost = torch.zeros_like(constant)
         for step in reversed(self.steps):

@@ -150,7 +150,7 @@ def test_constant_of_a_swin_is_biases_and_betas(name):
     model: Any = oracle.model
     w = model.head.fc.weight[target]
     affine = model.head.fc.bias[target] + w @ model.norm.bias
-    _, head = oracle.covector(target)
+    _, head = oracle.cotangent(target)
     assert torch.allclose(head, affine.detach(), rtol=1e-9, atol=1e-9)
     found = rule(build(name), "evidence", images(CASES[name]), target).constant
     assert torch.allclose(found, oracle.evidence(target).constant, rtol=1e-9, atol=1e-9)
@@ -166,7 +166,7 @@ def test_a_step_between_the_blocks_that_is_not_known_is_refused():
 
 def test_evidence_that_does_not_add_up_is_refused():
     model, x, target = build("vit-class"), images(CASES["vit-class"]), targets(2)
-    outcome = run(model, model, x, target, None, Needs(target=True, covector=True))
+    outcome = run(model, model, x, target, None, Needs(target=True, cotangent=True))
     found = rule(model, "evidence", x, target)
     check_complete(found, outcome.trace, outcome.score)
     off = replace(found, constant=found.constant + torch.tensor([0.0, 0.1]))  # one image of the batch is enough

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from captum_lnstat.recording.freezing import FrozenLayerNorm
 from captum_lnstat.rules.relevance import per_image
-from captum_lnstat.trace.covector import Covector
-from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale, pull_through
+from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale, pull_back
 
 
 def _detached_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dims: int = 1) -> Tensor:
@@ -103,7 +103,7 @@ def _maps() -> list[tuple[str, FrozenMap, object, int, int]]:
     ]
 
 
-def _covectors(channels: int) -> list[Tensor]:
+def _cotangents(channels: int) -> list[Tensor]:
     """One of its own for every token; one direction for all; one token alone."""
     u = torch.randn(2, 5, channels, dtype=torch.float64)
     alone = torch.zeros_like(u)
@@ -111,8 +111,8 @@ def _covectors(channels: int) -> list[Tensor]:
     return [u, u[:, :1] * torch.randn(2, 5, 1, dtype=torch.float64), alone]
 
 
-def _factored(u: Tensor) -> Covector:
-    return Covector.of(u[:, :, None])
+def _factored(u: Tensor) -> Cotangent:
+    return Cotangent.of(u[:, :, None])
 
 
 @pytest.mark.parametrize(
@@ -120,13 +120,13 @@ def _factored(u: Tensor) -> Covector:
 )
 def test_pull_is_the_transpose(frozen, function, inner, outer):
     x = torch.randn(2, 5, inner, dtype=torch.float64)
-    for u in _covectors(outer):
-        covector, constant = frozen.pull(_factored(u))
-        pulled = covector.spread(covector.dense())[:, :, 0]
+    for u in _cotangents(outer):
+        cotangent, constant = frozen.pull_back(_factored(u))
+        pulled = cotangent.spread(cotangent.dense())[:, :, 0]
         _, vjp = torch.func.vjp(function, x)
         assert torch.allclose(pulled, vjp(u)[0], rtol=1e-12, atol=1e-12)
         zero = function(torch.zeros_like(x))
-        constant = covector.spread(constant)[..., 0]
+        constant = cotangent.spread(constant)[..., 0]
         assert torch.allclose(constant, (u * zero).sum(-1), rtol=1e-12, atol=1e-12)
         assert torch.allclose((u * function(x)).sum(-1), (pulled * x).sum(-1) + constant, rtol=1e-12, atol=1e-12)
 
@@ -141,23 +141,23 @@ def test_pull_through_a_path_is_the_transpose_of_all_of_it():
             x = maps[number][2](x)
         return x
 
-    for u in _covectors(7):
-        covector, constant = pull_through(path, _factored(u))
-        pulled, constant = covector.spread(covector.dense())[:, :, 0], covector.spread(constant)[..., 0]
+    for u in _cotangents(7):
+        cotangent, constant = pull_back(path, _factored(u))
+        pulled, constant = cotangent.spread(cotangent.dense())[:, :, 0], cotangent.spread(constant)[..., 0]
         assert torch.allclose(pulled, torch.func.vjp(function, x)[1](u)[0], rtol=1e-12, atol=1e-12)
         assert torch.allclose((u * function(x)).sum(-1), (pulled * x).sum(-1) + constant, rtol=1e-12, atol=1e-12)
 
 
 def test_pull_through_nothing_is_the_identity():
     u = _factored(torch.randn(2, 5, 6))
-    pulled, constant = pull_through([], u)
+    pulled, constant = pull_back([], u)
     assert pulled is u
     assert torch.equal(constant, torch.zeros(2, 5, 1))
 
 
 def test_frozen_maps_read_half_precision_parameters_in_the_dtype_of_u():
     linear = nn.Linear(6, 7).half()
-    pulled, constant = FrozenLinear(linear.weight, linear.bias).pull(_factored(torch.randn(2, 5, 7)))
+    pulled, constant = FrozenLinear(linear.weight, linear.bias).pull_back(_factored(torch.randn(2, 5, 7)))
     assert pulled.directions.dtype == constant.dtype == torch.float32
     assert not pulled.directions.requires_grad
     assert not constant.requires_grad

@@ -47,7 +47,7 @@ def halved(grid: tuple[int, int], times: int) -> tuple[int, int]:
 
 def expected(case: Any, oracle: Dense, name: str, into: bool, rule: str, target: Tensor) -> Tensor:
     short, tokens = above(oracle, name, into)
-    start, end = oracle.start("mean"), oracle.covector(target)[0]
+    start, end = oracle.start("mean"), oracle.cotangent(target)[0]
     looked = short.rollout().tokens if short.steps else start
     if rule == "rollout":
         return looked

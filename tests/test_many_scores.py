@@ -7,9 +7,9 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 
 from captum_lnstat import LNStatAttribution
+from captum_lnstat.rules import many_scores
 from captum_lnstat.rules.many_scores import read_many
-from captum_lnstat.rules.walk import many_scores
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent
 
 
 @pytest.mark.parametrize("held", [1, 50, 1000, 1 << 20])
@@ -65,7 +65,7 @@ def _parallel(scale: torch.Tensor, scores: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("others", ["the same scale", "another scale", "not parallel", "other tokens", "nothing"])
-def test_a_covector_in_parts_is_the_whole(others: str) -> None:
+def test_a_cotangent_in_parts_is_the_whole(others: str) -> None:
     scale = torch.randn(2, 6, dtype=torch.float64)
     first, second = _parallel(scale, 3), _parallel(scale, 2)
     if others == "another scale":
@@ -76,7 +76,7 @@ def test_a_covector_in_parts_is_the_whole(others: str) -> None:
         second[:, 1:3] = 0
     if others == "nothing":
         second.zero_()
-    covector = Covector.of_parts([first, second, first])
+    cotangent = Cotangent.of_parts([first, second, first])
     u = torch.cat([first, second, first], 2)
-    assert covector.kinds == (1 if others in ("the same scale", "nothing") else 6)
-    torch.testing.assert_close(covector.spread(covector.dense()), u, rtol=1e-12, atol=1e-12)
+    assert cotangent.kinds == (1 if others in ("the same scale", "nothing") else 6)
+    torch.testing.assert_close(cotangent.spread(cotangent.dense()), u, rtol=1e-12, atol=1e-12)

@@ -27,7 +27,7 @@ from captum_lnstat import (
 )
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.rules.engine import Needs, run
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.maps import FrozenNorm
 
 EVERYTHING = slice(0, None)
@@ -438,8 +438,8 @@ def test_a_recorded_norm_as_an_affine_map():
         norm.bias.normal_()
     x, u = torch.randn(2, 3, 10, dtype=torch.float64), torch.randn(2, 3, 10, dtype=torch.float64)
     output, recording = record(norm, x)
-    covector, constant = FrozenNorm.of(recording.norms[0]).pull(Covector.of(u[:, :, None]))
-    pulled = covector.dense()[:, :, 0]
+    cotangent, constant = FrozenNorm.of(recording.norms[0]).pull_back(Cotangent.of(u[:, :, None]))
+    pulled = cotangent.dense()[:, :, 0]
     assert torch.allclose((u * output).sum(-1), (pulled * x).sum(-1) + constant[..., 0], rtol=1e-12)
     sigma = (x.var(-1, correction=0, keepdim=True) + 0.25).sqrt()
     g = u * norm.weight.detach()
@@ -670,7 +670,7 @@ def test_the_output_is_bit_identical(name, dtype):
     output, recording = record(model, x)
     assert len(recording.sites) > 0
     assert torch.equal(output, expected)
-    for needs in (Needs(), Needs(target=True, covector=True)):
+    for needs in (Needs(), Needs(target=True, cotangent=True)):
         assert torch.equal(run(model, model, x, 1, None, needs).output, expected)
     # With a graph torch itself may take another kernel (a mask that needs a gradient), so the model is asked again;
     # where the recording holds the table of that mask constant, the kernel is the one without a graph.

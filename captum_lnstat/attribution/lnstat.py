@@ -152,7 +152,7 @@ class LNStatAttribution(GridAttribution):
         if self.rule == "rollout":
             return Needs()
         backward = self.rule == "gradient"
-        return Needs(target=True, covector=not backward, contrastive=self.contrastive, output_gradients=backward)
+        return Needs(target=True, cotangent=not backward, contrastive=self.contrastive, output_gradients=backward)
 
     def _relevance(self, outcome: Pass) -> Relevance:
         trace, settings = outcome.trace, self.settings

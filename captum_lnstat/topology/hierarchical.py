@@ -188,7 +188,7 @@ class HierarchicalTopology(Topology):
 
 def _covers(below: list[_Item], steps: list[Step], readers: list[Reader]) -> str:
     said = [COVERS.format(below=", ".join(item.name for item in below) or "none")]
-    closed = [step.name for step in steps if isinstance(step, Transition) and step.pull is None]
+    closed = [step.name for step in steps if isinstance(step, Transition) and step.pull_back is None]
     if closed:
         said.append(PUT_DOWN.format(names=", ".join(closed)))
     return " ".join([*said, *dict.fromkeys(reader.covers for reader in readers if reader.covers)])

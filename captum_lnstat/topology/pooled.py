@@ -19,7 +19,7 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Groups, Layout, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.affine import pull_by_autograd
+from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
 from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, patch_of, reads_images
 from captum_lnstat.topology.anatomy.geometry import Grid, channels_last
 from captum_lnstat.topology.anatomy.parts import BlockParts, find_parts
@@ -141,9 +141,9 @@ def _block(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Blo
     with torch.no_grad():
         carried = stream(shortcut(call.input.read()))
     layouts = channels_last, channels_last
-    pull = pull_by_autograd(name, shortcut, call.input.read(), layouts, read.before, carried, block.training)
+    pull_back = pull_back_by_autograd(name, shortcut, call.input.read(), layouts, read.before, carried, block.training)
     below = grid[0] // stride, grid[1] // stride
-    return replace(read, keys=others, skip=under, carried=carried, grid=below, pull=pull)
+    return replace(read, keys=others, skip=under, carried=carried, grid=below, pull_back=pull_back)
 
 
 def _every(windows: int, members: int, device: torch.device) -> Layout:

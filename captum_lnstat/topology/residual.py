@@ -12,7 +12,7 @@ from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.parts import BlockParts, find_parts
 from captum_lnstat.topology.anatomy.unfolding import unfolded
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale
 from captum_lnstat.trace.steps import Block, Transition
 
@@ -107,12 +107,12 @@ def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: tuple
     flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
     itself = Groups(torch.arange(before.shape[1], device=before.device)[:, None])
 
-    def pull(u: Covector) -> tuple[Covector, Tensor]:
-        below, constant = flat.pull(u)
+    def pull_back(u: Cotangent) -> tuple[Cotangent, Tensor]:
+        below, constant = flat.pull_back(u)
         return below, constant.sum(1)
 
     _check_sum(name, _output(last), after)
-    return Transition(last.module, itself, before, after, grid, pull)
+    return Transition(last.module, itself, before, after, grid, pull_back)
 
 
 def norms_in_order(name: str, parts: BlockParts, recording: Recording) -> list[NormCall]:

@@ -21,7 +21,7 @@ from captum_lnstat.recording.statistics import (
     token_statistics,
     token_variance,
 )
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.maps import FrozenMap
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Block:
         carried: For such a block: what of ``before`` the update is added to, after the pooling.
         grid: For such a block: rows and columns of tokens after it.
         norms: The calls of the LayerNorms that read ``base`` and ``between``, if they did; their statistics are known.
-        pull: For such a block: from the covector of ``carried`` to that of ``before``, as in a ``Transition``.
+        pull_back: For such a block: from the cotangent of ``carried`` to that of ``before``, as in a ``Transition``.
         post_norm: The update was normalised before it was added, and no LayerNorm reads the stream.
     """
 
@@ -63,7 +63,7 @@ class Block:
     carried: Float[Tensor, "batch query_token out_channel"] | None = None
     grid: tuple[int, int] | None = None
     norms: tuple[NormCall, NormCall] | None = None
-    pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
+    pull_back: Callable[[Cotangent], tuple[Cotangent, Tensor]] | None = None
     post_norm: bool = False
 
     @property
@@ -162,8 +162,8 @@ class Update:
 class Transition:
     """A change of the tokens that is no attention: a convolutional stage, a pooling, tokens put in another order.
 
-    A token's relevance is shared evenly among the tokens that lie under it. Where ``pull`` is not known, the evidence
-    ``<u, after>`` is put on the tokens after it, and what was said below is not told apart.
+    A token's relevance is shared evenly among the tokens that lie under it. Where ``pull_back`` is not known, the
+    evidence ``<u, after>`` is put on the tokens after it, and what was said below is not told apart.
 
     Attributes:
         name: Dotted name of the module.
@@ -172,7 +172,7 @@ class Transition:
         before: The residual stream before it.
         after: The residual stream after it.
         grid: Rows and columns of patch tokens after it.
-        pull: From the covector after it to the covector before it and the constant, ``(batch, score)``, if it is
+        pull_back: From the cotangent after it to the cotangent before it and the constant, ``(batch, score)``, if it is
             affine.
     """
 
@@ -181,7 +181,7 @@ class Transition:
     before: Float[Tensor, "batch token channel"]
     after: Float[Tensor, "batch token_after out_channel"]
     grid: tuple[int, int]
-    pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
+    pull_back: Callable[[Cotangent], tuple[Cotangent, Tensor]] | None = None
 
 
 Step = Union[Block, Merging, Update, Transition]

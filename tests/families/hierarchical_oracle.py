@@ -1,7 +1,7 @@
 """A slow oracle for hierarchical models: dense matrices between all tokens, nothing of the package's geometry.
 
 The model runs once as a float64 copy. Everything that is added to its stream is cut from the graph where it is added,
-LayerNorms keep their deviation constant, so the gradient at an addition is the covector of the stream there: through
+LayerNorms keep their deviation constant, so the gradient at an addition is the cotangent of the stream there: through
 shortcuts, poolings and norms alone. Which token is where is found by pushing token ids through the model's own code.
 """
 

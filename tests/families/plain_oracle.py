@@ -207,7 +207,7 @@ class Oracle:
         relation = keep[..., None] * identity + (1 - keep)[..., None] * relation
         return torch.einsum("bi,bij->bj", r, relation)[:, :tokens]
 
-    def covector(self, target: Tensor) -> Tensor:
+    def cotangent(self, target: Tensor) -> Tensor:
         """The gradient of the target's logit after the last block, the norms behind it frozen."""
         model = copy.deepcopy(self.model)
         blocks = blocks_of(model)
@@ -232,7 +232,7 @@ class Oracle:
 
     def evidence(self, target: Tensor) -> Tensor:
         """Evidence of every token at the image, rolled with one half."""
-        u = self.covector(target)
+        u = self.cotangent(target)
         r = torch.zeros(u.shape[:2]).double()
         tokens = u.shape[1]
         for step in reversed(self.steps):

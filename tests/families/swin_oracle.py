@@ -174,7 +174,7 @@ class SwinDense(Dense):
             matrix, offset = whole @ matrix, torch.einsum("bicd,bid->bic", whole, offset) + norm.bias
         return matrix, offset
 
-    def covector(self, target: Tensor, contrastive: bool = False) -> tuple[Tensor, Tensor]:
+    def cotangent(self, target: Tensor, contrastive: bool = False) -> tuple[Tensor, Tensor]:
         head = copy.deepcopy(self.model)
         for parent in list(head.modules()):
             for name, child in list(parent.named_children()):

@@ -80,7 +80,7 @@ class CaitOracle(Oracle):
         torch.testing.assert_close(relation.sum(-1), torch.ones_like(keep))
         return torch.einsum("bi,bij->bj", r, relation)
 
-    def covector(self, target: Tensor) -> Tensor:
+    def cotangent(self, target: Tensor) -> Tensor:
         leaf = self.seen[self.model.norm][0].detach().requires_grad_()
         norm = self.model.norm
         centred = leaf - leaf.mean(-1, keepdim=True)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import PADDING, Groups
 from captum_lnstat.recording.recording import ModuleCall, Recording
-from captum_lnstat.topology.anatomy.affine import Layout, is_affine, pull_by_autograd
+from captum_lnstat.topology.anatomy.affine import Layout, is_affine, pull_back_by_autograd
 from captum_lnstat.topology.anatomy.geometry import Grid, cells, channels_first, channels_last, strides_of
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.maps import FrozenNorm
 from captum_lnstat.trace.steps import Transition, Update
 
@@ -122,9 +122,9 @@ def unit_steps(
         return [*unit_steps(name, unit, recording, before, reached), added]
     layout = layout_of(name, call.output.read(), after)
     if isinstance(unit, nn.LayerNorm):
-        pull = partial(_through_norm, FrozenNorm.of(recording.norm(name)))
+        pull_back = partial(_through_norm, FrozenNorm.of(recording.norm(name)))
         same = Groups(torch.arange(before.tokens.shape[1], device=after.tokens.device)[:, None])
-        return [Transition(name, same, before.tokens, after.tokens, after.grid, pull)]
+        return [Transition(name, same, before.tokens, after.tokens, after.grid, pull_back)]
     if after.grid == before.grid and after.tokens.shape == before.tokens.shape:
         return [Update(name, before.tokens, after.tokens)]
     for child_name, child in shortcuts(unit):
@@ -180,11 +180,13 @@ def _transition(
     strides = (1, 1) if before.grid == after.grid else strides_of(module)
     groups = cells(before.grid, after.grid, strides, after.tokens.device)
     groups = _in_order(groups, before.order, after.order)
-    pull = None
+    pull_back = None
     if is_affine(module):
         given = call.input.read()
         into = layout_of(name, given, before)
-        pull = pull_by_autograd(name, module, given, (into, layout), before.tokens, after.tokens, module.training)
+        pull_back = pull_back_by_autograd(
+            name, module, given, (into, layout), before.tokens, after.tokens, module.training
+        )
     if before.prefix or after.prefix:
         if before.prefix:
             raise UnsupportedModelError(
@@ -192,7 +194,7 @@ def _transition(
             )
         nothing = groups.index.new_full((after.prefix, groups.index.shape[1]), PADDING)
         groups = Groups(torch.cat([nothing, groups.index]), groups.count)
-    return Transition(name, groups, before.tokens, after.tokens, after.grid, pull)
+    return Transition(name, groups, before.tokens, after.tokens, after.grid, pull_back)
 
 
 def _in_order(groups: Groups, before: Tensor | None, after: Tensor | None) -> Groups:
@@ -203,7 +205,7 @@ def _in_order(groups: Groups, before: Tensor | None, after: Tensor | None) -> Gr
     return Groups(index, groups.count)
 
 
-def _through_norm(norm: FrozenNorm, u: Covector) -> tuple[Covector, Tensor]:
+def _through_norm(norm: FrozenNorm, u: Cotangent) -> tuple[Cotangent, Tensor]:
     flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
-    pulled, constant = flat.pull(u)
+    pulled, constant = flat.pull_back(u)
     return pulled, constant.sum(1)

@@ -12,7 +12,7 @@ from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.layout import Cells, WholeImage, windows
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.affine import is_affine, pull_by_autograd
+from captum_lnstat.topology.anatomy.affine import is_affine, pull_back_by_autograd
 from captum_lnstat.topology.anatomy.geometry import Grid, channels_first, partition
 from captum_lnstat.topology.anatomy.parts import has_heads
 from captum_lnstat.topology.anatomy.unfolding import cut
@@ -127,7 +127,7 @@ class MapReader(Reader):
         shortcut: nn.Module = getattr(self.block, around)
         carried = channels_first(recording.call(f"{name}.{around}").output.read())
         below = under(shortcut, before.grid, grid, before.tokens.device)
-        pull = pull_by_autograd(
+        pull_back = pull_back_by_autograd(
             f"{name}.{around}",
             shortcut,
             given.read(),
@@ -136,7 +136,7 @@ class MapReader(Reader):
             carried,
             shortcut.training,
         )
-        return replace(block, keys=Cells(below), skip=below, carried=carried, grid=grid, pull=pull)
+        return replace(block, keys=Cells(below), skip=below, carried=carried, grid=grid, pull_back=pull_back)
 
 
 def _around(recording: Recording, name: str, given: Tensor, after: Tensor) -> bool:

@@ -18,7 +18,7 @@ from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.layout import PADDING, Cells, Groups, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.affine import pull_by_autograd
+from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
 from captum_lnstat.topology.anatomy.geometry import Grid, channels_last
 from captum_lnstat.topology.anatomy.parts import find_parts
 from captum_lnstat.topology.anatomy.units import Stream
@@ -85,8 +85,8 @@ class MultiscaleReader(Reader):
             carried = stream(shortcut(given))
         below = _with_prefix(under(poolings[0], before.grid, grid, device), before.prefix)
         layouts = channels_last, channels_last
-        pull = pull_by_autograd(name, shortcut, given, layouts, before.tokens, carried, self.block.training)
-        return [replace(read, keys=over, skip=below, carried=carried, grid=grid, pull=pull)]
+        pull_back = pull_back_by_autograd(name, shortcut, given, layouts, before.tokens, carried, self.block.training)
+        return [replace(read, keys=over, skip=below, carried=carried, grid=grid, pull_back=pull_back)]
 
     def _own(self, name: str, recording: Recording) -> Tensor | None:
         """What the pooled queries add to the attention's output, behind the Linear: ``W q``."""

@@ -1,4 +1,4 @@
-"""Covectors of few directions against the same written out."""
+"""Cotangents of few directions against the same written out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.layout import PADDING, Groups, quads
-from captum_lnstat.trace.covector import Covector, to_children
+from captum_lnstat.trace.cotangent import Cotangent, to_children
 
 BATCH, TOKENS, CHANNELS = 2, 6, 8
 
@@ -44,36 +44,36 @@ KINDS = {
 
 @pytest.mark.parametrize("scores", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_covector_is_what_it_was_made_of(kind: str, scores: int) -> None:
+def test_a_cotangent_is_what_it_was_made_of(kind: str, scores: int) -> None:
     u = _u(kind, scores)
-    covector = Covector.of(u)
-    assert (covector.kinds, len(covector.at)) == KINDS[kind]
-    torch.testing.assert_close(covector.spread(covector.dense()), u, rtol=1e-12, atol=1e-12)
+    cotangent = Cotangent.of(u)
+    assert (cotangent.kinds, len(cotangent.at)) == KINDS[kind]
+    torch.testing.assert_close(cotangent.spread(cotangent.dense()), u, rtol=1e-12, atol=1e-12)
     x, b = torch.randn(BATCH, TOKENS, CHANNELS, dtype=torch.float64), torch.randn(CHANNELS, dtype=torch.float64)
     read = torch.einsum("bnsc,bnc->bns", u, x)
-    torch.testing.assert_close(covector.spread(covector.read(x)), read, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(covector.spread(covector.read_vector(b)), u @ b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cotangent.spread(cotangent.read(x)), read, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cotangent.spread(cotangent.read_vector(b)), u @ b, rtol=1e-12, atol=1e-12)
     factor = torch.randn(BATCH, TOKENS, dtype=torch.float64)
-    scaled = covector.scaled(factor)
+    scaled = cotangent.scaled(factor)
     torch.testing.assert_close(scaled.spread(scaled.dense()), u * factor[..., None, None])
-    times = covector.times(x)
+    times = cotangent.times(x)
     torch.testing.assert_close(times.spread(times.dense()), u * x[:, :, None])
 
 
 def test_directions_that_differ_by_more_than_rounding_stay_apart() -> None:
     u = _u("parallel", 1).float()
-    assert Covector.of(u).kinds == 1
+    assert Cotangent.of(u).kinds == 1
     u[0, 4, 0, 3] *= 1 + 1e-4
-    assert Covector.of(u).kinds == TOKENS
+    assert Cotangent.of(u).kinds == TOKENS
 
 
 @pytest.mark.parametrize("scores", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grid", [(4, 6), (3, 3)])
-def test_a_joined_covector_taken_apart(kind: str, scores: int, grid: tuple[int, int]) -> None:
+def test_a_joined_cotangent_taken_apart(kind: str, scores: int, grid: tuple[int, int]) -> None:
     groups: Groups = quads(grid)
     u = _u(kind, scores)[:, : len(groups.index)]
-    children = to_children(Covector.of(u), groups)
+    children = to_children(Cotangent.of(u), groups)
     expected = torch.zeros(BATCH, grid[0] * grid[1], scores, CHANNELS // 4, dtype=torch.float64)
     for parent, members in enumerate(groups.index.tolist()):
         for place, child in enumerate(members):
@@ -88,4 +88,4 @@ def test_a_joined_covector_taken_apart(kind: str, scores: int, grid: tuple[int, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_which_tokens_are_read(kind: str) -> None:
     u = _u(kind, 2)
-    assert torch.equal(Covector.of(u).reads(), u.ne(0).flatten(2).any(-1))
+    assert torch.equal(Cotangent.of(u).reads(), u.ne(0).flatten(2).any(-1))

@@ -1,7 +1,7 @@
-"""Covectors of tokens in the form in which they stay small: few directions, a factor for every token.
+"""Cotangents of tokens in the form in which they stay small: few directions, a factor for every token.
 
-At a head that reads a mean of normalised tokens every token has the same covector but for its ``1 / sigma``; a head
-that reads the class token leaves all others without one. Both stay so through blocks (the covector of a stream is the
+At a head that reads a mean of normalised tokens every token has the same cotangent but for its ``1 / sigma``; a head
+that reads the class token leaves all others without one. Both stay so through blocks (the cotangent of a stream is the
 same above and below a residual block), and each patch merging makes four directions of one.
 """
 
@@ -20,12 +20,12 @@ from captum_lnstat.layout import PADDING, Groups
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-# So many units of rounding apart, two covectors are the same direction.
+# So many units of rounding apart, two cotangents are the same direction.
 SAME_DIRECTION = 64
 
 
 @dataclass(frozen=True)
-class Covector:
+class Cotangent:
     """``u_i = scale_i * directions[kind_i]`` for the tokens ``at``, nothing for the others; for one score or several.
 
     Attributes:
@@ -43,14 +43,14 @@ class Covector:
     tokens: int
 
     @classmethod
-    def of(cls, u: Float[Tensor, "batch token score channel"]) -> Covector:
-        """The same covectors, in as few directions as there are: one if all are parallel, else one a token."""
+    def of(cls, u: Float[Tensor, "batch token score channel"]) -> Cotangent:
+        """The same cotangents, in as few directions as there are: one if all are parallel, else one a token."""
         return cls.of_parts([u])
 
     @classmethod
-    def of_parts(cls, parts: Iterable[Float[Tensor, "batch token some_scores channel"]]) -> Covector:
-        """As ``of``, from the covectors of some scores after those of others; each part is read while it is at hand."""
-        known: list[Covector] = []
+    def of_parts(cls, parts: Iterable[Float[Tensor, "batch token some_scores channel"]]) -> Cotangent:
+        """As ``of``, from the cotangents of some scores after those of others; each part is read as it comes."""
+        known: list[Cotangent] = []
         for u in parts:
             known.append(cls._of_part(u, known[-1] if known else None))
         first = known[0]
@@ -61,7 +61,7 @@ class Covector:
         return cls._parallel(at, u, first.tokens) or cls._apart(at, u, first.tokens)
 
     @classmethod
-    def _of_part(cls, u: Tensor, like: Covector | None) -> Covector:
+    def _of_part(cls, u: Tensor, like: Cotangent | None) -> Cotangent:
         """In one direction at the tokens and with the scale that are known, if that is what it is."""
         some = u.abs().amax((2, 3)).ne(0).any(0)  # much faster than to compare every number
         at, tokens = some.nonzero()[:, 0], len(some)
@@ -76,11 +76,11 @@ class Covector:
         return cls._parallel(at, u, tokens) or cls._apart(at, u, tokens)
 
     @classmethod
-    def _apart(cls, at: Tensor, u: Tensor, tokens: int) -> Covector:
+    def _apart(cls, at: Tensor, u: Tensor, tokens: int) -> Cotangent:
         return cls(at, u.new_ones(u.shape[:2]), u, torch.arange(len(at), device=u.device), tokens)
 
     @classmethod
-    def _parallel(cls, at: Tensor, u: Tensor, tokens: int) -> Covector | None:
+    def _parallel(cls, at: Tensor, u: Tensor, tokens: int) -> Cotangent | None:
         if len(at) < 2:
             return None
         flat = u.flatten(2)
@@ -99,13 +99,13 @@ class Covector:
         allowed = SAME_DIRECTION * torch.finfo(u.dtype).eps * self.scale.abs() * self.directions.abs().amax((2, 3))
         return not bool((apart > allowed).any())
 
-    def _differs_in_directions_only(self, other: Covector) -> bool:
+    def _differs_in_directions_only(self, other: Cotangent) -> bool:
         same = ((self.at, other.at), (self.kind, other.kind), (self.scale, other.scale))
         return all(torch.equal(one, another) for one, another in same)
 
     @property
     def _longest(self) -> Int[Tensor, " batch"]:
-        """The token at which a covector of one direction is that direction itself."""
+        """The token at which a cotangent of one direction is that direction itself."""
         return (self.scale - 1).abs().argmin(1)
 
     @property
@@ -138,7 +138,7 @@ class Covector:
         return self.directions[:, self.kind, 0]
 
     def dense(self) -> Float[Tensor, "batch place score channel"]:
-        """The covectors of the tokens ``at``, written out."""
+        """The cotangents of the tokens ``at``, written out."""
         return self.scale[..., None, None] * self.directions[:, self.kind]
 
     def read(
@@ -181,23 +181,23 @@ class Covector:
         out[:, self.at] = values
         return out
 
-    def with_directions(self, directions: Tensor) -> Covector:
+    def with_directions(self, directions: Tensor) -> Cotangent:
         """Other directions, in other channels perhaps."""
         return replace(self, directions=directions)
 
-    def scaled(self, factor: Float[Tensor, "batch token"]) -> Covector:
-        """Each token's covector times a number."""
+    def scaled(self, factor: Float[Tensor, "batch token"]) -> Cotangent:
+        """Each token's cotangent times a number."""
         return replace(self, scale=self.scale * (factor if self.everywhere else factor[:, self.at]))
 
-    def times(self, factor: Float[Tensor, "batch token channel"]) -> Covector:
-        """Each token's covector times a vector of its own, channel by channel."""
+    def times(self, factor: Float[Tensor, "batch token channel"]) -> Cotangent:
+        """Each token's cotangent times a vector of its own, channel by channel."""
         factor = factor if self.everywhere else factor[:, self.at]
         kind = torch.arange(len(self.at), device=self.at.device)
         return replace(self, directions=self.dense() * factor[:, :, None], scale=torch.ones_like(self.scale), kind=kind)
 
 
-def to_children(joined: Covector, groups: Groups) -> Covector:
-    """From the covectors of joined children, ``(child, channel)`` flat, to those of the children.
+def to_children(joined: Cotangent, groups: Groups) -> Cotangent:
+    """From the cotangents of joined children, ``(child, channel)`` flat, to those of the children.
 
     Every direction becomes one for each of the places in a group. They are numbered as they first appear, row by row:
     those that a row of windows has are neighbours then.
@@ -212,7 +212,7 @@ def to_children(joined: Covector, groups: Groups) -> Covector:
     kind = (joined.kind[:, None] * members + torch.arange(members, device=at.device))[real][order]
     scale = joined.scale[:, :, None].expand(-1, -1, members)[:, real][:, order]
     seen, number = _as_they_appear(kind)
-    return Covector(at, scale, split.flatten(1, 2)[:, seen], number, groups.count)
+    return Cotangent(at, scale, split.flatten(1, 2)[:, seen], number, groups.count)
 
 
 def _as_they_appear(kind: Int[Tensor, " place"]) -> tuple[Int[Tensor, " kind"], Int[Tensor, " place"]]:
