@@ -32,7 +32,7 @@ from captum_lnstat.recording.attention_backward import (
 )
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer, FrozenLayerNorm, returns_moments
-from captum_lnstat.recording.kept import Kept, Arena, edge
+from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite, SoftmaxSite
 

@@ -1,8 +1,8 @@
 """Evidence ``E``: the class score, split exactly over the tokens that its terms came from.
 
-``y_c = sum_i u_i . x_i + constant`` at the end of the stream, and the stream is a sum: of what each attention head put
-on each token from each token, of what each MLP put there, and of the input tokens. Each term is put on the token that it
-came from, and rolled down by the relations of the blocks below.
+``y_c = sum_i u_i . x_i + constant`` at the end of the stream, and the stream is a sum: of what each attention head
+put on each token from each token, of what each MLP put there, and of the input tokens. Each term is put on the token
+that it came from, and rolled down by the relations of the blocks below.
 """
 
 from __future__ import annotations

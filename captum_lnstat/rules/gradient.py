@@ -27,7 +27,7 @@ from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
 
     from captum_lnstat.rules.engine import Pass
 

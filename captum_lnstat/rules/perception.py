@@ -67,10 +67,14 @@ def raw_attention(outcome: Pass, settings: Settings, block: int) -> tuple[Releva
     chosen = trace.blocks[block]
 
     def share(one: Block) -> Tensor:
-        everything = one.residual_share("half").new_ones(one.between.shape[:2])
+        everything, covered = keep_all(one), one.layout.covered
         if one is not chosen:
             return everything
-        covered = one.layout.covered
         return everything * 0 if covered is None else everything * ~covered
 
     return walk(trace, settings, perception(trace, settings, share))[0]
+
+
+def keep_all(block: Block) -> Float[Tensor, "batch token"]:
+    """A residual share of 1: every token keeps all of its relevance."""
+    return block.between.new_ones(block.between.shape[:2])

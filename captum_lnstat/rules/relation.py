@@ -86,7 +86,7 @@ def propagate(
     # What is multiplied with every head's map from the left, side by side.
     columns = [rows] if additive else []
     columns += [part.columns for part in (contributions, probe) if part is not None and part.columns is not None]
-    wanted, grouped = queriesqueries_wanted(block, at, u), block.layout.gather(rows).transpose(-2, -1)
+    wanted, grouped = queries_wanted(block, at, u), block.layout.gather(rows).transpose(-2, -1)
     lefts = block.layout.gather(torch.cat(columns, -1)).transpose(-2, -1) if columns else grouped[:, :0]
     products = lefts.new_zeros(len(lefts), site.shape[1], lefts.shape[1], site.shape[3])
     mixed = rows.new_zeros(len(grouped), count, site.shape[3])
@@ -129,8 +129,8 @@ def queries_wanted(block: Block, at: Tensor | None, u: Cotangent | None) -> Tens
 class _Contributions:
     """Collects what the values of a block contribute to the scores.
 
-    Of a cotangent with few directions ``p_k``: ``sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j)``, where nothing wide is
-    multiplied with a map. The inner sums are the ``columns`` times the map, head by head. With more directions there
+    Of a cotangent with few directions ``p_k``: ``sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j)``, where nothing wide
+    is multiplied with a map. The inner sums are the ``columns`` times the map, head by head. With more directions there
     are no columns, and the cotangent of each query is carried to the keys as it is.
     """
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from captum_lnstat.errors import near
 from captum_lnstat.recording.recorder import Differentiable
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from captum_lnstat.rules.engine import Pass
 
 Compute = Callable[["Pass", Settings], tuple[Relevance, ...]]
+
+Function = TypeVar("Function", bound=Callable[..., tuple[Relevance, ...]])
 
 DEFAULT = "lnstat"
 
@@ -67,7 +69,7 @@ def register(
     class_specific: bool = True,
     complete: bool = False,
     differentiable: Differentiable = "head",
-) -> Callable[[Compute], Compute]:
+) -> Callable[[Function], Function]:
     """A decorator: the function becomes the rule of this name, in every class, command and page that takes a rule.
 
     Args:
@@ -79,7 +81,7 @@ def register(
         differentiable: What of the model has to be differentiable.
     """
 
-    def add(compute: Compute) -> Compute:
+    def add(compute: Function) -> Function:
         _RULES[name] = Rule(name, formula, compute, options, class_specific, complete, differentiable)
         return compute
 

@@ -4,12 +4,13 @@ Every relation of a block is ``R = diag(alpha) + diag(1 - alpha) A``, row = toke
 before. Only the row vector ``r`` travels, from the head to the image: ``r R = alpha * r + ((1 - alpha) * r) A``,
 window by window. No matrix of all tokens against all tokens is ever built.
 
-A rule is a generator. It goes through the steps of the trace, last to first; at a block it yields a ``Request``, what it
-wants propagated through the attention, and receives what came of it, ``Propagated``.
+A rule is a generator. It goes through the steps of the trace, last to first; at a block it yields a ``Request``, what
+it wants propagated through the attention, and receives what came of it, ``Propagated``.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -137,8 +138,8 @@ def walk(trace: Trace, settings: Settings, *rules: Walk) -> list[tuple[Relevance
         came = propagate(block, torch.cat([r.rows for r in wanted], -1), at, u, settings.head_fusion, wiring)
         if wiring is not None and block is trace.blocks[0]:
             wiring.verify()
-        ends = torch.tensor([0] + [request.rows.shape[-1] for request in wanted]).cumsum(0).tolist()
-        parts = [came.of(slice(first, last)) for first, last in zip(ends, ends[1:], strict=False)]
+        ends = itertools.accumulate((request.rows.shape[-1] for request in wanted), initial=0)
+        parts = [came.of(slice(*pair)) for pair in itertools.pairwise(ends)]
         requests = [advance(rule, part) for rule, part in zip(rules, parts, strict=True)]
     return [result for result in requests if not isinstance(result, Request)]
 
