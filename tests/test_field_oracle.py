@@ -66,9 +66,9 @@ def _other_shift(grid, window, shift, device=None, **options):
     ("place", "mistake", "kinds"),
     [
         # A thousandth of every share; what the topology knows of a shift; a merging that gives all children the same.
-        ("trace.ratio_share", lambda own, joined: 0.999 * statistics.ratio_share(own, joined), RULES[0::2]),
+        ("trace.steps.ratio_share", lambda own, joined: 0.999 * statistics.ratio_share(own, joined), RULES[0::2]),
         ("topology.windowed.windows", _other_shift, RULES),
-        ("rules.merging_share", _uniform, RULES),
+        ("rules.walk.merging_share", _uniform, RULES),
     ],
     ids=["share", "shift", "merging"],
 )
@@ -78,7 +78,7 @@ def test_a_mistake_is_seen(place, mistake, kinds, monkeypatch):
     monkeypatch.setattr(f"captum_lnstat.{place}", mistake)
     # Else the package itself sees that its windows are not the model's, and draws nothing.
     monkeypatch.setattr("captum_lnstat.rules.wiring.Wiring.verify", lambda self: None)
-    monkeypatch.setattr("captum_lnstat.attribution.lnstat.check_complete", lambda *_: None)
+    monkeypatch.setattr("captum_lnstat.rules.evidence.check_complete", lambda *_: None)
     for kind in kinds:
         assert apart(name, kind) > 1e-5, kind
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.arguments import check_choice
 from captum_lnstat.attribution.base import record, relevance_of
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.forward import Output
 from captum_lnstat.recording.sites import FusedSite, SoftmaxSite
-from captum_lnstat.rules import layer_rule_names
+from captum_lnstat.rules import find_rule
 from captum_lnstat.rules.engine import Pass
 from captum_lnstat.rules.perception import rollout
 from captum_lnstat.rules.relation import propagate
@@ -91,7 +90,7 @@ def descend(
         >>> first.name, tuple(first.relevance.shape)
         ('blocks.0', (8, 8))
     """
-    check_choice("rule", rule, layer_rule_names())
+    find_rule(rule, at_every_block=True)
     lnstat = LNStatAttribution(model, rule=rule, output=output)
     outcome = _record(lnstat, inputs, target)
     found = []

@@ -10,7 +10,7 @@ import torch
 from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.arguments import check_choice, joined, the_image
+from captum_lnstat.attribution.arguments import joined, the_image
 from captum_lnstat.attribution.base import record, relevance_of
 from captum_lnstat.attribution.batches import chunks
 from captum_lnstat.attribution.lnstat import LNStatAttribution
@@ -27,7 +27,7 @@ from captum_lnstat.recording.forward import (
 )
 from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.recording.statistics import ResidualShare
-from captum_lnstat.rules import Relevance, layer_rule_names
+from captum_lnstat.rules import Relevance, find_rule
 from captum_lnstat.rules.checks import check_fits
 from captum_lnstat.rules.engine import Pass
 from captum_lnstat.rules.rule import DEFAULT
@@ -95,7 +95,7 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
     ) -> None:
         LayerAttribution.__init__(self, forward_func, layer)
         GradientAttribution.__init__(self, forward_func)
-        check_choice("rule", rule, layer_rule_names())
+        find_rule(rule, at_every_block=True)
         self._lnstat = LNStatAttribution(
             forward_func,
             model,

@@ -116,7 +116,7 @@ class LNStatAttribution(GridAttribution):
             "normalized": not normalized,
         }
         check_effect(chosen, [name for name, changed in given.items() if changed])
-        self.rule = rule
+        self.rule = chosen.name
         self.contrastive = contrastive
         self.normalized = normalized
 

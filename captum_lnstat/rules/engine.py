@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.eager import eager, run_eagerly
 from captum_lnstat.recording.forward import ForwardArgs, Output, Target, _run_forward, pick_output
 from captum_lnstat.recording.recorder import Differentiable, Recorder
@@ -18,7 +18,6 @@ from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
 from captum_lnstat.rules.checks import check_model, check_seen, check_size, check_start, check_stream, reads
 from captum_lnstat.rules.head import Head, contrast, gradients, target_score
-from captum_lnstat.rules.rule import layer_rule_names
 from captum_lnstat.topology import find_topology
 from captum_lnstat.topology.anatomy.parts import looked_up_once
 from captum_lnstat.trace.steps import Block
@@ -130,12 +129,6 @@ def run(
             trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
             check_stream(trace, stream_end)
         trace = replace(trace, training=topology.model.training)
-        if differentiable == "model" and not trace.gradients:
-            raise UnsupportedModelError(
-                f"the attention of {type(topology.model).__name__} has no output that a gradient can be taken at, so "
-                "rules with the gradient of attention are not defined for it; expected one of "
-                f"{', '.join(map(repr, layer_rule_names()))}"
-            )
         head = Head(scores, stream_end, trace)
         if differentiable == "head":
             head.check(returned, class_specific=class_specific)

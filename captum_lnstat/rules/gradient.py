@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from captum_lnstat.errors import RecordingError
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.recording.attention_backward import Feed, Observer
 from captum_lnstat.recording.fusion import Fuser
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, Queries, SoftmaxSite
@@ -20,7 +20,7 @@ from captum_lnstat.rules.head import check_differentiable, gradients
 from captum_lnstat.rules.perception import ShareOf
 from captum_lnstat.rules.relation import Propagated, add_product, check_layout, queries_wanted
 from captum_lnstat.rules.relevance import Relevance, Settings
-from captum_lnstat.rules.rule import register
+from captum_lnstat.rules.rule import layer_rule_names, register
 from captum_lnstat.rules.walk import Request, RowVector, Walk, advance
 from captum_lnstat.rules.wiring import Probe, Wiring
 from captum_lnstat.trace.steps import Block
@@ -68,10 +68,17 @@ def gradient(outcome: Pass, settings: Settings, share: ShareOf | None = None) ->
     and the gradient at one attention is dropped before the next is reached: none of all blocks is kept.
 
     Raises:
+        UnsupportedModelError: An attention has no output that a gradient can be taken at.
         RecordingError: The score does not depend on every block's attention, or reads other tokens than the head was
             recognised to read.
     """
     trace, score = outcome.trace, outcome.head.scores[0]
+    if not trace.gradients:
+        raise UnsupportedModelError(
+            f"the attention of this {trace.family} transformer has no output that a gradient can be taken at, so rules "
+            f"with the gradient of attention are not defined for it; expected one of "
+            f"{', '.join(map(repr, layer_rule_names()))}"
+        )
     missing = [block for block in trace.blocks if block.site.output is None]
     if missing:
         raise RecordingError(

@@ -98,8 +98,12 @@ def layer_rule_names() -> tuple[str, ...]:
     return tuple(name for name in rule_names() if _RULES[name].at_every_block)
 
 
-def find_rule(name: object) -> Rule:
+def find_rule(name: object, *, at_every_block: bool = False) -> Rule:
     """The rule of a name; ``"package.module:name"`` imports the module that registers it first.
+
+    Args:
+        name: The name.
+        at_every_block: Only of the rules that can be read at any block.
 
     Raises:
         ValueError: There is none; the message says which there are.
@@ -108,6 +112,8 @@ def find_rule(name: object) -> Rule:
         >>> find_rule("rollout").formula
         'P: r <- alpha * r + ((1 - alpha) * r) A, class-agnostic, sums to 1'
     """
+    known = layer_rule_names() if at_every_block else rule_names()
+    hint = ""
     if isinstance(name, str):
         module, colon, last = name.rpartition(":")
         if colon and last not in _RULES:
@@ -115,8 +121,11 @@ def find_rule(name: object) -> Rule:
                 importlib.import_module(module)
             except ImportError as error:
                 raise ValueError(f"rule {name!r} cannot be imported: {error}") from error
-        if last in _RULES:
+            known = layer_rule_names() if at_every_block else rule_names()
+        if last in known:
             return _RULES[last]
-    expected = f"expected one of {', '.join(map(repr, rule_names()))}"
-    hint = near(name, rule_names(), "") if isinstance(name, str) else ""
-    raise ValueError(f"rule is {name!r}; {expected}{f'; {hint}' if hint else ''}")
+        hint = near(name, known, "")
+    raise ValueError(
+        f"rule is {name!r}; expected one of {', '.join(map(repr, known))}, or the module that registers another, "
+        f"package.module:NAME{f'; {hint}' if hint else ''}"
+    )
