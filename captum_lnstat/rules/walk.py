@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from captum_lnstat.layout import Groups, even_shares
+from captum_lnstat.layout import Groups
 from captum_lnstat.rules.relation import Handed, hand_down
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.wiring import Wiring
 from captum_lnstat.trace.cotangent import Cotangent
-from captum_lnstat.trace.steps import Block, Merging, Transition, Update, merging_share
+from captum_lnstat.trace.steps import Block, Merging, Transition, Update
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -43,15 +43,12 @@ class _Row:
         """What each token keeps, and what the attention hands down."""
         self.tokens, self.padding = keep, self.padding + lost
         if block.skip is not None:
-            self.split(block.skip, even_shares(block.skip, keep.dtype)[None])
+            self.split(block.skip, block.shares("uniform"))
         self.tokens, self.at = self.tokens + handed, None
 
     def relevance(self, trace: Trace, constant: Tensor | None = None) -> tuple[Relevance, ...]:
         """One for every row vector."""
-        prefix, patches = self.tokens[:, : trace.prefix], self.tokens[:, trace.prefix :]
-        if trace.place is not None:
-            patches = patches[:, trace.place]
-        grid = patches.reshape(len(patches), *trace.grid, -1).movedim(-1, 0).contiguous()
+        prefix, grid = self.tokens[:, : trace.prefix], trace.on_grid(self.tokens).movedim(-1, 0).contiguous()
         constant = torch.zeros_like(self.padding) if constant is None else constant
         return tuple(
             Relevance(grid[i], prefix[..., i], self.padding[..., i], constant[..., i]) for i in range(len(grid))
@@ -100,11 +97,7 @@ def _walk(trace: Trace, walkers: Sequence[_Walker], settings: Settings) -> None:
 
 
 def _hand_to_children(rows: Sequence[_Row], step: Merging | Update | Transition, settings: Settings) -> None:
-    if isinstance(step, Update):
-        return
-    if isinstance(step, Merging):
-        shares = merging_share(step, settings.merging)
-    else:
-        shares = even_shares(step.groups, rows[0].tokens.dtype)[None]
-    for row in rows:
-        row.split(step.groups, shares)
+    if step.below is not None:
+        shares = step.shares(settings.merging)
+        for row in rows:
+            row.split(step.below, shares)
