@@ -21,7 +21,7 @@ from captum_lnstat.layout import Groups
 from captum_lnstat.metrics import pointing
 from captum_lnstat.recording.fusion import fuse
 from captum_lnstat.rules.engine import run
-from captum_lnstat.trace.steps import Block, Merging, merging_share
+from captum_lnstat.trace.steps import Block, Merging
 from captum_lnstat.trace.trace import Trace
 from captum_lnstat.visualize import overlay, to_map
 
@@ -42,7 +42,7 @@ def descend(trace: Trace, share: Callable[[Block], Tensor], merging: str = "vari
     r = trace.start("mean")
     for step in reversed(trace.steps):
         if isinstance(step, Merging):
-            children = r[:, :, None] * merging_share(step, merging)
+            children = r[:, :, None] * step.shares(merging)
             r = step.groups.scatter(children.flatten(0, 1)[..., None], len(r))[0][..., 0]
         elif isinstance(step, Block):
             alpha = share(step)

@@ -12,6 +12,7 @@ from oracles import dense
 
 from captum_lnstat import layout
 from captum_lnstat.recording import statistics
+from captum_lnstat.trace.steps import Merging
 
 RULES = ("rollout", "evidence", "lnstat", "gradient")
 # A class token and registers; windows that are shifted and padded, a merging that is padded.
@@ -54,8 +55,8 @@ def test_the_field_oracle_is_the_dense_oracle(name):
         assert float((found.prefix - prefix).abs().sum()) <= 1e-12 * size, kind
 
 
-def _uniform(merging, form):
-    return statistics.merging_share(merging, "uniform")
+def _uniform(merging, form, shares=Merging.shares):
+    return shares(merging, "uniform")
 
 
 def _other_shift(grid, window, shift, device=None, **options):
@@ -68,7 +69,7 @@ def _other_shift(grid, window, shift, device=None, **options):
         # A thousandth of every share; what the topology knows of a shift; a merging that gives all children the same.
         ("trace.steps.ratio_share", lambda own, joined: 0.999 * statistics.ratio_share(own, joined), RULES[0::2]),
         ("topology.windowed.windows", _other_shift, RULES),
-        ("rules.walk.merging_share", _uniform, RULES),
+        ("trace.steps.Merging.shares", _uniform, RULES),
     ],
     ids=["share", "shift", "merging"],
 )

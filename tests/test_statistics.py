@@ -10,7 +10,7 @@ from oracles import DenseMerging, dense
 
 from captum_lnstat.recording.statistics import residual_share, token_statistics, token_variance
 from captum_lnstat.rules.engine import run
-from captum_lnstat.trace.steps import Merging, merging_share
+from captum_lnstat.trace.steps import Merging
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -104,7 +104,7 @@ def _mergings(name: str) -> list[tuple[Merging, DenseMerging]]:
 @pytest.mark.parametrize("form", ["uniform", "variance"])
 def test_merging_shares_are_those_of_the_dense_matrix(name, form):
     for merging, expected in _mergings(name):
-        share = merging_share(merging, form)
+        share = merging.shares(form)
         matrix = torch.zeros_like(expected.matrix(form))
         for parent, children in enumerate(expected.children.tolist()):
             for k, child in enumerate(children):
@@ -119,20 +119,20 @@ def test_merging_shares_are_those_of_the_dense_matrix(name, form):
 @pytest.mark.parametrize("name", ["swin1-shift", "swin2-shift"])
 def test_variance_shares_are_not_uniform(name):
     for merging, _ in _mergings(name):
-        assert float(merging_share(merging, "variance").std(-1).mean()) > 0.05
+        assert float(merging.shares("variance").std(-1).mean()) > 0.05
 
 
 @pytest.mark.parametrize("name", ["swin1-shift", "swin2-shift"])
 def test_children_of_no_variance_share_evenly(name):
     (merging, _), *_ = _mergings(name)
-    flat = type(merging)(**{**vars(merging), "children": torch.zeros_like(merging.children)})
-    assert torch.equal(merging_share(flat, "variance"), torch.full_like(merging_share(merging, "uniform"), 0.25))
+    flat = type(merging)(**{**vars(merging), "before": torch.zeros_like(merging.before)})
+    assert torch.equal(flat.shares("variance"), torch.full_like(merging.shares("uniform"), 0.25))
 
 
 def test_unknown_merging_is_refused():
     (merging, _), *_ = _mergings("swin1-shift")
     with pytest.raises(ValueError, match="largest"):
-        merging_share(merging, "largest")
+        merging.shares("largest")
 
 
 def test_variance_alone_is_that_of_the_statistics():

@@ -19,10 +19,9 @@ from captum_lnstat.rules.checks import HALF_TOLERANCE, TOLERANCE
 from captum_lnstat.rules.head import Head
 from captum_lnstat.rules.relevance import Relevance, Settings, per_image
 from captum_lnstat.rules.rule import register
-from captum_lnstat.rules.walk import Request, RowVector, Walk, walk
-from captum_lnstat.trace.cotangent import Cotangent, to_children
-from captum_lnstat.trace.maps import pull_back
-from captum_lnstat.trace.steps import Block, Merging, Transition, Update
+from captum_lnstat.rules.walk import Request, RowVector, Walk, plus, walk
+from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.steps import Block, Step, Update
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -49,14 +48,13 @@ def evidence(trace: Trace, head: Head, settings: Settings) -> Walk:
             rows = came.rows
             if came.contributions is not None:  # c_j = sum_h sum_i A^h_ij (u_i W_O^h) . v^h_j
                 rows, rest = rows + came.contributions, rest.plus(came.contributions_padding).plus(came.constant)
-            if step.skip is not None and step.pull_back is None:
-                pooled = rest.read(step.base)
-                kept = kept if pooled is None else kept + pooled
+            if step.below is not None and step.pull_back is None:
+                kept = plus(kept, rest.read(step.base))
             r, rest = r.through(step, kept, rows, came.padding), rest.before(step)
-        elif isinstance(step, Update):
-            r = r.plus(rest.read(step.after, step.before))
         else:
-            if isinstance(step, Transition) and step.pull_back is None:
+            if isinstance(step, Update):
+                r = r.plus(rest.read(step.after, step.before))
+            elif step.pull_back is None:
                 r = r.plus(rest.read(step.after))
             r, rest = r.to_children(step, settings.merging), rest.before(step)
     r = r.plus(rest.read(trace.tokens))  # <u, input tokens>
@@ -93,14 +91,10 @@ class Rest:
         """With more that belongs to no token."""
         return self if constant is None else Rest(self.u, self.constant + constant)
 
-    def before(self, step: Block | Merging | Transition) -> Rest:
+    def before(self, step: Step) -> Rest:
         """Pulled back through a step; nothing is left where it is not affine: what it says has been read after it."""
-        if self.u is None or (isinstance(step, Block) and step.skip is None and step.pull_back is None):
+        if self.u is None or step.below is None or isinstance(step, Update):
             return self
-        if isinstance(step, Merging):
-            joined, constant = pull_back(step.path, self.u)
-            # A padded child is a token of zeros: whatever u is there, it contributes nothing.
-            return Rest(to_children(joined, step.groups), self.constant + constant.sum(1))
         if step.pull_back is None:
             return Rest(None, self.constant)
         u, constant = step.pull_back(self.u)

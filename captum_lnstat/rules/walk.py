@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from captum_lnstat.layout import Groups, even_shares
 from captum_lnstat.rules.relation import Propagated, propagate
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.wiring import Wiring
 from captum_lnstat.trace.cotangent import Cotangent
-from captum_lnstat.trace.steps import Block, Merging, MergingShare, Step, Update, merging_share
+from captum_lnstat.trace.steps import Block, MergingShare, Step
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -77,41 +76,33 @@ class RowVector:
 
     def plus(self, values: Float[Tensor, "batch token row"] | None) -> RowVector:
         """With something put on the tokens; ``None`` is nothing."""
-        return self if values is None else replace(self, tokens=self.tokens + values)
+        return replace(self, tokens=plus(self.tokens, values))
 
     def through(self, block: Block, kept: Tensor, rows: Tensor, padding: Tensor) -> RowVector:
         """Before a block: what its tokens kept, and what the attention propagated to the tokens it read."""
         below = RowVector(kept, None, self.padding + padding)
-        if block.skip is not None:
-            below = below._shared_out(block.skip, even_shares(block.skip, kept.dtype)[None])
-        return below.plus(rows)
+        return below.to_children(block, "uniform").plus(rows)
 
     def to_children(self, step: Step, merging: MergingShare) -> RowVector:
-        """Before a step that is no attention: a parent's relevance goes to its children."""
-        if isinstance(step, Update):
+        """Before a step: relevance of a token goes to the tokens below it."""
+        if step.below is None:
             return self
-        assert not isinstance(step, Block)
-        if isinstance(step, Merging):
-            shares = merging_share(step, merging)
-        else:
-            shares = even_shares(step.groups, self.tokens.dtype)[None]
-        return self._shared_out(step.groups, shares)
-
-    def _shared_out(self, groups: Groups, shares: Float[Tensor, "batch parent child"]) -> RowVector:
-        children = (self.tokens[:, :, None] * shares[..., None]).flatten(0, 1)
-        tokens, lost = groups.scatter(children, len(self.tokens))
+        children = (self.tokens[:, :, None] * step.shares(merging)[..., None]).flatten(0, 1)
+        tokens, lost = step.below.scatter(children, len(self.tokens))
         return RowVector(tokens, None, self.padding + lost)
 
     def relevance(self, trace: Trace, constant: Tensor | None = None) -> tuple[Relevance, ...]:
         """At the image: one relevance for every row vector."""
-        prefix, patches = self.tokens[:, : trace.prefix], self.tokens[:, trace.prefix :]
-        if trace.place is not None:
-            patches = patches[:, trace.place]
-        grid = patches.reshape(len(patches), *trace.grid, -1).movedim(-1, 0).contiguous()
+        prefix, grid = self.tokens[:, : trace.prefix], trace.on_grid(self.tokens).movedim(-1, 0).contiguous()
         constant = torch.zeros_like(self.padding) if constant is None else constant
         return tuple(
             Relevance(grid[i], prefix[..., i], self.padding[..., i], constant[..., i]) for i in range(len(grid))
         )
+
+
+def plus(values: Tensor, more: Tensor | None) -> Tensor:
+    """The sum; ``None`` is nothing."""
+    return values if more is None else values + more
 
 
 def walk(trace: Trace, settings: Settings, *rules: Walk) -> list[tuple[Relevance, ...]]:

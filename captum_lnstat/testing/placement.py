@@ -105,9 +105,8 @@ def ground(
     woken = wake(model)
     with accepted("recognised"):
         trace = run(woken, woken, noise(woken, image_size, 1, channels), output=output).trace
-    below = (step.skip if isinstance(step, Block) else getattr(step, "groups", None) for step in trace.steps)
     # So many patches lie under a token of the last block, fewer only at an odd grid's edge.
-    times = round(math.prod(groups.index.shape[1] for groups in below if groups is not None) ** 0.5)
+    times = round(math.prod(groups.index.shape[1] for groups in trace.below()) ** 0.5)
     size = stimulus or (trace.patch[0] * times, trace.patch[1] * times)
     scenes = Scenes(image_size, size, trace.patch, channels, seed, _dtype(model))
     return Ground(scenes, lattice(image_size, size, step or size), trace.patch, margin)
@@ -125,7 +124,7 @@ def planted_images(place: Ground) -> tuple[Tensor, Tensor]:
 def check_layout(readout: nn.Module, with_stimulus: Tensor, without: Tensor, regions: Sequence[Region]) -> int:
     """Follow the stimulus through every attention: the values that it changes most lie under it.
 
-    The values of an attention are put back on the tokens by the block's layout, and handed down to the patch grid
+    The values of an attention are put back on the tokens by the block's layout, and brought down to the patch grid
     through the mergings below. A transposed grid, a window shifted the wrong way or a child of another parent moves
     them, whatever the weights are.
 
@@ -156,13 +155,9 @@ def check_layout(readout: nn.Module, with_stimulus: Tensor, without: Tensor, reg
 
 def _down(trace: Trace, block: Block, tokens: Tensor) -> Float[Tensor, "batch row column"]:
     """Values at the tokens that a block reads, at the patches that lie under each of them."""
-    index = next(i for i, step in enumerate(trace.steps) if step is block)
-    for step in reversed(trace.steps[:index]):
-        groups = step.skip if isinstance(step, Block) else getattr(step, "groups", None)
-        if groups is not None:
-            tokens = _mean_over(groups, tokens[..., None].expand(-1, -1, groups.index.shape[1]).flatten(0, 1))
-    patches = tokens[:, trace.prefix :]
-    return (patches if trace.place is None else patches[:, trace.place]).reshape(len(tokens), *trace.grid)
+    for groups in trace.below(block):
+        tokens = _mean_over(groups, tokens[..., None].expand(-1, -1, groups.index.shape[1]).flatten(0, 1))
+    return trace.on_grid(tokens)
 
 
 def _mean_over(layout: Layout, groups: Float[Tensor, "batch_groups member"]) -> Float[Tensor, "batch token"]:

@@ -7,7 +7,7 @@ same above and below a residual block), and each patch merging makes four direct
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -149,20 +149,20 @@ class Cotangent:
         if before is not None:
             x = x - (before if self.everywhere else before[:, self.at])
         if self.kinds == 1:
-            said = x @ self.directions[:, 0].transpose(-2, -1)
+            product = x @ self.directions[:, 0].transpose(-2, -1)
         elif self.scores == 1:
-            said = torch.linalg.vecdot(x, self._of_places)[..., None]
+            product = torch.linalg.vecdot(x, self._of_places)[..., None]
         elif self._by_kind is not None:
             # As many tokens of every kind: one product for all of them.
             order, back = self._by_kind
             sorted_x = x[:, order].reshape(len(x), self.kinds, -1, x.shape[-1])
-            said = (sorted_x @ self.directions.transpose(-2, -1)).flatten(1, 2)[:, back]
+            product = (sorted_x @ self.directions.transpose(-2, -1)).flatten(1, 2)[:, back]
         else:
-            said = x.new_empty(*x.shape[:2], self.scores)
+            product = x.new_empty(*x.shape[:2], self.scores)
             for kind in range(self.kinds):
                 its = (self.kind == kind).nonzero()[:, 0]
-                said[:, its] = x[:, its] @ self.directions[:, kind].transpose(-2, -1)
-        return self.scale[..., None] * said
+                product[:, its] = x[:, its] @ self.directions[:, kind].transpose(-2, -1)
+        return self.scale[..., None] * product
 
     def reads(self) -> Bool[Tensor, "batch token"]:
         """Which tokens have one that is not zero, image by image."""
@@ -194,6 +194,10 @@ class Cotangent:
         factor = factor if self.everywhere else factor[:, self.at]
         kind = torch.arange(len(self.at), device=self.at.device)
         return replace(self, directions=self.dense() * factor[:, :, None], scale=torch.ones_like(self.scale), kind=kind)
+
+
+# From the cotangent after a step to the cotangent before it and the constant, ``(batch, score)``.
+PullBack = Callable[[Cotangent], tuple[Cotangent, Tensor]]
 
 
 def to_children(joined: Cotangent, groups: Groups) -> Cotangent:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from captum_lnstat.recording.recording import NormCall
-from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.cotangent import Cotangent, PullBack
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -86,3 +86,13 @@ def pull_back(path: Iterable[FrozenMap], u: Cotangent) -> tuple[Cotangent, Float
         u, offset = step.pull_back(u)
         constant = constant + offset
     return u, constant
+
+
+def pulled_through(*path: FrozenMap) -> PullBack:
+    """The pull-back of a step that is a path of maps, with the constants of all tokens added up."""
+
+    def pull(u: Cotangent) -> tuple[Cotangent, Tensor]:
+        before, constant = pull_back(path, u)
+        return before, constant.sum(1)
+
+    return pull
