@@ -21,9 +21,10 @@ from captum_lnstat.recording.forward import (
     Output,
     Target,
     TensorOrTuple,
-    _format_output,
-    _is_tuple,
     check_output,
+    format_output,
+    is_tuple,
+    log_usage,
 )
 from captum_lnstat.recording.fusion import check_fusion
 from captum_lnstat.rules.checks import check_fits
@@ -132,6 +133,21 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         parts = chunks(the_image(inputs), target, additional_forward_args, internal_batch_size)
         return joined([explain_batch(self, image, [wanted], arguments)[1].grid for image, wanted, arguments in parts])
 
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
+    ) -> TensorOrTuple:
+        """As ``LNStatAttribution.attribute``, errors included.
+
+        For a method that is the same for every class a target does not matter, but has to fit the output.
+        """
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
+
     def describe(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None
     ) -> Description:
@@ -175,8 +191,7 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
                 attributions.append(check_fits(self._to_inputs(outcome, relevance.grid, image)))
                 if outcome.score is not None:
                     deltas.append((relevance.total - outcome.score).to(relevance.total.dtype))
-        is_tuple = _is_tuple(inputs)
-        return _format_output(is_tuple, (joined(attributions),)), joined(deltas) if deltas else None
+        return format_output(is_tuple(inputs), (joined(attributions),)), joined(deltas) if deltas else None
 
 
 def record(
@@ -224,6 +239,6 @@ def explain_batch(
         warn_caller(
             f"the map of image {', '.join(map(str, empty))} of the batch is zero everywhere: nothing reached the "
             "patches. In a model that is not trained, the variance of the class token may grow in no block; for an "
-            "image of one colour, no patch says more than another. rule='evidence' shows what was said at all"
+            "image of one colour, no patch contributes more than another. rule='evidence' shows all contributions"
         )
     return outcome, relevance

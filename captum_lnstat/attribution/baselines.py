@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.attribution.base import GridAttribution
 from captum_lnstat.attribution.pixels import Interpolation
-from captum_lnstat.recording.forward import ForwardArgs, Output, Target, TensorOrTuple, log_usage
+from captum_lnstat.recording.forward import Output
 from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.rules.engine import Pass
 from captum_lnstat.rules.gradient import gradient
@@ -41,7 +41,8 @@ class RawAttention(GridAttribution):
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
 
     Raises:
-        ValueError, TypeError: An option is none of those above; the message names them.
+        ValueError, TypeError: An option is none of those above; the message names them. ``attribute`` raises a
+            ValueError if the model has no such block.
 
     Examples::
 
@@ -78,22 +79,6 @@ class RawAttention(GridAttribution):
         """Attention of the block."""
         compute = partial(raw_attention, block=self.block)
         return Rule(self.get_name(), "r A of one block", compute, ("head_fusion",), class_specific=False)
-
-    @log_usage()  # type: ignore[untyped-decorator]
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: Target = None,
-        additional_forward_args: ForwardArgs = None,
-        *,
-        internal_batch_size: int | None = None,
-    ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``, errors included; a target does not matter, but has to fit the output.
-
-        Raises:
-            ValueError: The model has no such ``block``.
-        """
-        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class AttentionRollout(GridAttribution):
@@ -134,18 +119,6 @@ class AttentionRollout(GridAttribution):
     def method(self) -> Rule:
         """Perception with a share of a half."""
         return Rule(self.get_name(), "r <- r (A + I) / 2", rollout, ("head_fusion",), class_specific=False)
-
-    @log_usage()  # type: ignore[untyped-decorator]
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: Target = None,
-        additional_forward_args: ForwardArgs = None,
-        *,
-        internal_batch_size: int | None = None,
-    ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``, errors included; a target does not matter, but has to fit the output."""
-        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class GenericAttention(GridAttribution):
@@ -189,18 +162,6 @@ class GenericAttention(GridAttribution):
         """Positive gradients, with a share of 1."""
         compute = partial(gradient, share=keep_all)
         return Rule(self.get_name(), "r <- r + r E_h[(dA * A)^+]", compute, differentiable="model")
-
-    @log_usage()  # type: ignore[untyped-decorator]
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: Target = None,
-        additional_forward_args: ForwardArgs = None,
-        *,
-        internal_batch_size: int | None = None,
-    ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``, errors included."""
-        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 class FrozenLayerNorm(GridAttribution):
@@ -259,18 +220,6 @@ class FrozenLayerNorm(GridAttribution):
 
     def _to_inputs(self, outcome: Pass, grid: Tensor, image: Tensor) -> Tensor:
         return outcome.input_times_gradient.to(image.dtype).contiguous()
-
-    @log_usage()  # type: ignore[untyped-decorator]
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: Target = None,
-        additional_forward_args: ForwardArgs = None,
-        *,
-        internal_batch_size: int | None = None,
-    ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``, errors included."""
-        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
 
 def _patch_sums(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:

@@ -21,8 +21,8 @@ from captum_lnstat.recording.forward import (
     Output,
     Target,
     TensorOrTuple,
-    _format_output,
-    _is_tuple,
+    format_output,
+    is_tuple,
     log_usage,
 )
 from captum_lnstat.recording.fusion import HeadFusion
@@ -172,7 +172,7 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
                 values = check_fits((tokens / shape[channel]).to(image.dtype))
                 values = values.reshape(*shape[:channel], *shape[channel + 1 :])
                 spread.append(values.unsqueeze(channel).expand(shape).contiguous())
-        return _format_output(_is_tuple(inputs), (joined(spread),))  # type: ignore[no-any-return]
+        return format_output(is_tuple(inputs), (joined(spread),))  # type: ignore[no-any-return]
 
     @property
     def lnstat(self) -> LNStatAttribution:

@@ -34,8 +34,8 @@ class LNStatAttribution(GridAttribution):
 
     The residual share of every token in every block follows from the variances at the two LayerNorms that read it.
     With these shares the head's view is rolled back to the patches (perception ``P``), and every part of the target's
-    score is put on the token that said it and rolled back in the same way (evidence ``E``). Shifted windows are undone
-    exactly. One forward pass; only the classifier head is differentiated.
+    score is put on the token that it came from and rolled back in the same way (evidence ``E``). Shifted windows are
+    undone exactly. One forward pass; only the classifier head is differentiated.
 
     The idea is that of Nguyen, Lee and Kim, "Inspecting Explainability of Transformer Models with Additional
     Statistical Information" (arXiv 2311.11378). Its formulas are not public to us: those used here are derived, and

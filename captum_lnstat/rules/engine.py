@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.eager import eager, run_eagerly
-from captum_lnstat.recording.forward import ForwardArgs, Output, Target, _run_forward, pick_output
+from captum_lnstat.recording.forward import ForwardArgs, Output, Target, pick_output, run_forward
 from captum_lnstat.recording.recorder import Differentiable, Recorder
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
@@ -114,7 +114,7 @@ def run(
             compact=x.numel() > COMPACT,
         )
         with run_eagerly, recorder:
-            returned = _run_forward(forward_func, (x,), None, additional_forward_args)
+            returned = run_forward(forward_func, (x,), None, additional_forward_args)
             returned = pick_output(returned, output)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         recording = replace(recorder.recording, scores=returned)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.recording.forward import Target, _select_targets
+from captum_lnstat.recording.forward import Target, select_targets
 from captum_lnstat.recording.statistics import accumulation_dtype, stream
 from captum_lnstat.rules.checks import check_start, reads
 from captum_lnstat.trace.cotangent import Cotangent
@@ -82,7 +82,7 @@ def target_score(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
     """The output that ``target`` selects, one value an image; Captum's own rules, checks and messages."""
     target = plain_target(target)
     _check_range(output, target)
-    score: Tensor = output if output.dim() == 0 else _select_targets(output, target)
+    score: Tensor = output if output.dim() == 0 else select_targets(output, target)
     if score.dim() == 0:
         raise ValueError(
             "forward_func returned a single number for the whole batch; expected one output per image, "
