@@ -19,6 +19,7 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.frozen import FrozenLayerNorm
 from captum_lnstat.sites import FusedSite, Kept
 from captum_lnstat.statistics import accumulation_dtype
+from captum_lnstat.weights import writable
 
 SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
 LAYER_NORMS = {F.layer_norm, torch.layer_norm}
@@ -68,7 +69,7 @@ class FrozenGate(torch.autograd.Function):
         step = wide.new_tensor([-(2.0**-40), 2.0**-40])
         gate = torch.where(wide == 0, (function(step) / step).mean(), gate)
         ctx.save_for_backward(gate)
-        return output
+        return writable(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -85,7 +86,7 @@ class FrozenRMSNorm(torch.autograd.Function):
         wide = x.to(accumulation_dtype(x))
         added = torch.finfo(x.dtype).eps if eps is None else eps
         ctx.save_for_backward((wide.square().mean(dims, keepdim=True) + added).sqrt(), weight)
-        return F.rms_norm(x, list(shape), weight, eps)
+        return writable(F.rms_norm(x, list(shape), weight, eps))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
@@ -108,7 +109,8 @@ class FrozenAttention(torch.autograd.Function):
         ctx.options = options
         # Detached, as without a graph: which kernel runs hangs on what requires a gradient.
         q, k, v = query.detach(), key.detach(), value.detach()
-        return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.detach(), **options)
+        output = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.detach(), **options)
+        return writable(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, None, None]:

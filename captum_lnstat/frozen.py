@@ -17,6 +17,7 @@ from torch import Tensor
 
 from captum_lnstat.covector import Covector
 from captum_lnstat.statistics import accumulation_dtype
+from captum_lnstat.weights import writable
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -109,7 +110,7 @@ class FrozenLayerNorm(torch.autograd.Function):
             normed = F.layer_norm(x, list(shape), weight, bias, eps)
             inverse = (x.detach().to(accumulation_dtype(x)).var(dims, correction=0, keepdim=True) + eps).rsqrt()
         ctx.save_for_backward(inverse, weight)
-        return normed
+        return writable(normed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:

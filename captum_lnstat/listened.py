@@ -16,7 +16,7 @@ from torch import Tensor
 
 from captum_lnstat.rows import either, few_rows
 from captum_lnstat.sites import FusedSite, Queries, SoftmaxSite
-from captum_lnstat.weights import plain
+from captum_lnstat.weights import plain, writable
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -70,7 +70,8 @@ class ListenedAttention(torch.autograd.Function):
         ctx.site, ctx.listener = site, None
         # Detached, as without a graph: which kernel runs hangs on what requires a gradient.
         q, k, v = query.detach(), key.detach(), value.detach()
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=site.is_causal, scale=site.scale)
+        output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=site.is_causal, scale=site.scale)
+        return writable(output)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
@@ -134,7 +135,7 @@ class ListenedProduct(torch.autograd.Function):
     def forward(ctx: Any, attention: Tensor, value: Tensor, site: SoftmaxSite) -> Tensor:
         ctx.save_for_backward(attention, value)
         ctx.site, ctx.listener = site, None
-        return attention @ value
+        return writable(attention @ value)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, None]:
