@@ -366,7 +366,8 @@ def test_describe(model: nn.Module, make: Make) -> None:
         assert step.name in dict(model.named_modules())
     text = str(description)
     assert all(step.name in text for step in description.steps)
-    assert len(text.splitlines()) == 2 + len(description.steps)
+    assert f"rule {description.rule}: {description.formula}" in text.splitlines()
+    assert len(text.splitlines()) == 3 + len(description.steps)
     wrapped = make(nn.Sequential(Normalise(), model)).describe((image,), target=1)
     assert wrapped.grid == description.grid
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from captum_lnstat import LNStatAttribution
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.recording.kept import Arena, Kept, Shelf
+from captum_lnstat.recording.kept import Arena, Kept
 
 TOKENS, WIDTH, DEPTH = 1025, 48, 4
 STREAM = TOKENS * WIDTH * 4
@@ -95,7 +95,7 @@ def test_large_tensors_give_the_same_map(monkeypatch: pytest.MonkeyPatch) -> Non
         expected = LNStatAttribution(model, rule=rule).relevance(image, 1)
         with monkeypatch.context() as patch:
             patch.setattr("captum_lnstat.rules.engine.COMPACT", 0)
-            patch.setattr(Shelf.put, "__defaults__", (0,))
+            patch.setattr(Arena.put, "__defaults__", (0,))
             assert torch.equal(LNStatAttribution(model, rule=rule).relevance(image, 1), expected)
 
 

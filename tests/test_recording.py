@@ -25,7 +25,6 @@ from captum_lnstat import (
     RecordingError,
     UnsupportedModelError,
 )
-from captum_lnstat.attribution.base import record
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.rules.engine import run
 from captum_lnstat.trace.cotangent import Cotangent
