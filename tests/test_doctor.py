@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from contract_helpers import CLASSES, images, registers, swin, vit
+from helpers.contract import CLASSES, images, registers, swin, vit
 from torch import nn
 
 from captum_lnstat import LNStatAttribution, UnsupportedModelError, cli, doctor
