@@ -326,10 +326,10 @@ def test_transposed_windows_are_noticed(monkeypatch):
     model, x = lively(twins(wss=(2, 2, 2))), images(1, (64, 96))
 
     def transposed(*args: Any) -> Groups:
-        index = geometry.windows(*args).index
+        index = geometry.squares(*args).index
         return Groups(index.reshape(-1, 2, 2).transpose(1, 2).reshape(index.shape))
 
-    monkeypatch.setattr("captum_lnstat.topology.readers.residual.windows", transposed)
+    monkeypatch.setattr("captum_lnstat.topology.readers.residual.squares", transposed)
     with pytest.raises(RecordingError, match=r"adds to the stream is not its attention"):
         LNStatAttribution(model, rule="rollout").relevance(x)
 

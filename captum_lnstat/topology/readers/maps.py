@@ -30,12 +30,8 @@ class SequentialReader(Reader):
     @classmethod
     def reads(cls, module: nn.Module) -> bool:
         chains = _chains(module)
-        return (
-            len(chains) == 2
-            and has_heads(chains[0])
-            and not has_heads(chains[1])
-            and bool(layers(chains[0], nn.Linear))
-        )
+        attending = [chain for chain in chains if has_heads(chain)]
+        return len(chains) == 2 and attending == chains[:1] and bool(layers(chains[0], nn.Linear))
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
@@ -183,12 +179,8 @@ class LocalReader(Reader):
         children = list(module.children())
         attending = [child for child in children if has_heads(child)]
         inner = [child for child in children if len(layers(child, nn.LayerNorm)) == 1]
-        return (
-            len(attending) == 1
-            and len(inner) == 2
-            and inner[0] is attending[0]
-            and nn.LayerNorm not in map(type, children)
-        )
+        normed = any(isinstance(child, nn.LayerNorm) for child in children)
+        return len(inner) == 2 and attending == inner[:1] and not normed
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
