@@ -162,9 +162,9 @@ class Parts:
     @cached_property
     def p_of_telling_heads(self) -> Tensor:
         """Perception whose heads weigh what their values said for the class, in every window."""
-        whole = rules.hand_down
+        whole = rules.propagate
 
-        def hand_down(block: object, rows: Tensor, at: object, u: object, *rest: object) -> relation.Handed:
+        def propagate(block: object, rows: Tensor, at: object, u: object, *rest: object) -> relation.Handed:
             came = whole(block, rows, at, u, *rest)
             if u is None:
                 return came
@@ -183,7 +183,7 @@ class Parts:
         def seen(grid: Tensor, *rest: object) -> Tensor:
             return grid[None]
 
-        with self.changed(rules, "hand_down", hand_down), patch.object(rules, "_both", seen):
+        with self.changed(rules, "propagate", propagate), patch.object(rules, "_both", seen):
             return self.grid(rule="lnstat")
 
 

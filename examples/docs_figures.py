@@ -20,7 +20,7 @@ from captum_lnstat import AttentionRollout, LNStatAttribution, zoo
 from captum_lnstat.layout import Groups
 from captum_lnstat.metrics import pointing
 from captum_lnstat.recording.fusion import fuse
-from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.engine import run
 from captum_lnstat.trace.steps import Block, Merging
 from captum_lnstat.trace.trace import Trace
 from captum_lnstat.visualize import overlay, to_map
@@ -34,7 +34,7 @@ Descent = Iterator[tuple[Block, Tensor]]
 
 def traced(model: torch.nn.Module, images: Tensor) -> Trace:
     """One recorded forward pass, as the rules read it."""
-    return run(model, model, images, None, None, Needs()).trace
+    return run(model, model, images).trace
 
 
 def descend(trace: Trace, share: Callable[[Block], Tensor], merging: str = "variance") -> Descent:

@@ -23,7 +23,7 @@ import torch
 from matrix_models import FIFTEEN, REFUSED, ROWS, Row
 
 from captum_lnstat import LNStatAttribution
-from captum_lnstat.attribution.lnstat import RULES
+from captum_lnstat.attribution.base import explain_batch
 from captum_lnstat.testing.family import (
     PEAKS,
     Ground,
@@ -119,14 +119,14 @@ def examine(row: Row) -> dict[str, Any]:
         except Exception as error:  # a row says what went wrong, whatever it was
             found["failed"][name] = said(error)
 
-    for rule in RULES:
+    for rule in rule_names():
         begin = time.process_time()
         try:
             check_rule(model, images, rule)
             found["rules"][rule] = round(time.process_time() - begin, 2)
         except AssertionError as error:
             found["failed"][f"rule {rule}"] = said(error)
-    defined = [rule for rule in RULES if rule in found["rules"]]
+    defined = [rule for rule in rule_names() if rule in found["rules"]]
     measured("mass", lambda: check_mass(model, images))
     measured("completeness", lambda: check_completeness(model, images))
     measured("batch", lambda: check_batch(model, images, defined))
@@ -200,10 +200,10 @@ def examine_default(row: Row) -> dict[str, Any]:
     with torch.no_grad():
         model(images)
     found["forward"] = round(time.process_time() - begin, 2)
-    for rule in RULES:
+    for rule in rule_names():
         begin = time.process_time()
         try:
-            outcome, relevance = LNStatAttribution(model, rule=rule)._explain(images, 0, None)
+            outcome, relevance = explain_batch(LNStatAttribution(model, rule=rule), images, [0])
         except Exception as error:
             found["failed"][rule] = f"{type(error).__name__}: {said(error)}"
             continue
@@ -293,7 +293,7 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
         number(found.get("completeness")) if "completeness" in found else "",
         number(found.get("batch")) if "batch" in found else "",
         f"{found['layout']} of {found['attentions']}" if "layout" in found else "",
-        *(peaks.get(rule, "") for rule in RULES),
+        *(peaks.get(rule, "") for rule in rule_names()),
         _exact(found),
         ", ".join(size for size, what in sizes.items() if what == "ok"),
     ]
@@ -302,7 +302,7 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
 
 HEADER = (
     "| model | verdict | family | px | grid | margin | rules | mass | complete | batch | layout | "
-    + " | ".join(f"peak {rule}" for rule in RULES)
+    + " | ".join(f"peak {rule}" for rule in rule_names())
     + " | without margin | other sizes |"
 )
 
@@ -401,8 +401,8 @@ def full_size(full: list[tuple[Row, dict[str, Any]]]) -> list[str]:
         "model that is made with a head of zeros has the same score whatever the image, and is refused. Written by",
         "`python examples/family_matrix.py --defaults`; `--missing` goes on where it was stopped.",
         "",
-        "| model | M parameters | px | grid | forward | " + " | ".join(RULES) + " | mass | complete | besides |",
-        "|---" * (len(RULES) + 8) + "|",
+        "| model | M parameters | px | grid | forward | " + " | ".join(rule_names()) + " | mass | complete | besides |",
+        "|---" * (len(rule_names()) + 8) + "|",
     ]
     for row, found in full:
         times = found.get("rules", {})
@@ -417,7 +417,7 @@ def full_size(full: list[tuple[Row, dict[str, Any]]]) -> list[str]:
             " x ".join(map(str, found.get("size", ()))),
             " x ".join(map(str, found.get("grid", ()))),
             str(found.get("forward", "")),
-            *(f"{times[rule]:.2f}" if rule in times else "" for rule in RULES),
+            *(f"{times[rule]:.2f}" if rule in times else "" for rule in rule_names()),
             number(found["mass"]) if "mass" in found else "",
             number(found["completeness"]) if "completeness" in found else "",
             "; ".join(besides).replace("|", "/"),

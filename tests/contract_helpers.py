@@ -121,7 +121,7 @@ def expected_shape(method: Any, image: Tensor) -> tuple[int, ...]:
         return tuple(image.shape)
     if hasattr(method.layer, "window_size"):
         return len(image), 4, 4, 48
-    prefix = {m.num_prefix_tokens for m in method._lnstat._transformer().modules() if hasattr(m, "num_prefix_tokens")}
+    prefix = {m.num_prefix_tokens for m in method.lnstat.transformer.modules() if hasattr(m, "num_prefix_tokens")}
     return len(image), prefix.pop() + 16, 32
 
 

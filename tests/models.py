@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Attention, ResPostBlock, VisionTransf
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution
-from captum_lnstat.attribution.base import GridAttribution
+from captum_lnstat.attribution.base import GridAttribution, explain_batch
 from captum_lnstat.rules.relevance import Relevance
 
 CLASSES = 7
@@ -260,7 +260,7 @@ def targets(batch: int, seed: int = 0) -> Tensor:
 
 def explain(method: GridAttribution, x: Tensor, target: Tensor | None = None) -> Relevance:
     """All of what a rule gives, not the grid alone: prefix tokens, padding and constant too."""
-    return method._explain(x, target, None)[1]
+    return explain_batch(method, x, [target])[1]
 
 
 # Said in full, so that what the tests compare does not hang on what the defaults are.

@@ -168,7 +168,7 @@ def test_frozen_values_are_the_models(name):
     model, x = float32_model(name), images(CASES[name], dtype=torch.float32)
     with torch.no_grad():
         expected = model(x)
-    with Recorder(model, cut=False, freeze="everything"):
+    with Recorder(model, differentiable="affine"):
         found = model(x)
     assert torch.equal(found, expected)
 
@@ -206,7 +206,7 @@ def test_an_activation_is_a_constant_gate(activation):
     model = Alone(activation())
     x = (torch.arange(-200, 201, dtype=torch.float64) / 25).requires_grad_()
     assert bool((x == 0).any())
-    with Recorder(model, cut=False, freeze="everything"):
+    with Recorder(model, differentiable="affine"):
         y = model(x)
     assert torch.equal(y, activation()(x))
     (gate,) = torch.autograd.grad(y.sum(), [x])
@@ -226,7 +226,7 @@ def test_the_gate_at_zero_is_a_half(activation, dtype):
 def test_an_activation_in_place(activation):
     model = Alone(activation(inplace=True))
     x = torch.randn(7, requires_grad=True)
-    with Recorder(model, cut=False, freeze="everything"):
+    with Recorder(model, differentiable="affine"):
         passed = x * 1
         y = model(passed)
     assert y is passed
@@ -267,7 +267,7 @@ def test_fused_attention_is_a_constant_matrix(mask, groups, monkeypatch):
 def test_rms_norm_is_divided_by_a_constant(weighted):
     model = Alone(nn.RMSNorm(6, elementwise_affine=weighted, dtype=torch.float64))
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    with Recorder(model, cut=False, freeze="everything"):
+    with Recorder(model, differentiable="affine"):
         y = model(x)
     assert torch.equal(y, model(x))
     assert isinstance(y.grad_fn, FrozenRMSNorm._backward_cls)
@@ -285,7 +285,7 @@ def test_rms_norm_is_divided_by_a_constant(weighted):
 def test_what_cannot_be_frozen_is_refused(inner, message):
     model = Alone(inner)
     x = torch.randn(2, 8, 8, requires_grad=True)
-    with pytest.raises(UnsupportedModelError, match=message), Recorder(model, cut=False, freeze="everything"):
+    with pytest.raises(UnsupportedModelError, match=message), Recorder(model, differentiable="affine"):
         model(x)
 
 

@@ -43,4 +43,4 @@ def test_private_helpers_are_imported_in_one_place() -> None:
     for file in (ROOT / "captum_lnstat").rglob("*.py"):
         imported = re.findall(r"^(?:from|import) (captum[.\w]*)", file.read_text(encoding="utf-8"), re.M)
         private = [name for name in imported if name.startswith("captum.") and "._" in name]
-        assert not private or file.name == "_compat.py", file
+        assert not private or file.name == "forward.py", file

@@ -12,7 +12,7 @@ from oracles import Capture, dense
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution, RecordingError
-from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.engine import run
 from captum_lnstat.rules.evidence import check_complete
 
 FAMILIES = [
@@ -166,12 +166,12 @@ def test_a_step_between_the_blocks_that_is_not_known_is_refused():
 
 def test_evidence_that_does_not_add_up_is_refused():
     model, x, target = build("vit-class"), images(CASES["vit-class"]), targets(2)
-    outcome = run(model, model, x, target, None, Needs(target=True, cotangent=True))
+    outcome = run(model, model, x, [target], class_specific=True)
     found = rule(model, "evidence", x, target)
-    check_complete(found, outcome.trace, outcome.score)
+    check_complete([found], outcome.trace, [outcome.score])
     off = replace(found, constant=found.constant + torch.tensor([0.0, 0.1]))  # one image of the batch is enough
     with pytest.raises(RecordingError, match=r"misses the score by up to 0\.1"):
-        check_complete(off, outcome.trace, outcome.score)
+        check_complete([off], outcome.trace, [outcome.score])
 
 
 def test_a_head_that_reads_other_tokens_is_refused():

@@ -79,7 +79,7 @@ def test_a_mistake_is_seen(place, mistake, kinds, monkeypatch):
     monkeypatch.setattr(f"captum_lnstat.{place}", mistake)
     # Else the package itself sees that its windows are not the model's, and draws nothing.
     monkeypatch.setattr("captum_lnstat.rules.wiring.Wiring.verify", lambda self: None)
-    monkeypatch.setattr("captum_lnstat.attribution.lnstat.check_complete", lambda *_: None)
+    monkeypatch.setattr("captum_lnstat.rules.evidence.check_complete", lambda *_: None)
     for kind in kinds:
         assert apart(name, kind) > 1e-5, kind
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from captum_lnstat import LNStatAttribution
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.recording.kept import Kept, Shelf
+from captum_lnstat.recording.kept import Arena, Kept, Shelf
 
 TOKENS, WIDTH, DEPTH = 1025, 48, 4
 STREAM = TOKENS * WIDTH * 4
@@ -100,20 +100,20 @@ def test_large_tensors_give_the_same_map(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_copy_is_of_what_was_seen() -> None:
-    shelf, x = Shelf(), torch.arange(1 << 20).float()
-    seen = Kept.on(shelf, x[1:])
+    arena, x = Arena(), torch.arange(1 << 20).float()
+    seen = Kept.on(arena, x[1:])
     assert torch.equal(seen.read(), x[1:])
-    assert seen.read().data_ptr() == Kept.on(shelf, x).read().data_ptr() + 4
+    assert seen.read().data_ptr() == Kept.on(arena, x).read().data_ptr() + 4
     x += 1
     assert seen.read()[0] == 1  # nobody looked at the changed tensor: what was seen first is what counts
-    after = Kept.on(shelf, x)
+    after = Kept.on(arena, x)
     assert torch.equal(after.read(), x)
     with pytest.raises(RecordingError, match="changed in place"):
         seen.read()
 
 
 def test_memory_that_is_used_again_is_another_tensor() -> None:
-    shelf, kept = Shelf(), []
+    arena, kept = Arena(), []
     for value in range(4):
-        kept.append(Kept.on(shelf, torch.full((1 << 20,), float(value))))
+        kept.append(Kept.on(arena, torch.full((1 << 20,), float(value))))
     assert [int(one.read()[0]) for one in kept] == [0, 1, 2, 3]

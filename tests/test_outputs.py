@@ -11,6 +11,7 @@ from contract_helpers import METHODS, images, swin, untouched, vit
 from torch import Tensor, nn
 
 from captum_lnstat import LayerLNStat, LNStatAttribution
+from captum_lnstat.attribution.layer import explain_layer
 from captum_lnstat.recording.forward import pick_output
 
 Pair = namedtuple("Pair", ["kind", "age"])
@@ -102,7 +103,7 @@ def test_completeness_holds_for_the_picked_score() -> None:
     delta = method.attribute(image, target=torch.tensor([0, 2]), return_convergence_delta=True)[1]
     assert delta.abs().max() < 1e-4
     layer = LayerLNStat(model, model.backbone.layers[0].blocks[1], rule="evidence", output=1)
-    total = layer._explain(image, torch.tensor([0, 2]), None, False)[0].total
+    total = explain_layer(layer, image, torch.tensor([0, 2]))[0].total
     torch.testing.assert_close(total, model(image)[1][[0, 1], [0, 2]].detach(), rtol=1e-4, atol=1e-4)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from captum_lnstat import LNStatAttribution, zoo
-from captum_lnstat.attribution.lnstat import RULES
+from captum_lnstat.rules import rule_names
 from captum_lnstat.testing.family import check_batch, check_mass, check_untouched
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -49,7 +49,7 @@ def test_the_weights_are_those_of_a_model_that_works(model: Any, images: Tensor)
         assert saliency[mask].mean() > 1.1 * saliency[~mask].mean()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", rule_names())
 def test_every_rule(model: Any, images: Tensor, rule: Any) -> None:
     network, size = model
     method = LNStatAttribution(network, rule=rule)

@@ -25,8 +25,9 @@ from captum_lnstat import (
     RecordingError,
     UnsupportedModelError,
 )
+from captum_lnstat.attribution.base import record
 from captum_lnstat.recording.sites import AttentionSite
-from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.engine import run
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.maps import FrozenNorm
 
@@ -262,8 +263,8 @@ def test_only_the_first_product_is_with_the_values():
 
 def test_a_softmax_after_the_model_is_no_attention_of_a_block():
     model, x = build("swin1-shift"), images(CASES["swin1-shift"])
-    plain = run(model, model, x, None, None, Needs())
-    dressed = run(lambda x: model(x)[:, None, None].softmax(-1)[:, 0, 0], model, x, None, None, Needs())
+    plain = run(model, model, x)
+    dressed = run(lambda x: model(x)[:, None, None].softmax(-1)[:, 0, 0], model, x)
     assert [b.site.module for b in dressed.trace.blocks] == [b.site.module for b in plain.trace.blocks]
     for one, other in zip(plain.trace.blocks, dressed.trace.blocks, strict=True):
         assert torch.equal(one.site.probabilities(EVERYTHING), other.site.probabilities(EVERYTHING))
@@ -670,11 +671,11 @@ def test_the_output_is_bit_identical(name, dtype):
     output, recording = record(model, x)
     assert len(recording.sites) > 0
     assert torch.equal(output, expected)
-    for needs in (Needs(), Needs(target=True, cotangent=True)):
-        assert torch.equal(run(model, model, x, 1, None, needs).output, expected)
+    for specific in (False, True):
+        assert torch.equal(run(model, model, x, [1], class_specific=specific).output, expected)
     # With a graph torch itself may take another kernel (a mask that needs a gradient), so the model is asked again;
     # where the recording holds the table of that mask constant, the kernel is the one without a graph.
-    kept = run(model, model, x, 1, None, Needs(target=True, output_gradients=True))
+    kept = run(model, model, x, [1], class_specific=True, differentiable="model")
     assert any(torch.equal(kept.output, one) for one in (expected, model(x.clone().requires_grad_())))
 
 

@@ -9,7 +9,7 @@ from models import CASES, build, images
 from oracles import DenseMerging, dense
 
 from captum_lnstat.recording.statistics import residual_share, token_statistics, token_variance
-from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.engine import run
 from captum_lnstat.trace.steps import Merging
 
 
@@ -93,7 +93,7 @@ def test_unknown_shares_are_refused():
 
 def _mergings(name: str) -> list[tuple[Merging, DenseMerging]]:
     case, oracle = CASES[name], dense(name)
-    trace = run(*[build(name)] * 2, images(case), None, None, Needs()).trace
+    trace = run(*[build(name)] * 2, images(case)).trace
     found = [step for step in trace.steps if isinstance(step, Merging)]
     expected = [step for step in oracle.steps if isinstance(step, DenseMerging)]
     assert len(found) == len(expected) > 0

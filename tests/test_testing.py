@@ -196,9 +196,14 @@ def test_the_placement_check_alone_fails_it(monkeypatch, name):
 class Broken(LNStatAttribution):
     """A method whose maps are wrong in a way of its own."""
 
-    def _finite_relevance(self, outcome):
-        relevance = super()._finite_relevance(outcome)
-        return replace(relevance, grid=self.change(relevance.grid))
+    @property
+    def method(self):
+        rule = super().method
+
+        def compute(outcome, settings):
+            return tuple(replace(one, grid=self.change(one.grid)) for one in rule.compute(outcome, settings))
+
+        return replace(rule, compute=compute)
 
 
 @pytest.mark.parametrize(

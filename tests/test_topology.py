@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution, RecordingError, Topology, UnsupportedModelError, register_topology
 from captum_lnstat.layout import Groups, WholeImage
-from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.engine import run
 from captum_lnstat.topology import PlainTopology, WindowedTopology, find_topology
 from captum_lnstat.topology import base as registry
 from captum_lnstat.trace.steps import Block, Merging
@@ -29,7 +29,7 @@ ALL = [*VITS, *SWINS]
 
 def _trace(name: str, model: nn.Module | None = None) -> Trace:
     model = build(name) if model is None else model
-    return run(model, model, images(CASES[name]), None, None, Needs()).trace
+    return run(model, model, images(CASES[name])).trace
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -11,10 +11,11 @@ from captum_lnstat.layout import Groups
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.rules.engine import Pass
 from captum_lnstat.rules.relevance import Settings
+from captum_lnstat.rules.rule import Rule
 from captum_lnstat.trace.steps import Merging, Step, Transition, Update
 
 
-def describe_pass(model: nn.Module, outcome: Pass, settings: Settings) -> Description:
+def describe_pass(model: nn.Module, outcome: Pass, rule: Rule, settings: Settings) -> Description:
     """Describe a recorded and traced forward pass."""
     trace, norms = outcome.trace, [norm.module for norm in outcome.recording.norms]
     return Description(
@@ -29,6 +30,8 @@ def describe_pass(model: nn.Module, outcome: Pass, settings: Settings) -> Descri
         residual=settings.residual,
         steps=tuple(replace(_describe_step(step, settings), norms=_inside(step.name, norms)) for step in trace.steps),
         covers=trace.covers,
+        rule=rule.name,
+        formula=rule.formula,
     )
 
 

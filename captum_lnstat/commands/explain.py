@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 import click
 from tqdm import tqdm
 
-from captum_lnstat.attribution.lnstat import RULES, Rule
 from captum_lnstat.cli import INCOMPLETE, fail
 from captum_lnstat.commands.options import (
     EXIT_CODES,
+    RuleName,
     bundled_scene,
     check_folder,
     check_output,
@@ -54,7 +54,7 @@ Examples:
 @click.option("--target", metavar="CLASS", help="Class to explain, by index or name.  [default: the predicted one]")
 @click.option(
     "--rule",
-    type=click.Choice(RULES),
+    type=RuleName(),
     default="lnstat",
     show_default=True,
     help="lnstat: looked at, and counted for the class. evidence: for and against it. rollout: looked at, "
@@ -89,7 +89,7 @@ def explain(
     checkpoint: Path | None,
     whole: bool,
     target: str | None,
-    rule: Rule,
+    rule: str,
     kind: Kind | None,
     against: str | None,
     scene: int | None,
@@ -135,7 +135,7 @@ class _Request:
     checkpoint: Path | None
     whole: bool
     target: str | None
-    rule: Rule
+    rule: str
     as_json: bool
 
     def explainer(self) -> tuple[Explainer, int | None]:

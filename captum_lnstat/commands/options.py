@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from captum_lnstat import zoo
 from captum_lnstat.cli import fail
@@ -15,11 +16,30 @@ from captum_lnstat.errors import SourceError
 from captum_lnstat.explanation.subject.images import Item, image_files, read_image
 from captum_lnstat.explanation.subject.preprocessing import Preprocessing
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
+from captum_lnstat.rules import find_rule, rule_names
 from captum_lnstat.zoo.models import CLASS_NAMES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXIT_CODES = "Exit codes: 0 done; 1 done, but some images were skipped; 2 nothing could be done; 130 interrupted."
+
+
+class RuleName(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A registered rule, or ``package.module:NAME``, whose module registers it."""
+
+    name = "rule"
+
+    def get_metavar(self, *args: Any, **kwargs: Any) -> str:
+        return f"[{'|'.join(rule_names())}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return find_rule(value).name
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in rule_names() if name.startswith(incomplete)]
 
 
 def model_options(command: Command) -> Command:

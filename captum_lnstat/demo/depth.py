@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.layer import LAYER_RULES, LayerLNStat, LayerRule
+from captum_lnstat.attribution.base import record
+from captum_lnstat.attribution.layer import LayerLNStat, explain_layer
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.attribution.pixels import to_pixels
 from captum_lnstat.layout import Groups, even_shares
 from captum_lnstat.recording.eager import eager
-from captum_lnstat.rules.engine import Needs
+from captum_lnstat.rules import layer_rule_names
 from captum_lnstat.topology import find_topology
 from captum_lnstat.trace.steps import Block, Merging, Transition
 from captum_lnstat.trace.trace import Trace
@@ -27,7 +28,7 @@ def geometry(model: nn.Module, inputs: Float[Tensor, "1 3 height width"]) -> Tra
     Raises:
         UnsupportedModelError, RecordingError: As for ``LNStatAttribution.attribute``.
     """
-    return LNStatAttribution(model, rule="rollout")._pass(inputs, None, None, Needs()).trace
+    return record(LNStatAttribution(model, rule="rollout"), inputs, [None]).trace
 
 
 def map_after(
@@ -36,7 +37,7 @@ def map_after(
     target: int,
     *,
     depth: int,
-    rule: LayerRule = "lnstat",
+    rule: str = "lnstat",
     contrastive: bool = False,
 ) -> Float[Tensor, "height width"]:
     """Relevance of the tokens after the first ``depth`` blocks, each where its patches are on the image.
@@ -65,15 +66,15 @@ def map_after(
         >>> map_after(model, torch.rand(1, 3, 64, 64), 0, depth=2).shape
         torch.Size([64, 64])
     """
-    if rule not in LAYER_RULES:
-        raise ValueError(f"rule={rule!r} has the full map only; expected one of {', '.join(LAYER_RULES)}")
+    if rule not in layer_rule_names():
+        raise ValueError(f"rule={rule!r} has the full map only; expected one of {', '.join(layer_rule_names())}")
     trace = geometry(model, inputs)
     if not 1 <= depth < len(trace.blocks):
         raise ValueError(f"depth is {depth}; expected 1 to {len(trace.blocks) - 1}")
     block = trace.blocks[depth]
     layer = eager(find_topology(eager(model)).model).get_submodule(block.name)
     reader = LayerLNStat(model, layer, rule=rule, contrastive=contrastive)
-    found, _ = reader._explain(inputs, target, None, attribute_to_layer_input=True)
+    found, _ = explain_layer(reader, inputs, target, attribute_to_layer_input=True)
     with torch.no_grad():
         tokens = torch.cat([found.prefix, found.grid.flatten(1)], 1)
         grid = to_patches(tokens, trace, block)

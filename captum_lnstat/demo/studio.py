@@ -17,12 +17,12 @@ from torch import Tensor
 
 from captum_lnstat import zoo
 from captum_lnstat.attribution.baselines import AttentionRollout, GenericAttention
-from captum_lnstat.attribution.layer import LAYER_RULES
-from captum_lnstat.attribution.lnstat import RULES, LNStatAttribution, Rule
+from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.demo.depth import geometry, map_after
 from captum_lnstat.demo.photo import DemoError, Photo
 from captum_lnstat.errors import SourceError, one_line
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
+from captum_lnstat.rules import layer_rule_names, rule_names
 from captum_lnstat.visualize import INTEGRATED_BATCH, INTEGRATED_STEPS, to_map, to_picture
 
 # Shown in the menu; any other name that timm knows can be typed.
@@ -115,7 +115,7 @@ class Question:
     """
 
     target: int
-    rule: Rule = "lnstat"
+    rule: str = "lnstat"
     depth: int = 0
     contrastive: bool = False
     beside: tuple[str, ...] = ()
@@ -169,7 +169,7 @@ BESIDE: dict[str, _Method] = {
     "IntegratedGradients": _Method(f"Captum's, {INTEGRATED_STEPS} steps, signed", _integrated, signed=True, ours=False),
 }
 
-CAPTIONS: dict[Rule, str] = {
+CAPTIONS: dict[str, str] = {
     "lnstat": "looked at, and counted for the class",
     "evidence": "counted for the class, and against it",
     "rollout": "looked at, whatever the class",
@@ -224,11 +224,11 @@ class Studio:
             DemoError: What is asked for is not there, or the model cannot be explained.
         """
         rule, depth = question.rule, question.depth
-        if rule not in RULES:
-            raise DemoError(f"There is no rule {rule!r}; expected one of {', '.join(RULES)}.")
+        if rule not in rule_names():
+            raise DemoError(f"There is no rule {rule!r}; expected one of {', '.join(rule_names())}.")
         if not 0 <= question.target < len(look.confidence):
             raise DemoError(f"{look.name} has no class {question.target}; expected 0 to {len(look.confidence) - 1}.")
-        if depth and rule not in LAYER_RULES:
+        if depth and rule not in layer_rule_names():
             raise DemoError(f"The rule {rule} has the full map only; put the slider at 0.")
         if not 0 <= depth < max(look.depths, 1):
             raise DemoError(f"{look.name} has no depth {depth}; expected 0 to {look.depths - 1}.")

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captum_lnstat.attribution.lnstat import LNStatAttribution, Rule
+from captum_lnstat.attribution.base import explain_batch
+from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.attribution.pixels import to_pixels
 from captum_lnstat.errors import SourceError
 from captum_lnstat.explanation.explanation import Explanation
@@ -60,7 +61,7 @@ class Explainer:
         [(8, 8), (8, 8), (8, 8)]
     """
 
-    def __init__(self, subject: Subject, *, rule: Rule = "lnstat", output: Output = None, **options: Any) -> None:
+    def __init__(self, subject: Subject, *, rule: str = "lnstat", output: Output = None, **options: Any) -> None:
         self.subject = subject
         self.output = output
         self.lnstat = LNStatAttribution(subject.model, rule=rule, output=output, **options)
@@ -109,7 +110,7 @@ class Explainer:
             top if target is None else find_class(target, names, scores.shape[1])
             for target, top in zip(targets, best, strict=True)
         ]
-        outcome, relevance = self.lnstat._explain(inputs, wanted, None)
+        outcome, relevance = explain_batch(self.lnstat, inputs, [wanted])
         height, width = inputs.shape[-2:]
         maps = to_pixels(relevance.grid, (height, width), outcome.trace.patch, self.lnstat.interpolation)
         likely = self._probabilities(scores)

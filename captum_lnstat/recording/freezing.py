@@ -117,12 +117,14 @@ class FrozenAttention(torch.autograd.Function):
         scale, is_causal = ctx.options.get("scale"), ctx.options.get("is_causal", False)
         site = FusedSite("", Kept.of(query), Kept.of(key), Kept.of(value), kept, scale, is_causal, None)
         wide = gradient.to(accumulation_dtype(gradient))
-        said = wide.new_zeros(*query.shape[:2], *value.shape[-2:])
-        for queries, turns in site.chunks():
-            for heads, attention in turns:
-                said[:, heads] += attention.transpose(-2, -1).to(wide.dtype) @ wide[:, heads][:, :, queries]
-        said = said.reshape(len(said), value.shape[1], -1, *said.shape[2:]).sum(2)  # query heads share a value head
-        return None, None, said.to(gradient.dtype), None, None
+        d_value = wide.new_zeros(*query.shape[:2], *value.shape[-2:])
+        for queries, some_heads in site.chunks():
+            for heads, attention in some_heads:
+                d_value[:, heads] += attention.transpose(-2, -1).to(wide.dtype) @ wide[:, heads][:, :, queries]
+        d_value = d_value.reshape(len(d_value), value.shape[1], -1, *d_value.shape[2:]).sum(
+            2
+        )  # query heads share a value head
+        return None, None, d_value.to(gradient.dtype), None, None
 
 
 def _attention(

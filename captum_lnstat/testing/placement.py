@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.lnstat import LNStatAttribution, Rule
+from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Groups, Layout
 from captum_lnstat.recording.forward import Output
-from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.engine import run
 from captum_lnstat.testing.planting import SCORE, Readout, Region, Scenes, lattice, plant, wake
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Rules whose peak has to lie on the stimulus. Perception and the gradient rule see where the model looks and what
 # attention carries; a model may count the stimulus without looking at it more than elsewhere.
-PEAKS: tuple[Rule, ...] = ("lnstat", "evidence")
+PEAKS: tuple[str, ...] = ("lnstat", "evidence")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def ground(
     """
     woken = wake(model)
     with accepted("recognised"):
-        trace = run(woken, woken, noise(woken, image_size, 1, channels), None, None, Needs(), output).trace
+        trace = run(woken, woken, noise(woken, image_size, 1, channels), output=output).trace
     # So many patches lie under a token of the last block, fewer only at an odd grid's edge.
     times = round(math.prod(groups.index.shape[1] for groups in trace.below()) ** 0.5)
     size = stimulus or (trace.patch[0] * times, trace.patch[1] * times)
@@ -138,7 +138,7 @@ def check_layout(readout: nn.Module, with_stimulus: Tensor, without: Tensor, reg
         The number of attention sites that were checked.
     """
     with accepted("layout"):
-        traces = [run(readout, readout, images, None, None, Needs()).trace for images in (with_stimulus, without)]
+        traces = [run(readout, readout, images).trace for images in (with_stimulus, without)]
     for index, (block, plain) in enumerate(zip(traces[0].blocks, traces[1].blocks, strict=True)):
         heads = slice(0, block.site.shape[1])
         change = (block.site.values(heads) - plain.site.values(heads)).square().sum((1, 3))
@@ -178,8 +178,8 @@ def check_placement(
     place: Ground,
     *,
     output: Output = None,
-    rules: Sequence[Rule] = PEAKS,
-    required: Sequence[Rule] = PEAKS,
+    rules: Sequence[str] = PEAKS,
+    required: Sequence[str] = PEAKS,
     steps: int = 200,
 ) -> tuple[dict[str, RulePlacement], tuple[int, float]]:
     """The peak of the map lies on the stimulus that the score depends on, wherever that is.
@@ -191,7 +191,7 @@ def check_placement(
         model: The model; it is not changed.
         place: From ``ground``.
         output: Which of several outputs is explained.
-        rules: Rules to measure.
+        rules: strs to measure.
         required: Those of them whose peak has to lie on the stimulus.
         steps: Steps of training at most.
 

@@ -24,7 +24,7 @@ from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.readers.base import Reader
 from captum_lnstat.topology.readers.residual import reader_of
 from captum_lnstat.trace.steps import Step, Transition
-from captum_lnstat.trace.trace import RULES, Trace
+from captum_lnstat.trace.trace import Trace
 
 COVERS = (
     "The grid is that of the first attention block: what the convolutions below it ({below}) did is not told apart. "
@@ -127,7 +127,7 @@ class HierarchicalTopology(Topology):
             _patch(image_size, first.grid),
             pooling,
             place=None if first.order is None else first.order.argsort(),
-            rules=tuple(rule for rule in RULES if all(rule in r.rules for r in readers)),
+            gradients=all(r.gradients for r in readers),
             covers=_covers(below, steps, readers),
         )
 

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-# Every rule there is.
-RULES = ("lnstat", "evidence", "rollout", "gradient")
-
-
 @dataclass(frozen=True)
 class Trace:
     """The way of one forward pass from the patch tokens to the head.
@@ -36,7 +32,7 @@ class Trace:
         training: The model was in train mode, so that dropout may stand between what was recorded and what came of it.
         place: Which patch token is at each place of the grid, row by row, if they are not in that order.
         covers: What the map leaves out, in words: stages that attention cannot see through.
-        rules: The rules that are defined for the model.
+        gradients: Every attention has an output that a gradient can be taken at.
     """
 
     family: str
@@ -49,7 +45,7 @@ class Trace:
     training: bool = False
     place: Int[Tensor, " patch"] | None = None
     covers: str = ""
-    rules: tuple[str, ...] = RULES
+    gradients: bool = True
 
     @property
     def blocks(self) -> tuple[Block, ...]:

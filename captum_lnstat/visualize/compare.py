@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.lnstat import LNStatAttribution, Rule
+from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.attribution.methods import METHODS, Method
 from captum_lnstat.recording.forward import Output
 from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
@@ -38,7 +38,7 @@ def comparison(
     inputs: Float[Tensor, "1 3 height width"],
     target: int,
     *,
-    rule: Rule = "lnstat",
+    rule: str = "lnstat",
     output: Output = None,
     during: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[Panel, ...]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
-from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.attribution.base import explain_batch
+from captum_lnstat.rules.engine import run
 from captum_lnstat.rules.relevance import Relevance
 from captum_lnstat.topology import ConvolvedTopology, find_topology
 
@@ -44,7 +45,7 @@ def show(name: str, batch: int = 2, dtype: torch.dtype = torch.float64) -> Tenso
 
 def explain(model: nn.Module, rule: str, x: Tensor, target: Tensor) -> Relevance:
     method = LNStatAttribution(model, rule=rule, **{**OPTIONS})  # type: ignore[arg-type]
-    return method._explain(x, None if rule == "rollout" else target, None)[1]
+    return explain_batch(method, x, [None if rule == "rollout" else target])[1]
 
 
 class _Gc(Library):
@@ -146,7 +147,7 @@ def test_recognised_and_what_it_covers(name):
     assert description.patch == (4, 4)
     assert [step.kind for step in description.steps].count("transition") == 2
     assert description.pooling == "mean of the tokens"
-    covers = run(model, model, x, None, None, Needs()).trace.covers
+    covers = run(model, model, x).trace.covers
     assert "convolutions" in covers
     assert f"{x.shape[2] // 16} x {x.shape[3] // 16} tokens" in covers
 

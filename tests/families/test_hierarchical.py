@@ -30,6 +30,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, RecordingError, UnsupportedModelError
+from captum_lnstat.attribution.base import explain_batch, record
 from captum_lnstat.layout import Cells, Groups
 from captum_lnstat.testing.family import (
     check_batch,
@@ -152,7 +153,7 @@ def test_is_what_dense_matrices_give(name):
     model, x = lively(build()).double(), images(1, size).double()
     rollout, evidence, constant = Oracle(model, x, 1).explain()
     seen = LNStatAttribution(model, rule="rollout").relevance(x)[0].flatten()
-    said = LNStatAttribution(model, rule="evidence")._explain(x, 1, None)[1]
+    said = explain_batch(LNStatAttribution(model, rule="evidence"), x, [1])[1]
     torch.testing.assert_close(seen, rollout, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(said.grid[0].flatten(), evidence, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(float(said.constant[0]), constant, rtol=1e-9, atol=1e-12)
@@ -223,7 +224,7 @@ WINDOWS: dict[str, tuple[Callable[[], nn.Module], Size, Callable[[Any, Size], Te
 def test_windows_are_those_that_the_code_of_the_model_cuts(name):
     build, size, windows = WINDOWS[name]
     model = lively(build())
-    trace = LNStatAttribution(model)._pass(images(1, size), 1, None, LNStatAttribution(model)._needs()).trace
+    trace = record(LNStatAttribution(model), images(1, size), [1]).trace
     grid, checked = trace.grid, 0
     for step in trace.steps:
         if isinstance(step, Transition):
@@ -247,7 +248,7 @@ def test_what_is_even_stays_even(build):
 
 def test_nest_blocks_are_those_that_its_code_cuts():
     model = lively(nest())
-    trace = LNStatAttribution(model)._pass(images(1, 64), 1, None, LNStatAttribution(model)._needs()).trace
+    trace = record(LNStatAttribution(model), images(1, 64), [1]).trace
     ids = blockify(torch.arange(256).reshape(1, 16, 16, 1), 4).flatten()
     assert trace.place is not None
     assert torch.equal(ids[trace.place], torch.arange(256))
@@ -297,7 +298,7 @@ def test_a_subclass_in_a_wrapper_is_recognised(model, plain, size):
 
 
 def _steps(model: nn.Module, x: Tensor) -> list[Any]:
-    return list(LNStatAttribution(model)._pass(x, 1, None, LNStatAttribution(model)._needs()).trace.steps)
+    return list(record(LNStatAttribution(model), x, [1]).trace.steps)
 
 
 def test_a_convolution_block_is_a_transition_through_its_shortcut_and_an_update():
@@ -362,7 +363,7 @@ def test_a_function_between_the_stages_is_refused():
 @pytest.mark.parametrize(("build", "channel"), [(lambda: maxxvit("coatnet_nano_rw"), 1), (pvt_v2, 2)])
 def test_a_layer_is_explained_in_its_own_layout(build, channel):
     model, x = lively(build()), images(1, 64)
-    blocks = LNStatAttribution(model)._pass(x, 1, None, LNStatAttribution(model)._needs()).trace.blocks
+    blocks = record(LNStatAttribution(model), x, [1]).trace.blocks
     layer = model.get_submodule(blocks[0].name)
     given = LayerLNStat(model, layer).attribute(x, 1, attribute_to_layer_input=True)
     expected = LNStatAttribution(model).relevance(x, 1)

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
-from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.engine import run
 from captum_lnstat.testing.family import check_family
 from captum_lnstat.topology import EncoderTopology, PlainTopology, find_topology
 from captum_lnstat.topology.anatomy.parts import find_parts
@@ -52,13 +52,13 @@ def test_tokens_of_a_stem_lie_within_a_cell_of_what_they_see(name):
     case = CASES[name]
     model = case.build()
     x = case.images(1)
-    before = run(model, model, x, None, None, Needs()).trace.tokens[:, case.prefix :]
+    before = run(model, model, x).trace.tokens[:, case.prefix :]
     for row in range(case.grid[0] - 1):
         for column in range(case.grid[1] - 1):
             seen = x.clone()
             top, left = row * case.patch[0], column * case.patch[1]
             seen[..., top : top + case.patch[0], left : left + case.patch[1]] += 3.0
-            after = run(model, model, seen, None, None, Needs()).trace.tokens[:, case.prefix :]
+            after = run(model, model, seen).trace.tokens[:, case.prefix :]
             change = (after - before).square().sum(-1).reshape(case.grid)
             at = divmod(int(change.argmax()), case.grid[1])
             assert abs(at[0] - row) <= 1
@@ -86,7 +86,7 @@ def test_the_kernels_of_hugging_face_are_both_seen():
         pytest.skip("Hugging Face models need transformers")
     for name in names:
         model, x = CASES[name].build(), CASES[name].images()
-        kinds = {type(block.site).__name__ for block in run(model, model, x, None, None, Needs()).trace.blocks}
+        kinds = {type(block.site).__name__ for block in run(model, model, x).trace.blocks}
         assert kinds == {"FusedSite" if name.endswith("sdpa") else "SoftmaxSite"}
 
 

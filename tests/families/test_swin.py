@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torchvision.models import swin_transformer as torchvision_swin
 
 from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
+from captum_lnstat.attribution.base import explain_batch, record
 from captum_lnstat.layout import Groups
-from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.engine import run
 from captum_lnstat.rules.relevance import Relevance
 from captum_lnstat.topology import WindowedTopology, find_topology
 from captum_lnstat.trace.trace import Trace
@@ -152,11 +153,11 @@ def scores(model: Any) -> Callable[[Tensor], Tensor]:
 
 def explain(model: Any, rule: str, x: Tensor, target: Tensor, **options: Any) -> Relevance:
     method = LNStatAttribution(scores(model), model, rule=rule, **{**OPTIONS, **options})  # type: ignore[arg-type]
-    return method._explain(x, None if rule == "rollout" else target, None)[1]
+    return explain_batch(method, x, [None if rule == "rollout" else target])[1]
 
 
 def trace_of(model: Any, x: Tensor) -> Trace:
-    return run(scores(model), model, x, None, None, Needs()).trace
+    return run(scores(model), model, x).trace
 
 
 @cache
@@ -297,7 +298,7 @@ def test_a_bare_model_under_a_users_head(version):
         model = enliven(_OwnHead(body), 0).double()
     x, target = show("torchvision-1-odd"), targets(2)
     assert find_topology(model).model is body
-    found = LNStatAttribution(model, rule="evidence", **{**OPTIONS})._explain(x, target, None)[1]
+    found = explain_batch(LNStatAttribution(model, rule="evidence", **{**OPTIONS}), x, [target])[1]
     with torch.no_grad():
         logits = model(x).gather(1, target[:, None])[:, 0]
     # Its norm reads the pooled token: not affine, so what it leaves out is in the constant.
@@ -425,7 +426,7 @@ def test_stochastic_depth_of_post_norm_blocks_is_followed(seed):
     model, x = lively(_torchvision(2, stochastic_depth_prob=0.5)).train(), torch.randn(3, 3, 32, 48)
     torch.manual_seed(seed)
     with pytest.warns(UserWarning, match="train mode"):
-        outcome, relevance = LNStatAttribution(model, rule="evidence")._explain(x, 1, None)
+        outcome, relevance = explain_batch(LNStatAttribution(model, rule="evidence"), x, [1])
     blocks = outcome.trace.blocks
     kept = torch.stack([block.attention_update.abs().amax((1, 2)) for block in blocks]) > 1e-5
     assert bool(kept.any())
@@ -437,6 +438,6 @@ def test_the_share_of_a_normalised_update():
     """No LayerNorm reads the stream of a post-norm block: the ratio is of the variances of stream and update."""
     model, x = lively(_torchvision(2)), torch.randn(1, 3, 32, 48)
     method = LNStatAttribution(model)
-    for block in method._pass(x, 1, None, method._needs()).trace.blocks:
+    for block in record(method, x, [1]).trace.blocks:
         own, update = (t.var(-1, correction=0) for t in (block.before, block.between - block.before))
         torch.testing.assert_close(block.residual_share("ratio"), own / (own + update))

@@ -16,7 +16,6 @@ from captum_lnstat.topology.anatomy.parts import parts_of
 from captum_lnstat.topology.anatomy.units import Stream
 from captum_lnstat.topology.residual import block_taps
 from captum_lnstat.trace.steps import Block, Update
-from captum_lnstat.trace.trace import RULES
 
 # What makes tokens of several tokens.
 SPATIAL = (nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d)
@@ -28,12 +27,12 @@ class Reader(ABC):
     Attributes:
         block: The module.
         channels_first: Whether a map that it is given has its channels before its rows.
-        rules: The rules that are defined for it.
+        gradients: Its attention has an output that a gradient can be taken at.
         covers: What maps that are made with it leave out, in words.
     """
 
     channels_first: ClassVar[bool] = False
-    rules: ClassVar[tuple[str, ...]] = RULES
+    gradients: ClassVar[bool] = True
     covers: ClassVar[str] = ""
 
     def __init__(self, block: nn.Module) -> None:

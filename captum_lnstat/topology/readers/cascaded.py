@@ -27,7 +27,7 @@ class CascadedReader(Reader):
     """A residual around windows of heads that each have convolutions of their own, then a ReLU and a convolution."""
 
     channels_first = True
-    rules = ("lnstat", "evidence", "rollout")
+    gradients = False
     covers = (
         "No LayerNorm reads the stream: residual shares are those of its tokens' variances all the same. Heads run one "
         "after another; what one brings to a token counts as the token's own in the next."

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from captum_lnstat import GenericAttention, LNStatAttribution, RecordingError, zoo
 from captum_lnstat.recording.attention_backward import (
-    ListenedAttention,
-    ListenedProduct,
-    can_be_listened,
-    product_can_be_listened,
+    ObservedAttention,
+    ObservedProduct,
+    can_be_observed,
+    product_can_be_observed,
 )
 from captum_lnstat.recording.constant_weights import FEW, ConstantLinear, either, few_rows, linear
 from captum_lnstat.recording.kept import Kept
@@ -45,26 +45,25 @@ def _slow(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
     return attention, torch.einsum("bhij,bhjd->bhid", attention, v)
 
 
-class _Ear:
-    """Writes down what it hears."""
+class _Reader:
+    """Writes down what it is fed."""
 
     wanted = None
 
     def __init__(self) -> None:
         self.attention, self.weighted = (torch.zeros(2, 3, 11, 13, dtype=D) for _ in range(2))
-        self.turns, self.ended = 0, 0
+        self.chunks, self.finished = 0, 0
 
     def add(self, queries, heads, attention, weighted):
         self.attention[:, heads][:, :, queries] = attention
         self.weighted[:, heads][:, :, queries] = weighted
         weighted.fill_(7)  # it is given away
 
-    def turn(self, queries):
-        self.turns += 1
+    def end_chunk(self, queries):
+        self.chunks += 1
 
-    def end(self, heard):
-        self.ended += 1
-        self.heard = heard
+    def finish(self, queries):
+        self.finished += 1
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -76,40 +75,40 @@ def test_the_backward_pass_of_attention_is_that_of_its_formula(mask, scale, quer
     monkeypatch.setattr("captum_lnstat.recording.sites.QUERIES", 3)
     q, k, v = _parts()
     site = _site(q, k, v, MASKS[mask], scale)
-    assert can_be_listened(site, 0.0, MASKS[mask])
-    output = ListenedAttention.apply(q, k, v, MASKS[mask], site)
+    assert can_be_observed(site, 0.0, MASKS[mask])
+    output = ObservedAttention.apply(q, k, v, MASKS[mask], site)
     attention, expected = _slow(q, k, v, MASKS[mask], 0.5 if scale is None else scale)
     assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12)
     d_output = torch.zeros_like(expected)
     d_output[:, :, queries] = torch.randn(expected[:, :, queries].shape, dtype=D)
     *wanted, d_attention = torch.autograd.grad(expected, [q, k, v, attention], d_output)
-    ear = _Ear()
-    output.grad_fn.listener = lambda play: play(ear)
+    reader = _Reader()
+    output.grad_fn.observer = lambda feed: feed(reader)
     found = torch.autograd.grad(output, [q, k, v], d_output)
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
-    assert ear.ended == 1
-    assert ear.turns >= 1
-    assert torch.allclose(ear.weighted, d_attention * attention, rtol=1e-10, atol=1e-12)
+    assert reader.finished == 1
+    assert reader.chunks >= 1
+    assert torch.allclose(reader.weighted, d_attention * attention, rtol=1e-10, atol=1e-12)
     if queries == slice(None):
-        assert torch.allclose(ear.attention, attention, rtol=1e-12)
+        assert torch.allclose(reader.attention, attention, rtol=1e-12)
 
 
 @pytest.mark.parametrize("queries", [slice(None), slice(4, 5)])
 def test_the_backward_pass_of_a_product_is_that_of_its_formula(queries):
     attention, value = torch.rand(2, 3, 11, 13, dtype=D).requires_grad_(), _parts()[2]
     site = SoftmaxSite("attn", Kept.of(attention), Kept.of(value), None)
-    assert product_can_be_listened(site, attention, value)
-    assert not product_can_be_listened(site, attention * 1, value)  # a dropout between
+    assert product_can_be_observed(site, attention, value)
+    assert not product_can_be_observed(site, attention * 1, value)  # a dropout between
     d_output = torch.zeros(2, 3, 11, 5, dtype=D)
     d_output[:, :, queries] = torch.randn(2, 3, 11, 5, dtype=D)[:, :, queries]
     wanted = torch.autograd.grad(torch.einsum("bhij,bhjd->bhid", attention, value), [attention, value], d_output)
-    output, ear = ListenedProduct.apply(attention, value, site), _Ear()
-    output.grad_fn.listener = lambda play: play(ear)
+    output, reader = ObservedProduct.apply(attention, value, site), _Reader()
+    output.grad_fn.observer = lambda feed: feed(reader)
     found = torch.autograd.grad(output, [attention, value], d_output)
     assert torch.allclose(found[0], wanted[0], atol=1e-12)
     assert torch.allclose(found[1], wanted[1], atol=1e-12)
-    assert torch.allclose(ear.weighted, wanted[0] * attention, atol=1e-12)
+    assert torch.allclose(reader.weighted, wanted[0] * attention, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [range(40), [7], [7, 39], []])
@@ -147,12 +146,12 @@ def test_few_rows_are_those_that_are_not_zero():
 
 def test_what_is_not_covered_keeps_its_own_backward_pass():
     q, k, v = (part.detach().requires_grad_() for part in _parts())
-    assert not can_be_listened(_site(q, k, v), 0.1, None)
-    assert not can_be_listened(_site(q, k, v), 0.0, MASKS["bias"].clone().requires_grad_())
+    assert not can_be_observed(_site(q, k, v), 0.1, None)
+    assert not can_be_observed(_site(q, k, v), 0.0, MASKS["bias"].clone().requires_grad_())
     halves = [part.detach().bfloat16().requires_grad_() for part in (q, k, v)]
-    assert not can_be_listened(_site(*halves), 0.0, None)
-    assert not can_be_listened(_site(q, k[:, :1], v[:, :1]), 0.0, None)  # one key head for several of the queries
-    assert not can_be_listened(_site(*(part.detach() for part in (q, k, v))), 0.0, None)
+    assert not can_be_observed(_site(*halves), 0.0, None)
+    assert not can_be_observed(_site(q, k[:, :1], v[:, :1]), 0.0, None)  # one key head for several of the queries
+    assert not can_be_observed(_site(*(part.detach() for part in (q, k, v))), 0.0, None)
 
 
 @pytest.mark.parametrize("name", ["vit-mini", "swin-mini"])
@@ -160,8 +159,8 @@ def test_what_is_not_covered_keeps_its_own_backward_pass():
 def test_both_backward_passes_give_the_same_map(name, method, monkeypatch):
     model, x = zoo.load(name).model.double(), torch.randn(2, 3, 64, 64, dtype=D)
     found = method(model).attribute(x, target=1)
-    for place in ("can_be_listened", "product_can_be_listened"):
-        monkeypatch.setattr(f"captum_lnstat.recording.recording.{place}", lambda *_: False)
+    for place in ("can_be_observed", "product_can_be_observed"):
+        monkeypatch.setattr(f"captum_lnstat.recording.recorder.{place}", lambda *_: False)
     wanted = method(model).attribute(x, target=1)
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12 * float(wanted.max()))
 
