@@ -134,7 +134,7 @@ def _block(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Blo
     layouts = channels_last, channels_last
     pull_back = pull_back_by_autograd(name, shortcut, call.input.read(), layouts, read.before, carried, block.training)
     below = grid[0] // stride, grid[1] // stride
-    return replace(read, keys=others, skip=under, carried=carried, grid=below, pull_back=pull_back)
+    return replace(read, keys=others, below=under, carried=carried, grid=below, pull_back=pull_back)
 
 
 def _every(windows: int, members: int, device: torch.device) -> Layout:

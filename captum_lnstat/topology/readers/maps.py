@@ -133,7 +133,7 @@ class MapReader(Reader):
             carried,
             shortcut.training,
         )
-        return replace(block, keys=Cells(below), skip=below, carried=carried, grid=grid, pull_back=pull_back)
+        return replace(block, keys=Cells(below), below=below, carried=carried, grid=grid, pull_back=pull_back)
 
 
 def _around(recording: Recording, name: str, given: Tensor, after: Tensor) -> bool:

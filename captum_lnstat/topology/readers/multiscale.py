@@ -78,7 +78,7 @@ class MultiscaleReader(PartsReader):
         below = _with_prefix(under(poolings[0], before.grid, grid, device), before.prefix)
         layouts = channels_last, channels_last
         pull_back = pull_back_by_autograd(name, shortcut, given, layouts, before.tokens, carried, self.block.training)
-        return [replace(read, keys=over, skip=below, carried=carried, grid=grid, pull_back=pull_back)]
+        return [replace(read, keys=over, below=below, carried=carried, grid=grid, pull_back=pull_back)]
 
     def _own(self, name: str, recording: Recording) -> Tensor | None:
         """What the pooled queries add to the attention's output, behind the Linear: ``W q``."""
