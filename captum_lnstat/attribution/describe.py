@@ -41,12 +41,12 @@ def _inside(name: str, modules: list[str]) -> tuple[str, ...]:
 
 def _describe_step(step: Step, settings: Settings) -> StepDescription:
     if isinstance(step, Merging):
-        padded = int((step.groups.index < 0).sum())
-        return StepDescription(step.name, "merging", tuple(step.groups.index.shape), None, padded)
+        padded = int((step.below.index < 0).sum())
+        return StepDescription(step.name, "merging", tuple(step.below.index.shape), None, padded)
     if isinstance(step, Update):
         return StepDescription(step.name, "update", tuple(step.after.shape[1:2]), None, 0)
     if isinstance(step, Transition):
-        return StepDescription(step.name, "transition", tuple(step.groups.index.shape), None, 0)
+        return StepDescription(step.name, "transition", tuple(step.below.index.shape), None, 0)
     share = step.residual_share(settings.residual)
     padded = int((step.layout.index < 0).sum()) if isinstance(step.layout, Groups) else 0
     spread = (float(share.mean()), float(share.min()), float(share.max()))

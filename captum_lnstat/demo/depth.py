@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from captum_lnstat.layout import Groups, even_shares
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.rules import layer_rule_names
 from captum_lnstat.topology import find_topology
-from captum_lnstat.trace.steps import Block, Merging, Transition
+from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def to_patches(tokens: Float[Tensor, "batch token"], trace: Trace, block: Block)
     """
     below = trace.steps[: next(i for i, step in enumerate(trace.steps) if step is block)]
     for step in reversed(below):
-        groups = step.groups if isinstance(step, Merging | Transition) else getattr(step, "skip", None)
+        groups = step.below
         if groups is not None:
-            tokens = _split(tokens, cast("Groups", groups))
+            tokens = _split(tokens, groups)
     patches = tokens[:, trace.prefix :]
     if trace.place is not None:
         patches = patches[:, trace.place]

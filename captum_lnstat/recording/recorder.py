@@ -31,6 +31,7 @@ from captum_lnstat.recording.attention_backward import (
     product_can_be_observed,
 )
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
+from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer, FrozenLayerNorm, returns_moments
 from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
@@ -154,7 +155,7 @@ class Recorder(TorchFunctionMode):
             for dotted, module in self._model.named_modules():
                 if type(module) in _LEAVES and module not in stamped:
                     continue
-                name = dotted.replace("._orig_mod", "")  # a block wrapped by torch.compile
+                name = recorded_name(dotted)
                 self._handles.append(module.register_forward_pre_hook(self._entering(name)))
                 self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
         except BaseException:

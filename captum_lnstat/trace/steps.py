@@ -38,12 +38,8 @@ class _Step:
     name: str
     before: Float[Tensor, "batch token channel"]
     after: Float[Tensor, "batch token_after out_channel"]
-    grid: Grid | None = None
-
-    @property
-    def below(self) -> Groups | None:
-        """The tokens before it that lie under each token after it; ``None`` where each lies under itself."""
-        return None
+    below: Groups | None  # the tokens before it that lie under each token after it, if not each under itself
+    grid: Grid | None  # rows and columns of patch tokens after it, where it may change them
 
     def shares(self, merging: MergingShare) -> Float[Tensor, "batch parent child"]:
         """Share of a token after it that each of the tokens ``below`` gets; ``merging`` is for patch mergings."""
@@ -68,7 +64,7 @@ class Block(_Step):
         after: The stream with the MLP's update; ``between`` itself if no MLP follows.
         path: The affine maps from the site's output, heads joined, to the attention update.
         keys: How the tokens of ``before`` became the site's keys, if not as the queries.
-        skip: For an attention that pools its queries: the tokens of ``before`` under each token after it.
+        below: For an attention that pools its queries: the tokens of ``before`` under each token after it.
         carried: For such a block: what of ``before`` the update is added to, after the pooling.
         grid: For such a block: rows and columns of tokens after it.
         norms: The calls of the LayerNorms that read ``base`` and ``between``, if they did; their statistics are known.
@@ -84,16 +80,12 @@ class Block(_Step):
     after: Float[Tensor, "batch query_token out_channel"]
     path: tuple[FrozenMap, ...]
     keys: Layout | None = None
-    skip: Groups | None = None
+    below: Groups | None = None
     carried: Float[Tensor, "batch query_token out_channel"] | None = None
     grid: Grid | None = None
     norms: tuple[NormCall, NormCall] | None = None
     pull_back: PullBack | None = None
     post_norm: bool = False
-
-    @property
-    def below(self) -> Groups | None:
-        return self.skip
 
     @property
     def base(self) -> Float[Tensor, "batch query_token out_channel"]:
@@ -148,7 +140,7 @@ class Merging(_Step):
 
     Attributes:
         name: Dotted name of the merging.
-        groups: The children of each parent; padding where the grid was odd.
+        below: The children of each parent; padding where the grid was odd.
         before: The residual stream before the merging: the children.
         path: The affine maps from the joined children to the parent.
         norm_first: True if the LayerNorm reads the joined children, False if it reads the parent.
@@ -157,16 +149,13 @@ class Merging(_Step):
     """
 
     name: str
-    groups: Groups
+    below: Groups
     before: Float[Tensor, "batch child channel"]
     path: tuple[FrozenMap, ...]
     norm_first: bool
     reduction: Float[Tensor, "out in"]
     after: Float[Tensor, "batch parent out"]
-
-    @property
-    def below(self) -> Groups:
-        return self.groups
+    grid = None  # half of that before
 
     def grid_after(self, grid: Grid) -> Grid:
         return (grid[0] + 1) // 2, (grid[1] + 1) // 2
@@ -175,7 +164,7 @@ class Merging(_Step):
         """From the cotangent of the parents to that of the children, and the constant."""
         joined, constant = pull_back(self.path, u)
         # A padded child is a token of zeros: whatever its cotangent is, it contributes nothing.
-        return to_children(joined, self.groups), constant.sum(1)
+        return to_children(joined, self.below), constant.sum(1)
 
     def shares(self, merging: MergingShare) -> Float[Tensor, "batch parent child"]:
         """Share of a merged token that each of its four children gets; padded children get none.
@@ -186,7 +175,7 @@ class Merging(_Step):
                 of ``(x_kc - mean)^2`` over the child's channels; where it reads the parent (Swin v2), the variance of
                 the child's part ``W_k x_k`` of it.
         """
-        real = (self.groups.index >= 0).to(accumulation_dtype(self.before))
+        real = (self.below.index >= 0).to(accumulation_dtype(self.before))
         if merging == "uniform":
             weight = real.expand(len(self.before), -1, -1)
         elif merging == "variance":
@@ -198,7 +187,7 @@ class Merging(_Step):
 
     def _variances(self) -> Float[Tensor, "batch parent child"]:
         """What each child adds to the variance that the LayerNorm divides by."""
-        gathered = self.groups.gather(self.before)
+        gathered = self.below.gather(self.before)
         children = gathered.reshape(len(self.before), -1, *gathered.shape[1:])
         if self.norm_first:
             centred = children - children.mean((-2, -1), keepdim=True)
@@ -223,6 +212,8 @@ class Update(_Step):
     name: str
     before: Float[Tensor, "batch token channel"]
     after: Float[Tensor, "batch token channel"]
+    below = None
+    grid = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +225,7 @@ class Transition(_Step):
 
     Attributes:
         name: Dotted name of the module.
-        groups: The tokens before it under each token after it. A token with none (a class token that joins here)
+        below: The tokens before it under each token after it. A token with none (a class token that joins here)
             gives its relevance to padding.
         before: The residual stream before it.
         after: The residual stream after it.
@@ -244,15 +235,11 @@ class Transition(_Step):
     """
 
     name: str
-    groups: Groups
+    below: Groups
     before: Float[Tensor, "batch token channel"]
     after: Float[Tensor, "batch token_after out_channel"]
     grid: Grid
     pull_back: PullBack | None = None
-
-    @property
-    def below(self) -> Groups:
-        return self.groups
 
 
 Step = Union[Block, Merging, Update, Transition]

@@ -43,7 +43,7 @@ def descend(trace: Trace, share: Callable[[Block], Tensor], merging: str = "vari
     for step in reversed(trace.steps):
         if isinstance(step, Merging):
             children = r[:, :, None] * step.shares(merging)
-            r = step.groups.scatter(children.flatten(0, 1)[..., None], len(r))[0][..., 0]
+            r = step.below.scatter(children.flatten(0, 1)[..., None], len(r))[0][..., 0]
         elif isinstance(step, Block):
             alpha = share(step)
             given = step.layout.gather(((1 - alpha) * r)[..., None])[..., 0]

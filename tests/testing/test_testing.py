@@ -122,7 +122,7 @@ def _flipped_windows(trace):
 
 def _swapped_quads(trace):
     def change(step):
-        return replace(step, groups=Groups(step.groups.index[:, [3, 2, 1, 0]])) if isinstance(step, Merging) else step
+        return replace(step, below=Groups(step.below.index[:, [3, 2, 1, 0]])) if isinstance(step, Merging) else step
 
     return _with_groups(trace, change)
 
@@ -131,7 +131,7 @@ def _moved_quads(trace):
     """Every parent is given the children of another one."""
 
     def change(step):
-        return replace(step, groups=Groups(step.groups.index.roll(1, 0))) if isinstance(step, Merging) else step
+        return replace(step, below=Groups(step.below.index.roll(1, 0))) if isinstance(step, Merging) else step
 
     return _with_groups(trace, change)
 

@@ -239,7 +239,7 @@ def test_windows_are_those_that_the_code_of_the_model_cuts(name):
 def test_what_is_even_stays_even(build):
     """No transition gathers relevance at a border or in a corner of the image."""
     steps = _steps(lively(build()), images(1, 64))
-    under = [step.skip if isinstance(step, Block) else getattr(step, "groups", None) for step in steps]
+    under = [step.below for step in steps]
     groups = [one for one in under if one is not None]
     assert groups
     for one in groups:
@@ -254,7 +254,7 @@ def test_nest_blocks_are_those_that_its_code_cuts():
     assert torch.equal(ids[trace.place], torch.arange(256))
     later = blockify(torch.arange(64).reshape(1, 8, 8, 1), 4).flatten()
     pool = next(step for step in trace.steps if isinstance(step, Transition))
-    below = [set(ids[row[row >= 0]].tolist()) for row in pool.groups.index]
+    below = [set(ids[row[row >= 0]].tolist()) for row in pool.below.index]
     for token, under in zip(later.tolist(), below, strict=True):
         row, column = divmod(token, 8)
         assert under == {r * 16 + c for r in (2 * row, 2 * row + 1) for c in (2 * column, 2 * column + 1)}
@@ -327,10 +327,10 @@ def test_transposed_windows_are_noticed(monkeypatch):
     model, x = lively(twins(wss=(2, 2, 2))), images(1, (64, 96))
 
     def transposed(*args: Any) -> Groups:
-        index = geometry.windows(*args).index
+        index = geometry.squares(*args).index
         return Groups(index.reshape(-1, 2, 2).transpose(1, 2).reshape(index.shape))
 
-    monkeypatch.setattr("captum_lnstat.topology.readers.residual.windows", transposed)
+    monkeypatch.setattr("captum_lnstat.topology.readers.residual.squares", transposed)
     with pytest.raises(RecordingError, match=r"adds to the stream is not its attention"):
         LNStatAttribution(model, rule="rollout").relevance(x)
 

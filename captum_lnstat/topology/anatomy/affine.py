@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.freezing import LAYER_NORMS, FrozenLayerNorm
-from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.cotangent import Cotangent, PullBack
 
 # A pooling by the maximum takes the same tokens however the cotangent is, so it is a linear map of what it was given.
 _AFFINE = (
@@ -34,7 +34,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 HALF_TOLERANCE = 0.05
 
 Layout = Callable[[Tensor], Tensor]
-PullBack = Callable[[Cotangent], tuple[Cotangent, Tensor]]
 
 
 def is_affine(module: nn.Module) -> bool:
@@ -120,8 +119,8 @@ def pull_back_by_autograd(
             for score in range(u.scores)
         ]
         slope = torch.stack([layouts[0](one) for one in slopes], 2)
-        said = torch.einsum("bnc,bnsc->bs", before, slope)
-        return Cotangent.of(slope), u.read(after).sum(1) - said
+        linear = torch.einsum("bnc,bnsc->bs", before, slope)
+        return Cotangent.of(slope), u.read(after).sum(1) - linear
 
     return pull_back
 
