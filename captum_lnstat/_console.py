@@ -75,4 +75,4 @@ def progress(what: str) -> Iterator[None]:
         yield
     finally:
         done.set()
-        watcher.join()
+        watcher.join(FIRST_WORD)

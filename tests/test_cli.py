@@ -127,7 +127,7 @@ def test_the_module_runs_as_a_program(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(
         [sys.executable, "-m", "captum_lnstat", "explain", "--scene", "3", "--rule", "evidence", "--output", "out.png"],
-        cwd=tmp_path / "here", env=environment, capture_output=True, text=True, check=False,
+        cwd=tmp_path / "here", env=environment, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "bundled scene 3: " in result.stdout

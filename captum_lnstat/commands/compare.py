@@ -9,10 +9,10 @@ from typing import Any
 import click
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from tqdm import tqdm
 
 from captum_lnstat._console import INCOMPLETE, fail, one_line
 from captum_lnstat._near import near
+from captum_lnstat._progress import ProgressBar
 from captum_lnstat.commands.options import (
     EXIT_CODES,
     bundled_scene,
@@ -109,7 +109,7 @@ def compare(
     columns: list[ComparedImage] = []
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    with tqdm(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
+    with ProgressBar(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
         for source in sources:
             try:
                 item = read_file(source) if isinstance(source, Path) else bundled_scene(source)[1]
@@ -118,7 +118,7 @@ def compare(
                 fail(f"{name} cannot be explained: {one_line(error)}")
             except (RecordingError, ValueError) as error:
                 skipped.append({"image": str(source), "error": one_line(error)})
-                with tqdm.external_write_mode():
+                with ProgressBar.external_write_mode():
                     click.echo(f"Skipped {source}: {one_line(error)}", err=True)
             else:
                 columns.append(column)

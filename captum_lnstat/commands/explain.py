@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from tqdm import tqdm
 
 from captum_lnstat._console import INCOMPLETE, fail, one_line, progress
+from captum_lnstat._progress import ProgressBar
 from captum_lnstat.attribution import RULES, Rule
 from captum_lnstat.commands.options import (
     EXIT_CODES,
@@ -181,7 +181,7 @@ def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str
     warn_of(explainer.subject)
     tally = _Tally(request.as_json)
     names = unique_names([path.stem for path in paths])
-    for path, picture in zip(tqdm(paths, unit="image", disable=None), names, strict=True):
+    for path, picture in zip(ProgressBar(paths, unit="image", disable=None), names, strict=True):
         output = folder / f"{picture}.png"
         try:
             prepared = explainer.prepare(read_file(path))
@@ -209,12 +209,12 @@ class _Tally:
     def write(self, path: Path, model: str, explained: Explanation, output: Path) -> None:
         self.written += 1
         line = json.dumps(_record(str(path), model, explained, output)) if self.as_json else f"{explained}, {output}"
-        with tqdm.external_write_mode():
+        with ProgressBar.external_write_mode():
             click.echo(line)
 
     def skip(self, path: Path, error: Exception) -> None:
         self.skipped.append(path)
-        with tqdm.external_write_mode():
+        with ProgressBar.external_write_mode():
             click.echo(f"Skipped {path}: {one_line(error)}", err=True)
             if self.as_json:
                 click.echo(json.dumps({"image": str(path), "error": one_line(error)}))
