@@ -54,7 +54,7 @@ def run(*command: str | Path, **options: object) -> str:
     # Not this tree: what is installed.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = tuple(map(str, command))
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, **options)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=600, **options)
     if done.returncode:
         sys.exit(f"{' '.join(command[:4])} failed:\n{done.stdout}\n{done.stderr}")
     return done.stdout

@@ -9,7 +9,6 @@ from typing import Any
 import click
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from tqdm import tqdm
 
 from captum_lnstat.cli import INCOMPLETE, fail
 from captum_lnstat.commands.options import (
@@ -26,6 +25,7 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError, near, on
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.explanation import Explanation, percent
 from captum_lnstat.explanation.subject.images import Item
+from captum_lnstat.explanation.subject.progress import ProgressBar
 from captum_lnstat.explanation.subject.subject import class_index
 from captum_lnstat.visualize import METHODS, ComparedImage, Method, compare_sheet, to_map, write_figure
 from captum_lnstat.visualize.compare import SCALES, ScaleOf
@@ -108,7 +108,7 @@ def compare(
     columns: list[ComparedImage] = []
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    with tqdm(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
+    with ProgressBar(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
         for source in sources:
             try:
                 item = read_file(source) if isinstance(source, Path) else bundled_scene(source)[1]
@@ -117,7 +117,7 @@ def compare(
                 fail(f"{name} cannot be explained: {one_line(error)}")
             except (RecordingError, ValueError) as error:
                 skipped.append({"image": str(source), "error": one_line(error)})
-                with tqdm.external_write_mode():
+                with ProgressBar.external_write_mode():
                     click.echo(f"Skipped {source}: {one_line(error)}", err=True)
             else:
                 columns.append(column)

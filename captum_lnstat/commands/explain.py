@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from tqdm import tqdm
 
 from captum_lnstat.cli import INCOMPLETE, fail
 from captum_lnstat.commands.options import (
@@ -28,7 +27,7 @@ from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelEr
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.explanation import Explanation, percent, unique_names
 from captum_lnstat.explanation.subject.images import Item
-from captum_lnstat.explanation.subject.progress import progress
+from captum_lnstat.explanation.subject.progress import ProgressBar, progress
 from captum_lnstat.explanation.subject.subject import class_index
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
@@ -182,7 +181,7 @@ def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str
     warn_of(explainer.subject)
     tally = _Tally(request.as_json)
     names = unique_names([path.stem for path in paths])
-    for path, picture in zip(tqdm(paths, unit="image", disable=None), names, strict=True):
+    for path, picture in zip(ProgressBar(paths, unit="image", disable=None), names, strict=True):
         output = folder / f"{picture}.png"
         try:
             prepared = explainer.prepare(read_file(path))
@@ -210,12 +209,12 @@ class _Tally:
     def write(self, path: Path, model: str, explained: Explanation, output: Path) -> None:
         self.written += 1
         line = json.dumps(_record(str(path), model, explained, output)) if self.as_json else f"{explained}, {output}"
-        with tqdm.external_write_mode():
+        with ProgressBar.external_write_mode():
             click.echo(line)
 
     def skip(self, path: Path, error: Exception) -> None:
         self.skipped.append(path)
-        with tqdm.external_write_mode():
+        with ProgressBar.external_write_mode():
             click.echo(f"Skipped {path}: {one_line(error)}", err=True)
             if self.as_json:
                 click.echo(json.dumps({"image": str(path), "error": one_line(error)}))

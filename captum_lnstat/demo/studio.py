@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -43,6 +44,8 @@ SUGGESTED = (
 # Below this confidence a map of the target was seen to lie on background or on another object.
 FAINT_TARGET = 0.01
 _MODELS, _LOOKS, _MAPS = 3, 8, 128  # kept at a time
+# Seconds until a turn comes: a model may be on its way from a hub, for somebody else.
+_PATIENCE = 600.0
 
 Value = TypeVar("Value")
 
@@ -213,7 +216,7 @@ class Studio:
             raise DemoError("That is no model's name; expected swin-mini, vit-mini or a name that timm knows.")
         pretrained = pretrained and name not in zoo.names()
         key = (photo.key, name, pretrained)
-        with self._lock:
+        with self._turn():
             subject = self._subjects.get((name, pretrained), lambda: _subject(name, pretrained))
             return self._looks.get(key, lambda: _look(key, photo, name, pretrained, subject))
 
@@ -278,8 +281,17 @@ class Studio:
             notes = tuple(one_line(entry.message) for entry in said if heed and entry.category is UserWarning)
             return Shown(title, caption, relevance, signed, notes)
 
-        with self._lock:
+        with self._turn():
             return self._maps.get(key, make)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._lock.acquire(timeout=_PATIENCE):
+            raise DemoError("Something else has been computed here for ten minutes and is not done; try again later.")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
 def notes(look: Look, question: Question, shown: Sequence[Shown]) -> list[str]:

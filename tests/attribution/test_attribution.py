@@ -230,7 +230,7 @@ def test_threads(model: nn.Module, name: str) -> None:
         scores = [model(picture) for picture in pictures]
     expected = [method.attribute(picture, target=1) for picture in pictures]
     wrong: list[str] = []
-    start = threading.Barrier(6)
+    start = threading.Barrier(6, timeout=60)
 
     def explain(number: int) -> None:
         start.wait()
@@ -268,7 +268,8 @@ def test_threads(model: nn.Module, name: str) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(240)
+            assert not thread.is_alive()
     assert not wrong
 
 
@@ -304,7 +305,8 @@ def test_a_thread_that_raises_inside_the_model(model: nn.Module) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(240)
+            assert not thread.is_alive()
     handle.remove()
     assert not wrong
 

@@ -81,7 +81,8 @@ def test_a_warning_in_a_script_names_the_script(tmp_path: Path) -> None:
     )
     package = str(Path(captum_lnstat.__file__).parents[1])
     environment = {"PYTHONPATH": package, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=240)
     assert f"{script}:4: UserWarning: VisionTransformer is in train mode" in done.stderr
 
 

@@ -17,9 +17,9 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 import captum_lnstat
 from captum_lnstat import LNStatAttribution, RecordingError, cli, zoo
-from captum_lnstat import cli as _console
 from captum_lnstat.attribution import methods
 from captum_lnstat.commands import explain, options, pictures
+from captum_lnstat.explanation.subject import progress
 
 VIT = "vit_tiny_patch16_224"
 
@@ -30,7 +30,7 @@ def _folder(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(methods, "INTEGRATED_STEPS", 2)
-    monkeypatch.setattr(_console, "FIRST_WORD", 600.0)
+    monkeypatch.setattr(progress, "FIRST_WORD", 600.0)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_the_module_runs_as_a_program(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run(
         [sys.executable, "-m", "captum_lnstat", "explain", "--scene", "3", "--rule", "evidence", "--output", "out.png"],
-        cwd=tmp_path / "here", env=environment, capture_output=True, text=True, check=False,
+        cwd=tmp_path / "here", env=environment, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "bundled scene 3: " in result.stdout
@@ -320,14 +320,14 @@ def test_photographs_are_turned_the_right_way_up(drawn, tmp_path):
 
 
 def test_progress_is_shown_only_for_what_takes_long(monkeypatch):
-    monkeypatch.setattr(_console, "FIRST_WORD", 0.05)
-    monkeypatch.setattr(_console, "NEXT_WORD", 0.05)
+    monkeypatch.setattr(progress, "FIRST_WORD", 0.05)
+    monkeypatch.setattr(progress, "NEXT_WORD", 0.05)
 
     @click.command()
     def command():
-        with _console.progress("short"):
+        with progress.progress("short"):
             pass
-        with _console.progress("long"):
+        with progress.progress("long"):
             time.sleep(0.3)
 
     result = CliRunner().invoke(command)

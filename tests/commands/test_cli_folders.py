@@ -210,7 +210,7 @@ def test_ctrl_c_in_the_middle_of_writing_leaves_whole_files(tmp_path, photos):
     environment = {**os.environ, "PYTHONPATH": str(Path(captum_lnstat.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), "explain", str(photos)],
-        cwd=tmp_path / "here", env=environment, capture_output=True, text=True, check=False,
+        cwd=tmp_path / "here", env=environment, capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr

@@ -96,7 +96,7 @@ except SystemExit:
 loaded = {"torch", "timm", "captum", "matplotlib", "numpy"} & set(sys.modules)
 assert not loaded, loaded
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     for name in ("explain", "compare", "evaluate", "doctor", "demo"):
         assert f"\n  {name} " in done.stdout

@@ -281,8 +281,34 @@ def test_one_computation_at_a_time(monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     assert most == [1] * 4
+
+
+def test_who_waits_for_somebody_elses_computation_is_told_so_in_the_end(monkeypatch):
+    monkeypatch.setattr(studio, "_PATIENCE", 0.1)
+    made, inside, done = Studio(), threading.Event(), threading.Event()
+
+    def hangs(*_):
+        inside.set()
+        done.wait(60)
+        raise DemoError("no such model")
+
+    def first():
+        with pytest.raises(DemoError, match="no such model"):
+            made.look(samples()[0], "vit-mini", pretrained=False)
+
+    monkeypatch.setattr(studio, "_subject", hangs)
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(60)
+    with pytest.raises(DemoError, match="try again later"):
+        made.look(samples()[1], "vit-mini", pretrained=False)
+    done.set()
+    thread.join(60)
+    monkeypatch.undo()
+    assert made.look(samples()[1], "vit-mini", pretrained=False).depths > 1
 
 
 # What is said

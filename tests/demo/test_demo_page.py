@@ -65,7 +65,7 @@ def server(tmp_path):
         yield process, address, temporary, log
     finally:
         process.kill()
-        process.wait()
+        process.wait(PATIENCE)
 
 
 def ask(address, method, path, body=None, **headers):

@@ -54,7 +54,7 @@ def everything():
 def run(rank, folder):
     """The first of two processes takes four images in two batches, the second two; of one metric it takes none."""
     assert "torchmetrics" not in sys.modules, "captum_lnstat.metrics imports torchmetrics before it is asked for"
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=600))
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=240))
     values = {}
     for name, metric, arguments in everything():
         batches = [[0, 1, 2], [5]] if rank == 0 else [[4, 3]]

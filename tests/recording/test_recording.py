@@ -702,7 +702,8 @@ def test_other_threads_are_not_recorded():
     with torch.no_grad(), Recorder(model, list(model.blocks)) as recorder:
         thread = threading.Thread(target=elsewhere)
         thread.start()
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
         model(x)
     recording = recorder.recording
     assert [site.module for site in recording.sites] == [f"blocks.{i}.attn" for i in range(3)]

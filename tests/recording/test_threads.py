@@ -41,7 +41,8 @@ def side_by_side(work: Callable[[int], Tensor]) -> list[list[Tensor]]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(240)
+        assert not thread.is_alive()
     assert not errors
     return found
 
