@@ -18,7 +18,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 import captum_lnstat
 from captum_lnstat import LNStatAttribution, RecordingError, cli, zoo
 from captum_lnstat import cli as _console
-from captum_lnstat.attribution.lnstat import methods
+from captum_lnstat.attribution import methods
 from captum_lnstat.commands import explain, options, pictures
 
 VIT = "vit_tiny_patch16_224"

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 from captum_lnstat import LNStatAttribution, SourceError, explain, zoo
-from captum_lnstat.explanation.explanation import Explanation, Explanations, explanation, percent, unique_names
+from captum_lnstat.explanation import explanation
+from captum_lnstat.explanation.explanation import Explanation, Explanations, percent, unique_names
 
 SCENES = [scene.image for scene in zoo.scenes()[:3]]
 

@@ -11,7 +11,7 @@ from models import CASES, build, images, rule
 from oracles import dense
 
 from captum_lnstat import layout
-from captum_lnstat.recording.recording import statistics
+from captum_lnstat.recording import statistics
 
 RULES = ("rollout", "evidence", "lnstat", "gradient")
 # A class token and registers; windows that are shifted and padded, a merging that is padded.

@@ -15,6 +15,7 @@ from torch import nn
 
 from captum_lnstat import LNStatAttribution
 from captum_lnstat.layout import Groups
+from captum_lnstat.testing import family as testing
 from captum_lnstat.testing.family import (
     PEAKS,
     check_batch,
@@ -30,7 +31,6 @@ from captum_lnstat.testing.family import (
     noise,
     planted_images,
 )
-from captum_lnstat.testing.family import family as testing
 from captum_lnstat.testing.planting import lattice, wake
 from captum_lnstat.topology import PlainTopology, WindowedTopology, windowed
 from captum_lnstat.trace.steps import Block, Merging

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, zoo
-from captum_lnstat.attribution.lnstat import methods
+from captum_lnstat.attribution import methods
 from captum_lnstat.visualize import Panel, colored, comparison, draw_sheet, overlay, scaled, to_map, to_picture
 from captum_lnstat.visualize import write_sheet as write
 
