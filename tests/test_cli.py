@@ -17,9 +17,9 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 import captum_lnstat
 from captum_lnstat import LNStatAttribution, RecordingError, cli, zoo
-from captum_lnstat import cli as _console
 from captum_lnstat.attribution import methods
 from captum_lnstat.commands import explain, options, pictures
+from captum_lnstat.explanation.subject import progress as _console
 
 VIT = "vit_tiny_patch16_224"
 

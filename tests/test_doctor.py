@@ -13,9 +13,9 @@ from contract_helpers import CLASSES, images, registers, swin, vit
 from torch import nn
 
 from captum_lnstat import LNStatAttribution, UnsupportedModelError, cli, doctor
-from captum_lnstat import cli as _console
 from captum_lnstat.commands import doctor as doctor_command
 from captum_lnstat.doctor import examine
+from captum_lnstat.explanation.subject import progress as _console
 
 
 @pytest.fixture(autouse=True)

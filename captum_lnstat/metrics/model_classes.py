@@ -1,4 +1,4 @@
-"""The measures that run the model, as torchmetrics classes; see ``modular`` for what they have in common.
+"""The measures that run the model, as torchmetrics classes; see ``classes`` for what they have in common.
 
 The model is given to ``update`` and not kept: a metric is a module, and would move, copy and save the model with
 itself.
