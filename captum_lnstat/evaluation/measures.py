@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from captum_lnstat import metrics
 from captum_lnstat.errors import near
-from captum_lnstat.evaluation.frame import Framed
+from captum_lnstat.evaluation.frame import Example
 from captum_lnstat.evaluation.methods import Method
 from captum_lnstat.evaluation.question import Asked, Measure, Quantity, Values
 from captum_lnstat.evaluation.seeds import seed_of
@@ -35,31 +35,31 @@ def _one(spec: Spec, higher: bool) -> tuple[Quantity, ...]:
 
 
 # Whom a metric can be asked of.
-def _image(one: Framed, asked_true: bool) -> bool:
+def _image(one: Example, asked_true: bool) -> bool:
     return not one.sample.only_two
 
 
-def _object(one: Framed, asked_true: bool) -> bool:
+def _object(one: Example, asked_true: bool) -> bool:
     return not one.sample.only_two and (one.mask is not None or one.boxes is not None)
 
 
-def _masked(one: Framed, asked_true: bool) -> bool:
+def _masked(one: Example, asked_true: bool) -> bool:
     return not one.sample.only_two and one.mask is not None
 
 
-def _boxed(one: Framed, asked_true: bool) -> bool:
+def _boxed(one: Example, asked_true: bool) -> bool:
     return not one.sample.only_two and one.boxes is not None
 
 
-def _two_objects(one: Framed, asked_true: bool) -> bool:
+def _two_objects(one: Example, asked_true: bool) -> bool:
     return asked_true and one.mask is not None and one.other_mask is not None
 
 
-def _in_grid(one: Framed, asked_true: bool) -> bool:
+def _in_grid(one: Example, asked_true: bool) -> bool:
     return asked_true and not one.sample.only_two and one.sample.target is not None
 
 
-def _annotated(one: Framed, asked_true: bool) -> bool:
+def _annotated(one: Example, asked_true: bool) -> bool:
     return one.human is not None and bool(one.human.max() > one.human.min())
 
 
@@ -123,7 +123,7 @@ def _grid(spec: Spec) -> Measure:
     options = _options(spec, rows=2, cols=2)
     rows, cols = int(options["rows"]), int(options["cols"])
 
-    def mosaic(asked: Asked, one: Framed) -> tuple[Tensor, int] | None:
+    def mosaic(asked: Asked, one: Example) -> tuple[Tensor, int] | None:
         partners = asked.partners(one, rows * cols - 1)
         if partners is None:
             return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from captum_lnstat.evaluation.frame import Framed
+from captum_lnstat.evaluation.frame import Example
 from captum_lnstat.evaluation.methods import Method
 from captum_lnstat.evaluation.subject import Subject
 
@@ -48,14 +48,14 @@ class Asked:
         partners: So many other images, all of different classes, for the grid game; None if there are not as many.
     """
 
-    framed: tuple[Framed, ...]
+    framed: tuple[Example, ...]
     images: Float[Tensor, "batch channel height width"]
     targets: Int64[Tensor, " batch"]
     predicted: Int64[Tensor, " batch"]
     subject: Subject
     seed: int
     fill: str
-    partners: Callable[[Framed, int], list[Framed] | None]
+    partners: Callable[[Example, int], list[Example] | None]
 
     @property
     def names(self) -> list[str]:
@@ -90,7 +90,7 @@ class Asked:
         return torch.stack([value for value in values if value is not None]).to(self.images.device)
 
 
-def _region(one: Framed) -> Tensor:
+def _region(one: Example) -> Tensor:
     if one.mask is not None:
         return one.mask
     height, width = one.image.shape[1:]
@@ -118,5 +118,5 @@ class Measure:
 
     name: str
     quantities: tuple[Quantity, ...]
-    applies: Callable[[Framed, bool], bool]
+    applies: Callable[[Example, bool], bool]
     compute: Compute

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captum_lnstat.errors import one_line
 from captum_lnstat.evaluation.datasets import BrokenFileError, Dataset
-from captum_lnstat.evaluation.frame import Framed
+from captum_lnstat.evaluation.frame import Example
 from captum_lnstat.evaluation.loading import Broken, Partners
 from captum_lnstat.evaluation.methods import Method
 from captum_lnstat.evaluation.question import Asked, Measure
@@ -34,9 +34,9 @@ class Worker:
         self.methods, self.measures = methods, measures
         self.partners = Partners(dataset, subject.frame, settings.seed)
 
-    def records(self, block: Sequence[int], loaded: list[Framed | Broken]) -> Iterator[Record]:
+    def records(self, block: Sequence[int], loaded: list[Example | Broken]) -> Iterator[Record]:
         """One record a sample."""
-        good = [(index, one) for index, one in zip(block, loaded, strict=True) if isinstance(one, Framed)]
+        good = [(index, one) for index, one in zip(block, loaded, strict=True) if isinstance(one, Example)]
         for broken in loaded:
             if isinstance(broken, Broken):
                 if not self.settings.skip_broken:
@@ -67,7 +67,7 @@ class Worker:
                 row["methods"][method.name] = values
         yield from rows
 
-    def _ask(self, framed: tuple[Framed, ...]) -> tuple[Asked, Tensor]:
+    def _ask(self, framed: tuple[Example, ...]) -> tuple[Asked, Tensor]:
         images = torch.stack([one.image for one in framed]).to(self.subject.device)
         with torch.no_grad():
             probabilities = self.subject.forward(images).float().softmax(-1)

@@ -71,7 +71,7 @@ class Explainer:
         if item.picture is None:
             assert item.inputs is not None
             # The probe says what the transform subtracts; the input is taken to have gone through it.
-            view = replace(self._view((item.inputs.shape[2], item.inputs.shape[1])), box=None)
+            view = replace(self._view((item.inputs.shape[2], item.inputs.shape[1])), measured=None)
             return Prepared(item, item.inputs, _picture(item.inputs, view), view)
         inputs = self.subject.transform(item.picture)
         view = self._view(item.picture.size)
