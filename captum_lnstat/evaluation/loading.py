@@ -1,4 +1,4 @@
-"""Samples ahead of time: read and framed by threads while the model works on those before."""
+"""Samples ahead of time: read and made the model's input by threads while the model works on those before."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _ready(
 
 
 class Partners:
-    """For the grid game: other images of a data set, all of different classes, drawn by the name of the one asked.
+    """For the grid game: other images of a data set, all of different classes, drawn by the name of the image.
 
     Args:
         dataset: Where they are drawn from, all of it.

@@ -28,7 +28,7 @@ class Method:
     """A method on one model.
 
     Attributes:
-        name: As it was asked for.
+        name: As it was given.
         attribute: From images and classes to attributions of the images' shape, or ``(batch, 1, height, width)``.
         alone: Explain one image at a time: for methods that draw random numbers, or that may mix the images of a batch.
     """
