@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from captum_lnstat.visualize.maps import Map, Picture
 
 _COLUMNS = 3
-_BARS = {
+BARS = {
     False: Bar(SEQUENTIAL, "least relevant", "most relevant"),
     True: Bar(DIVERGING, "against the target", "for the target"),
 }
@@ -60,4 +60,4 @@ def draw_sheet(image: Picture, panels: Sequence[Panel], title: str) -> Figure:
     for start in range(0, len(cells), _COLUMNS):
         titles, pictures = zip(*cells[start : start + _COLUMNS], strict=True)
         rows.append(Row("", pictures, titles=titles))
-    return draw_rows(rows, title, note=[_BARS[signed] for signed in sorted({panel.signed for panel in panels})])
+    return draw_rows(rows, title, note=[BARS[signed] for signed in sorted({panel.signed for panel in panels})])
