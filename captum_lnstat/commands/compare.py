@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from captum_lnstat.cli import INCOMPLETE, fail
@@ -19,11 +18,11 @@ from captum_lnstat.commands.options import (
     model_options,
     read_file,
     read_model,
-    warn_of,
+    warn,
 )
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, near, one_line
 from captum_lnstat.explanation.explainer import Explainer
-from captum_lnstat.explanation.explanation import Explanation, percent
+from captum_lnstat.explanation.explanation import Explanation
 from captum_lnstat.explanation.subject.images import Item
 from captum_lnstat.explanation.subject.progress import ProgressBar
 from captum_lnstat.explanation.subject.subject import class_index
@@ -103,7 +102,7 @@ def compare(
     sources: list[Any] = list(paths) or list(scenes or DEFAULT_SCENES)
     subject = read_model(name, pretrained, checkpoint, whole)
     wanted = None if target is None else class_index(target, subject)
-    warn_of(subject)
+    warn(subject.cautions())
     explainer = Explainer(subject)
     columns: list[ComparedImage] = []
     records: list[dict[str, Any]] = []
@@ -121,7 +120,7 @@ def compare(
                     click.echo(f"Skipped {source}: {one_line(error)}", err=True)
             else:
                 columns.append(column)
-                records.append({"image": str(source), **_said(explained)})
+                records.append({"image": str(source), **_record(explained)})
     if not columns:
         fail(f"none of {len(sources)} images could be explained")
     try:
@@ -164,18 +163,12 @@ def _column(
             attribute = method.make(explainer.subject.model, explainer.output)
             maps.append(to_map(attribute(inputs, explained.target)[0]))
         bar.update()
-    title = f"{item.name}\npredicted {_class(explained, explained.prediction)}"
+    title = f"{item.name}\npredicted {explained.likely(explained.prediction)}"
     if explained.target != explained.prediction:
-        title += f"\ntarget {_class(explained, explained.target)}"
-    image = np.asarray(prepared.image, np.float64) / 255
-    return ComparedImage(title, image, tuple(maps)), explained
+        title += f"\ntarget {explained.likely(explained.target)}"
+    return ComparedImage(title, explained.pixels, tuple(maps)), explained
 
 
-def _class(explained: Explanation, index: int) -> str:
-    name = explained.label(index).split(" (")[0]
-    return name if explained.probabilities is None else f"{name} {percent(explained.probabilities[index])}"
-
-
-def _said(explained: Explanation) -> dict[str, Any]:
+def _record(explained: Explanation) -> dict[str, Any]:
     names = {"prediction": explained.label(explained.prediction), "target": explained.label(explained.target)}
     return {**names, "confidence": explained.confidence}

@@ -20,20 +20,18 @@ from captum_lnstat.commands.options import (
     model_options,
     read_file,
     read_model,
-    warn_of,
+    warn,
 )
 from captum_lnstat.commands.pictures import KINDS, Kind, suffixes_of, write_picture
 from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError, one_line
 from captum_lnstat.explanation.explainer import Explainer
-from captum_lnstat.explanation.explanation import Explanation, percent, unique_names
+from captum_lnstat.explanation.explanation import Explanation, unique_names
 from captum_lnstat.explanation.subject.images import Item
 from captum_lnstat.explanation.subject.progress import ProgressBar, progress
 from captum_lnstat.explanation.subject.subject import class_index
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
 DEFAULT_SCENE = 264
-# Below this confidence a map of the target was seen to lie on background or on another object.
-FAINT_TARGET = 0.01
 
 # The bytes \b keep click from running the lines together.
 _EXAMPLES = f"""\b
@@ -145,19 +143,17 @@ class _Request:
 
 def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str | None, request: _Request) -> None:
     explainer, wanted = request.explainer()
-    subject = explainer.subject
     try:
         with progress("recording"):
             prepared = explainer.prepare(item)
             (explained,) = explainer.explain([prepared], [wanted])
             description = explainer.lnstat.describe(explainer.placed(prepared.inputs[None]))
-        warn_of(subject)
-        _note_faint(explained, random=subject.random)
+        warn(explained.cautions)
         if not request.as_json:
             _say("image", source)
             _say("model", request.name)
-            _say("prediction", _outcome(explained, explained.prediction))
-            _say("target", _outcome(explained, explained.target))
+            _say("prediction", explained.outcome(explained.prediction))
+            _say("target", explained.outcome(explained.target))
             for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
                 _say(heading, line)
         write_picture(output, kind, explainer, prepared, explained, against)
@@ -178,7 +174,7 @@ def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str
 def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str | None, request: _Request) -> None:
     """One picture after another, each written whole; an image that cannot be explained is named and counted."""
     explainer, wanted = request.explainer()
-    warn_of(explainer.subject)
+    warn(explainer.subject.cautions())
     tally = _Tally(request.as_json)
     names = unique_names([path.stem for path in paths])
     for path, picture in zip(ProgressBar(paths, unit="image", disable=None), names, strict=True):
@@ -231,19 +227,8 @@ def _refuse(name: str, error: Exception) -> NoReturn:
     fail(f"{name} cannot be explained: {one_line(error)}")
 
 
-def _note_faint(explained: Explanation, *, random: bool) -> None:
-    if not random and explained.confidence is not None and explained.confidence < FAINT_TARGET:
-        click.echo("Note: the model all but rules this target out; the map shows what little argued for it", err=True)
-
-
 def _record(source: str, model: str, explained: Explanation, output: Path) -> dict[str, Any]:
     return {"image": source, "model": model, "picture": str(output), **explained.to_dict()}
-
-
-def _outcome(explained: Explanation, index: int) -> str:
-    if explained.probabilities is None:
-        return explained.label(index)
-    return f"{explained.label(index)}, confidence {percent(explained.probabilities[index])}"
 
 
 def _say(heading: str, text: str) -> None:

@@ -1,9 +1,10 @@
-"""What the commands have in common: which model, which images, which class, and how a finished one is told."""
+"""What the commands have in common: which model, which images, which class, and how a picture is announced."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,6 @@ from captum_lnstat import zoo
 from captum_lnstat.cli import fail
 from captum_lnstat.errors import SourceError
 from captum_lnstat.explanation.subject.images import Item, image_files, read_image
-from captum_lnstat.explanation.subject.preprocessing import Preprocessing
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
 from captum_lnstat.rules import find_rule, rule_names
 from captum_lnstat.zoo.models import CLASS_NAMES
@@ -70,30 +70,19 @@ def model_options(command: Command) -> Command:
 
 
 def read_model(name: str, pretrained: bool, checkpoint: Path | None, whole: bool) -> Subject:
-    """The model of the options; what is not certain about it is said on stderr."""
+    """The model of the options."""
     if pretrained and checkpoint is not None:
         fail("--pretrained and --checkpoint exclude each other; give one of them")
     subject = read_subject(name, pretrained, checkpoint)
     if whole:
-        preprocessing: Preprocessing = subject.preprocessing.whole()
-        subject = Subject(subject.model, preprocessing, subject.class_names, subject.name, subject.random)
+        subject = replace(subject, preprocessing=subject.preprocessing.whole())
     return subject
 
 
-def warn_of(subject: Subject) -> None:
-    """What the user should know about the model before believing a picture."""
-    if subject.random:
-        click.echo(
-            f"Warning: the weights of {subject.name} are random, and so is the explanation; give --pretrained or "
-            "--checkpoint",
-            err=True,
-        )
-    if subject.preprocessing.assumed:
-        click.echo(
-            f"Warning: {subject.name} does not say how its images were prepared; {subject.preprocessing.source} is "
-            "taken",
-            err=True,
-        )
+def warn(cautions: Sequence[str]) -> None:
+    """What the user should know before believing a picture."""
+    for caution in cautions:
+        click.echo(f"Warning: {caution}", err=True)
 
 
 def image_paths(images: tuple[Path, ...]) -> tuple[Path, ...]:

@@ -13,7 +13,7 @@ _COLUMNS, _WIDE, _LINE, _HEAD = 4, 2.4, 0.24, 0.62
 
 
 def draw(summary: dict[str, Any], title: str) -> Figure:
-    """Value and 95 % interval of every method, in the order in which they were asked for; the first one in red.
+    """Value and 95 % interval of every method, in the order in which they were given; the first one in red.
 
     Args:
         summary: Of ``captum_lnstat.evaluation.summary.summarize``.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,6 @@ def _manifest(settings: Settings, dataset: Dataset, subject: Subject) -> dict[st
     names = hashlib.sha256()
     for index in range(len(dataset)):
         names.update(f"{dataset.name(index)}\n".encode())
-    frame = asdict(subject.frame)
-    frame["interpolation"] = subject.frame.interpolation.name
     return {
         "captum_lnstat": __version__,
         "torch": str(torch.__version__),
@@ -150,7 +147,7 @@ def _manifest(settings: Settings, dataset: Dataset, subject: Subject) -> dict[st
         "names": names.hexdigest(),
         "model": settings.model,
         "weights": subject.digest,
-        "frame": frame,
+        "frame": subject.frame.record(),
         "methods": settings.methods,
         "metrics": settings.metrics,
         "class": settings.asked,

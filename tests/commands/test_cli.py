@@ -141,7 +141,8 @@ def test_a_target_that_the_model_rules_out_is_said_to_be_one(drawn):
     inputs = reference.transform(zoo.scenes()[explain.DEFAULT_SCENE].image)[None]
     confidence = reference.model(inputs).softmax(-1)[0]
     assert confidence.min() < 0.01 < confidence.max()
-    assert "all but rules this target out" in run("explain", "--target", int(confidence.argmin())).stderr
+    least = int(confidence.argmin())
+    assert f"all but rules {reference.class_names[least]} ({least}) out" in run("explain", "--target", least).stderr
     assert run("explain", "--target", int(confidence.argmax())).stderr == ""
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 import captum_lnstat
 from captum_lnstat import UnsupportedModelError, cli, zoo
-from captum_lnstat import cli as _console
 from captum_lnstat.commands import compare, explain, options, pictures
 from captum_lnstat.explanation.explainer import Explainer
+from captum_lnstat.explanation.subject import progress as _console
 
 
 @pytest.fixture(autouse=True)

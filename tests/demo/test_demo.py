@@ -7,6 +7,7 @@ import re
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,17 @@ from click.testing import CliRunner
 from PIL import Image
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, zoo
+from captum_lnstat.attribution import methods
+from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.cli import main
 from captum_lnstat.demo import depth, photo, report, server, studio
 from captum_lnstat.demo.photo import DemoError, from_bytes, from_upload
 from captum_lnstat.demo.samples import samples
-from captum_lnstat.demo.studio import BESIDE, Question, Studio
+from captum_lnstat.demo.studio import BESIDE, Question, Shown, Studio
 from captum_lnstat.errors import warn_caller
+from captum_lnstat.explanation.explainer import Explainer
+from captum_lnstat.explanation.subject.images import Item
+from captum_lnstat.explanation.subject.subject import subject_of
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -84,6 +90,12 @@ def test_samples_are_understood_by_the_bundled_models():
 # Maps at a depth
 
 
+def map_after(model, inputs, target, **options):
+    """The map that the studio shows, of one input."""
+    explainer = depth.DepthExplainer(subject_of(model), **options)
+    return explainer.explain([explainer.prepare(Item("input", None, inputs[0]))], [target])[0].relevance
+
+
 @pytest.mark.parametrize("name", ["swin-mini", "vit-mini"])
 @pytest.mark.parametrize("rule", ["lnstat", "evidence", "rollout"])
 def test_a_map_at_a_depth_is_the_layers_relevance_where_its_tokens_are(name, rule):
@@ -91,7 +103,7 @@ def test_a_map_at_a_depth_is_the_layers_relevance_where_its_tokens_are(name, rul
     inputs = reference.transform(zoo.scenes()[270].image)[None]
     blocks = [b for s in reference.model.layers for b in s.blocks] if name == "swin-mini" else reference.model.blocks
     for k in range(1, len(blocks)):
-        found = depth.map_after(reference.model, inputs, 5, depth=k, rule=rule)
+        found = map_after(reference.model, inputs, 5, depth=k, rule=rule)
         layer = LayerLNStat(reference.model, blocks[k], rule=rule)
         tokens = layer.attribute(inputs, 5, attribute_to_layer_input=True).sum(-1)[0]
         grid = tokens if tokens.dim() == 2 else tokens[1:].reshape(8, 8)
@@ -104,7 +116,7 @@ def test_a_map_at_a_depth_is_the_layers_relevance_where_its_tokens_are(name, rul
 
 def test_tokens_behind_a_merging_are_spread_over_their_own_patches():
     swin = zoo.load("swin-mini").model
-    trace = depth.geometry(swin, torch.zeros(1, 3, 64, 64))
+    trace = depth.geometry(subject_of(swin), torch.zeros(1, 3, 64, 64))
     for block, side in ((trace.blocks[2], 8), (trace.blocks[4], 4)):
         tokens = torch.arange(1.0, side * side + 1)[None]
         expected = tokens.reshape(side, side).repeat_interleave(16 // side, 0).repeat_interleave(16 // side, 1)
@@ -121,13 +133,13 @@ def test_tokens_in_another_order_are_put_back():
         hiera.patch_embed.proj.weight[:, :, :3] = 0
         hiera.patch_embed.proj.weight[:, :, :, :3] = 0
     plain = torch.zeros(1, 3, 64, 64)
-    before, orders = depth.geometry(hiera, plain), []
+    before, orders = depth.geometry(subject_of(hiera), plain), []
     for index, cells in ((0, 16), (2, 8)):
         side = 64 // cells
         for row, column in ((0, 0), (1, 2), (cells - 1, 1), (2, cells - 1)):
             changed = plain.clone()
             changed[..., row * side : (row + 1) * side, column * side : (column + 1) * side] = 1
-            after = depth.geometry(hiera, changed)
+            after = depth.geometry(subject_of(hiera), changed)
             moved = (after.blocks[index].before - before.blocks[index].before).norm(dim=-1)
             token = int(moved.argmax())
             orders.append(token == row * cells + column)
@@ -143,9 +155,9 @@ def test_depths_that_are_not_there():
     vit, inputs = zoo.load("vit-mini").model, torch.rand(1, 3, 64, 64)
     for k in (0, 4, -1):
         with pytest.raises(ValueError, match=f"depth is {k}; expected 1 to 3"):
-            depth.map_after(vit, inputs, 0, depth=k)
+            map_after(vit, inputs, 0, depth=k)
     with pytest.raises(ValueError, match="has the full map only"):
-        depth.map_after(vit, inputs, 0, depth=1, rule="gradient")
+        map_after(vit, inputs, 0, depth=1, rule="gradient")
 
 
 # The studio
@@ -155,62 +167,63 @@ def test_depths_that_are_not_there():
 def own():
     """A studio and what swin-mini makes of the first sample."""
     made = Studio()
-    return made, made.look(samples()[0], "swin-mini", pretrained=False)
+    return made, made.case(samples()[0], "swin-mini", pretrained=False)
 
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    monkeypatch.setattr(studio, "INTEGRATED_STEPS", 2)
+    monkeypatch.setattr(methods, "INTEGRATED_STEPS", 2)
 
 
-def test_a_look_is_what_the_model_says(own):
-    _, look = own
+def test_a_case_is_what_the_model_says(own):
+    _, case = own
     reference = zoo.load("swin-mini")
     image = samples()[0].image()
     expected = reference.model(reference.transform(image)[None]).softmax(1)[0].detach()
-    np.testing.assert_allclose(look.confidence, expected, rtol=1e-5)
-    assert look.best == int(expected.argmax()) == look.ranked(3)[0]
-    assert look.label(look.best) == reference.class_names[look.best]
-    assert look.depths == 6
-    assert not look.random
-    np.testing.assert_allclose(look.picture, np.asarray(image) / 255, atol=1e-6)
+    np.testing.assert_allclose(case.probabilities, expected, rtol=1e-5)
+    assert case.prediction == int(expected.argmax()) == case.ranked(3)[0]
+    assert case.label(case.prediction) == f"{reference.class_names[case.prediction]} ({case.prediction})"
+    assert case.depths == 6
+    assert not case.subject.random
+    np.testing.assert_allclose(case.prepared.pixels, np.asarray(image) / 255, atol=1e-6)
 
 
 def test_the_maps_are_those_of_the_methods(own, few_steps):
-    made, look = own
-    shown = list(made.maps(look, Question(3, "evidence", beside=tuple(BESIDE))))
-    assert [one.title for one in shown] == ["evidence", *BESIDE]
+    made, case = own
+    shown = list(made.maps(case, Question(3, "evidence", beside=tuple(BESIDE))))
+    assert [one.title for one in shown] == ["evidence", *(METHODS[name].title for name in BESIDE)]
     assert [one.signed for one in shown] == [True, False, False, True]
     model = zoo.load("swin-mini").model
-    expected = LNStatAttribution(model, rule="evidence").attribute(look.inputs, 3)
+    expected = LNStatAttribution(model, rule="evidence").attribute(case.inputs, 3)
     np.testing.assert_allclose(shown[0].relevance, expected[0].sum(0), atol=1e-6)
-    other = next(made.maps(look, Question(look.best, "evidence")))
+    other = next(made.maps(case, Question(case.prediction, "evidence")))
     assert np.abs(other.relevance - shown[0].relevance).max() > 1e-3
-    sharp = next(made.maps(look, Question(3, "evidence", contrastive=True)))
-    expected = LNStatAttribution(model, rule="evidence", contrastive=True).attribute(look.inputs, 3)
+    sharp = next(made.maps(case, Question(3, "evidence", contrastive=True)))
+    expected = LNStatAttribution(model, rule="evidence", contrastive=True).attribute(case.inputs, 3)
     np.testing.assert_allclose(sharp.relevance, expected[0].sum(0), atol=1e-6)
-    deep = next(made.maps(look, Question(3, "evidence", depth=2)))
+    deep = next(made.maps(case, Question(3, "evidence", depth=2)))
     assert deep.caption.endswith("read after block 2")
-    np.testing.assert_allclose(deep.relevance, depth.map_after(model, look.inputs, 3, depth=2, rule="evidence"))
+    np.testing.assert_allclose(deep.relevance, map_after(model, case.inputs, 3, depth=2, rule="evidence"))
 
 
 def test_what_was_computed_is_kept_and_another_rule_does_not_repeat_the_others(few_steps, monkeypatch):
     made = Studio()
-    look = made.look(samples()[0], "vit-mini", pretrained=False)
-    first = list(made.maps(look, Question(1, beside=tuple(BESIDE))))
+    case = made.case(samples()[0], "vit-mini", pretrained=False)
+    first = list(made.maps(case, Question(1, beside=tuple(BESIDE))))
     calls = []
-    monkeypatch.setattr(studio, "to_map", lambda attribution: calls.append(1) or np.zeros((64, 64)))
-    second = list(made.maps(look, Question(1, "rollout", beside=tuple(BESIDE))))
-    assert len(calls) == 1
+    monkeypatch.setattr(studio, "Shown", lambda *what: calls.append(what[0]) or Shown(*what))
+    second = list(made.maps(case, Question(1, "rollout", beside=tuple(BESIDE))))
+    assert calls == ["rollout"]
     assert all(a is b for a, b in zip(first[1:], second[1:], strict=True))
-    assert made.look(samples()[0], "vit-mini", pretrained=True) is look  # its weights are its own either way
-    third = list(made.maps(look, Question(2, "rollout", beside=tuple(BESIDE))))
-    assert len(calls) == 3  # Chefer and IntegratedGradients explain a class; both rollouts explain none
+    assert made.case(samples()[0], "vit-mini", pretrained=True) is case  # its weights are its own either way
+    third = list(made.maps(case, Question(2, "rollout", beside=tuple(BESIDE))))
+    # Chefer's and Integrated Gradients explain a class; both rollouts explain none.
+    assert calls == ["rollout", "Chefer et al. 2021", "Integrated Gradients"]
     assert third[1] is first[1]
 
 
 def test_only_so_much_is_kept(monkeypatch):
-    kept = studio._Kept(2)
+    kept = studio._Recent(2)
     made = []
     for key in "abacab":
         kept.get(key, lambda key=key: made.append(key) or key)
@@ -223,17 +236,17 @@ def test_only_so_much_is_kept(monkeypatch):
 def test_a_models_name_leads_to_no_file_and_no_hub(name, monkeypatch):
     monkeypatch.setattr(studio, "read_subject", lambda *_: pytest.fail("reached"))
     with pytest.raises(DemoError, match="no model's name"):
-        Studio().look(samples()[0], name, pretrained=True)
+        Studio().case(samples()[0], name, pretrained=True)
 
 
 def test_models_that_fail_are_messages():
     made = Studio()
     with pytest.raises(DemoError, match="unknown model 'vit_tiny_patch16'; did you mean"):
-        made.look(samples()[0], "vit_tiny_patch16", pretrained=False)
-    look = made.look(samples()[0], "resnet10t", pretrained=False)
-    assert look.depths == 1
+        made.case(samples()[0], "vit_tiny_patch16", pretrained=False)
+    case = made.case(samples()[0], "resnet10t", pretrained=False)
+    assert case.depths == 1
     with pytest.raises(DemoError, match=r"lnstat cannot be computed\.\nResNet is not a vision transformer"):
-        next(made.maps(look, Question(0)))
+        next(made.maps(case, Question(0)))
 
 
 def test_weights_that_cannot_be_had_are_a_message(monkeypatch):
@@ -242,11 +255,11 @@ def test_weights_that_cannot_be_had_are_a_message(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(DemoError, match="with pretrained weights: no route to host"):
-        Studio().look(samples()[0], "vit_tiny_patch16_224", pretrained=True)
+        Studio().case(samples()[0], "vit_tiny_patch16_224", pretrained=True)
 
 
 def test_questions_that_make_no_sense(own):
-    made, look = own
+    made, case = own
     for question, reason in (
         (Question(7), "no class 7; expected 0 to 6"),
         (Question(-1), "no class -1"),
@@ -255,29 +268,29 @@ def test_questions_that_make_no_sense(own):
         (Question(0, "gradient", depth=1), "the full map only"),
     ):
         with pytest.raises(DemoError, match=reason):
-            next(made.maps(look, question))
+            next(made.maps(case, question))
     with pytest.raises(DemoError, match="no method 'magic'"):
-        list(made.maps(look, Question(0, beside=("magic",))))
+        list(made.maps(case, Question(0, beside=("magic",))))
 
 
 def test_one_computation_at_a_time(monkeypatch):
     made = Studio()
-    look = made.look(samples()[0], "vit-mini", pretrained=False)
+    case = made.case(samples()[0], "vit-mini", pretrained=False)
     running, most = [], []
 
     class Slow:
         def __init__(self, *arguments, **options):
             pass
 
-        def attribute(self, inputs, target):
+        def explain(self, *arguments):
             running.append(1)
             most.append(len(running))
             threading.Event().wait(0.05)
             running.pop()
-            return torch.zeros(1, 3, 64, 64)
+            return [SimpleNamespace(relevance=np.zeros((64, 64)))]
 
-    monkeypatch.setattr(studio, "LNStatAttribution", Slow)
-    threads = [threading.Thread(target=lambda c=c: list(made.maps(look, Question(c)))) for c in range(4)]
+    monkeypatch.setattr(studio, "Explainer", Slow)
+    threads = [threading.Thread(target=lambda c=c: list(made.maps(case, Question(c)))) for c in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -315,39 +328,36 @@ def test_who_waits_for_somebody_elses_computation_is_told_so_in_the_end(monkeypa
 
 
 def test_notes_say_what_a_map_is_worth(own, monkeypatch):
-    _, look = own
-    faint = look.ranked(7)[-1]
-    assert look.confidence[faint] < 0.01
-    (note,) = studio.notes(look, Question(faint), [])
-    assert note.startswith(f"The model all but rules {look.label(faint)} out.")
-    assert studio.notes(look, Question(look.best), []) == []
+    _, case = own
+    faint = case.ranked(7)[-1]
+    assert case.probabilities[faint] < 0.01
+    (note,) = studio.notes(case, Question(faint), [])
+    assert note.startswith(f"the model all but rules {case.label(faint)} out; ")
+    assert studio.notes(case, Question(case.prediction), []) == []
 
-    class Warns:
-        def __init__(self, *arguments, **options):
-            pass
+    def warns(self, inputs, targets):
+        warn_caller("the map is <zero> everywhere")
+        warnings.warn("of no interest", FutureWarning, stacklevel=1)
+        return relevance(self, inputs, targets)
 
-        def attribute(self, inputs, target):
-            warn_caller("the map is <zero> everywhere")
-            warnings.warn("of no interest", FutureWarning, stacklevel=1)
-            return torch.zeros(1, 3, 64, 64)
-
-    monkeypatch.setattr(studio, "LNStatAttribution", Warns)
+    relevance = Explainer.relevance
+    monkeypatch.setattr(Explainer, "relevance", warns)
     fresh = Studio()
-    look = fresh.look(samples()[0], "swin-mini", pretrained=False)
-    shown = list(fresh.maps(look, Question(look.best)))
-    assert studio.notes(look, Question(look.best), shown) == ["the map is <zero> everywhere"]
-    html = report.results(look, Question(look.best), shown)
+    case = fresh.case(samples()[0], "swin-mini", pretrained=False)
+    shown = list(fresh.maps(case, Question(case.prediction)))
+    assert studio.notes(case, Question(case.prediction), shown) == ["the map is <zero> everywhere"]
+    html = report.results(case, Question(case.prediction), shown)
     assert "the map is &lt;zero&gt; everywhere" in html
     assert "<zero>" not in html
 
 
 def test_random_weights_are_said_plainly():
     made = Studio()
-    look = made.look(samples()[0], "vit_tiny_patch16_224", pretrained=False)
-    assert look.random
-    (note,) = studio.notes(look, Question(look.best), [])
-    assert "weights of vit_tiny_patch16_224 are random. So is everything below" in note
-    assert "random weights" in report.results(look, Question(look.best), [])
+    case = made.case(samples()[0], "vit_tiny_patch16_224", pretrained=False)
+    assert case.subject.random
+    (note,) = studio.notes(case, Question(case.prediction), [])
+    assert "weights of vit_tiny_patch16_224 are random, and so is the explanation" in note
+    assert "random weights" in report.results(case, Question(case.prediction), [])
 
 
 def pictures(html: str) -> list[np.ndarray]:
@@ -356,22 +366,23 @@ def pictures(html: str) -> list[np.ndarray]:
 
 
 def test_results_hold_the_pictures_and_the_sheet(own, few_steps):
-    made, look = own
-    question = Question(look.best, beside=("attention rollout",))
-    shown = list(made.maps(look, question))
-    begun = report.results(look, question, shown[:1], question.beside)
+    made, case = own
+    question = Question(case.prediction, beside=("attention-rollout",))
+    shown = list(made.maps(case, question))
+    begun = report.results(case, question, shown[:1], question.beside)
     assert 'data-state="busy"' in begun
     assert begun.count('class="waiting"') == 1
     assert "download" not in begun
-    html = report.results(look, question, shown)
+    html = report.results(case, question, shown)
     assert 'data-state="done"' in html
     assert "waiting" not in html
     image, colours, _, rollout, _ = pictures(html)
     assert image.shape == colours.shape == rollout.shape == (384, 384, 3)
     expected = np.asarray(samples()[0].image().resize((384, 384), Image.Resampling.BICUBIC))
     assert np.abs(image.astype(int) - expected).mean() < 4
+    reference_label = re.sub("[ ()]+", "-", case.label(case.prediction)).strip("-")
     link = re.search(r'download="([^"]+)" href="data:image/png;base64,([^"]+)"', html)
-    assert link.group(1) == f"swin-mini-{look.label(look.best)}-lnstat.png".replace(" ", "-")
+    assert link.group(1) == f"swin-mini-{reference_label}-lnstat.png"
     with Image.open(io.BytesIO(base64.b64decode(link.group(2)))) as sheet:
         assert sheet.format == "PNG"
         assert sheet.width > 3 * 384

@@ -24,7 +24,7 @@ from captum_lnstat.evaluation.team import Team
 
 pytest.importorskip("torchmetrics", reason="torchmetrics, which adds up over processes, is not installed")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 METRICS, BATCH = "pointing,energy,segmentation,two", 2
 ALONE = Team(0, 1, torch.device("cpu"))
 # Seconds for anything here to happen; other programs may be running.
@@ -54,7 +54,7 @@ def processes(size, *arguments, **variables):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join([*map(str, (HERE.parents[1], HERE)), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([*map(str, (HERE.parent, HERE)), os.environ.get("PYTHONPATH", "")])
     common = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": path, **variables}
     started = []
     try:

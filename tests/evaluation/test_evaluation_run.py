@@ -209,7 +209,7 @@ def test_a_broken_file_stops_the_run_or_is_counted(tmp_path, subject, pictures):
 @pytest.mark.filterwarnings("ignore:Setting")
 def test_a_failing_method_stops_the_run_or_is_counted(tmp_path, subject, pictures):
     methods = "inputxgradient,helpers.slow_method:Picky"
-    with pytest.raises(RunError, match="method 'helpers.slow_method:Picky' failed on 1: ValueError: too dark to say"):
+    with pytest.raises(RunError, match=r"method 'helpers\.slow_method:Picky' failed on 1: ValueError: too dark to say"):
         run(tmp_path / "run", subject, f"folder:{pictures}", methods, asked="predicted")
     summary = run(tmp_path / "run", subject, f"folder:{pictures}", methods, asked="predicted", skip_broken=True)
     entry = summary["methods"]["helpers.slow_method:Picky"]

@@ -15,7 +15,8 @@ from torch import nn
 
 from captum_lnstat import LNStatAttribution, SourceError, explain, zoo
 from captum_lnstat.explanation import explanation
-from captum_lnstat.explanation.explanation import Explanation, Explanations, percent, unique_names
+from captum_lnstat.explanation.explanation import Explanation, Explanations, unique_names
+from captum_lnstat.explanation.prediction import percent
 
 SCENES = [scene.image for scene in zoo.scenes()[:3]]
 
@@ -181,8 +182,9 @@ def test_patches_of_an_image_that_is_not_square_and_ends_between_patches(row, co
     grid[row, column] = 1
     original = Image.new("RGB", (230, 180), "grey")
     found = Explanation(
-        "a", "lnstat", 0, 0, None, (), grid, np.zeros((70, 100)), Image.new("RGB", (100, 70)), original,
-        (10, 20, 210, 160), (16, 16),
+        name="a", rule="lnstat", target=0, prediction=0, probabilities=None, class_names=(), grid=grid,
+        relevance=np.zeros((70, 100)), image=Image.new("RGB", (100, 70)), original=original, box=(10, 20, 210, 160),
+        patch=(16, 16),
     )  # fmt: skip
     pixels = np.asarray(found.on_original).astype(int)
     hottest = np.argwhere(pixels.sum(2) == pixels.sum(2).max())

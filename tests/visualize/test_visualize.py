@@ -10,7 +10,7 @@ from PIL import Image
 
 from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, zoo
 from captum_lnstat.attribution import methods
-from captum_lnstat.visualize import Panel, colored, comparison, draw_sheet, overlay, scaled, to_map, to_picture
+from captum_lnstat.visualize import Panel, Scale, colored, comparison, draw_sheet, overlay, scaled, to_map, to_picture
 from captum_lnstat.visualize import write_sheet as write
 
 GREEN = np.tile([0.1, 0.8, 0.1], (40, 60, 1))
@@ -144,24 +144,27 @@ def test_the_comparison_holds_every_method_on_the_same_target(monkeypatch):
     assert not comparison(model, inputs, 5)[0].signed
 
 
-def cells(figure: Figure) -> list[str]:
-    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+def words(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.texts if text.get_text()]
+
+
+LEGENDS = ["least relevant", "most relevant", "against the target", "for the target"]
 
 
 def test_a_sheet_has_image_map_and_overlay_and_the_others_beside_them():
     panels = [Panel("a", RAMP), Panel("b", RAMP), Panel("c", RAMP - 0.5, signed=True)]
     figure = draw_sheet(GREEN, panels, "a title with $ and $")
-    assert cells(figure) == ["image", "a", "a, overlay", "b", "c"]
-    assert [text.get_text() for text in figure.texts] == ["a title with $ and $"]
+    assert words(figure) == ["a title with $ and $", "image", "a", "a, overlay", "b", "c", *LEGENDS]
+    assert not any(text.get_parse_math() for text in figure.texts)
     shown = [axes.images[0].get_array() for axes in figure.axes]
     for drawn, pixels in zip(shown, [GREEN, colored(RAMP), overlay(GREEN, RAMP), overlay(GREEN, RAMP)], strict=False):
         np.testing.assert_allclose(drawn, pixels)
     np.testing.assert_allclose(shown[4], overlay(GREEN, RAMP - 0.5, signed=True))
+    np.testing.assert_allclose(shown[5], colored(np.linspace(0, 1, 256)[None], scale=Scale(0, 1)))
+    np.testing.assert_allclose(shown[6], colored(np.linspace(-1, 1, 256)[None], scale=Scale(0, 1, signed=True)))
     first, fourth = figure.axes[0].get_position(), figure.axes[3].get_position()
     assert first.x0 == fourth.x0
     assert first.y0 > fourth.y1
-    legends = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert legends == ["least relevant", "most relevant", "against the target", "for the target"]
     assert plt.get_fignums() == []
 
 
@@ -169,7 +172,7 @@ def test_a_sheet_keeps_the_shape_of_the_image_and_needs_a_panel():
     figure = draw_sheet(GREEN, [Panel("a", RAMP)], "title")
     box = figure.axes[0].get_window_extent()
     assert box.width / box.height == pytest.approx(60 / 40)
-    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["least relevant", "most relevant"]
+    assert words(figure) == ["title", "image", "a", "a, overlay", *LEGENDS[:2]]
     with pytest.raises(ValueError, match="panels is empty"):
         draw_sheet(GREEN, [], "title")
 

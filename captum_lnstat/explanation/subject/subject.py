@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from captum_lnstat import zoo
 from captum_lnstat.errors import SourceError, near, one_line
 from captum_lnstat.explanation.subject.checkpoints import load_checkpoint, read_checkpoint
-from captum_lnstat.explanation.subject.classes import class_count, class_names_of, find_class, label
+from captum_lnstat.explanation.subject.classes import class_count, class_names_of, find_class
 from captum_lnstat.explanation.subject.images import read_image, to_rgb
 from captum_lnstat.explanation.subject.preprocessing import (
     Preprocessing,
@@ -58,9 +58,17 @@ class Subject:
         """The number of classes, if it is known."""
         return len(self.class_names) or class_count(self.model)
 
-    def label(self, index: int) -> str:
-        """A class in words."""
-        return label(self.class_names, index)
+    def cautions(self, *, pictures: bool = True) -> tuple[str, ...]:
+        """What has to be known before an explanation is believed; of ``pictures``, not of inputs made elsewhere."""
+        found = []
+        if self.random:
+            found.append(f"the weights of {self.name} are random, and so is the explanation; take trained ones")
+        if pictures and self.preprocessing.assumed:
+            found.append(
+                f"{self.name} does not say how its images were prepared; {self.preprocessing.source} is taken. In "
+                "Python, transform= says another"
+            )
+        return tuple(found)
 
 
 def subject_of(model: nn.Module | ReferenceModel, *, download: bool = False) -> Subject:
