@@ -6,6 +6,8 @@ import io
 import re
 import threading
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, zoo
-from captum_lnstat.attribution import methods
 from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.cli import main
 from captum_lnstat.demo import depth, photo, report, server, studio
@@ -172,7 +173,8 @@ def own():
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    monkeypatch.setattr(methods, "INTEGRATED_STEPS", 2)
+    method = METHODS["ig"]
+    monkeypatch.setitem(METHODS, "ig", replace(method, make=partial(method.make, n_steps=2)))
 
 
 def test_a_case_is_what_the_model_says(own):

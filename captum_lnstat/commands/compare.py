@@ -10,9 +10,10 @@ import click
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tqdm import tqdm
 
-from captum_lnstat.cli import INCOMPLETE, fail
+from captum_lnstat.cli import fail
 from captum_lnstat.commands.options import (
     EXIT_CODES,
+    Skipped,
     bundled_scene,
     check_output,
     image_paths,
@@ -77,15 +78,13 @@ Examples:
 def compare(
     images: tuple[Path, ...],
     name: str,
-    pretrained: bool,
-    checkpoint: Path | None,
-    whole: bool,
     target: str | None,
     methods: str,
     scale: ScaleOf,
     scenes: tuple[int, ...],
     output: Path,
     as_json: bool,
+    **model: Any,
 ) -> None:
     """Compare methods on images: methods by rows, images by columns, with the scale of every row beside it.
 
@@ -100,13 +99,13 @@ def compare(
     if max(len(paths), len(scenes)) > MOST:
         fail(f"{max(len(paths), len(scenes))} images are too many for one sheet; expected at most {MOST}")
     sources: list[Any] = list(paths) or list(scenes or DEFAULT_SCENES)
-    subject = read_model(name, pretrained, checkpoint, whole)
+    subject = read_model(name, **model)
     wanted = None if target is None else class_index(target, subject)
     warn(subject.cautions())
     explainer = Explainer(subject)
     columns: list[ComparedImage] = []
     records: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
+    skipped = Skipped(len(sources))
     with tqdm(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
         for source in sources:
             try:
@@ -115,28 +114,23 @@ def compare(
             except UnsupportedModelError as error:
                 fail(f"{name} cannot be explained: {one_line(error)}")
             except (RecordingError, ValueError) as error:
-                skipped.append({"image": str(source), "error": one_line(error)})
-                with tqdm.external_write_mode():
-                    click.echo(f"Skipped {source}: {one_line(error)}", err=True)
+                skipped.add(source, error)
             else:
                 columns.append(column)
                 records.append({"image": str(source), **_record(explained)})
-    if not columns:
-        fail(f"none of {len(sources)} images could be explained")
+    skipped.check()
     try:
         write_figure(output, compare_sheet(columns, list(chosen.values()), name, scale=scale))
     except OSError as error:
         fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
     if as_json:
-        record = {"model": name, "methods": list(chosen), "images": records, "skipped": skipped}
+        record = {"model": name, "methods": list(chosen), "images": records, "skipped": skipped.records}
         click.echo(json.dumps({**record, "picture": str(output)}))
     else:
         for each in records:
             click.echo(f"{each['image']}: predicted {each['prediction']}, explained {each['target']}")
         click.echo(f"picture: {output}")
-    if skipped:
-        click.echo(f"{len(skipped)} of {len(sources)} images skipped", err=True)
-        click.get_current_context().exit(INCOMPLETE)
+    skipped.finish()
 
 
 def _methods(text: str) -> dict[str, Method]:

@@ -71,20 +71,14 @@ def evaluate(
     name: str,
     pretrained: bool,
     checkpoint: Path | None,
-    methods: str,
-    metrics: str,
     output: Path,
     asked: str | None,
     fill: str | None,
     fit: Literal["squash"] | None,
-    batch_size: int,
-    limit: int | None,
     seed: int,
-    skip_broken: bool,
     device: str,
-    workers: int,
-    results: str,
     as_json: bool,
+    **rest: Any,
 ) -> None:
     """Compare attribution methods on a data set, with intervals and paired tests.
 
@@ -105,9 +99,7 @@ def evaluate(
                 name, pretrained=pretrained, checkpoint=checkpoint, fit=fit, seed=seed, device=team.device
             )
             chosen: Any = asked or ("true" if dataset.class_names else "predicted")
-            settings = Settings(
-                data, name, methods, metrics, chosen, fill or "", seed, limit, batch_size, skip_broken, workers, results
-            )
+            settings = Settings(data, name, asked=chosen, fill=fill or "", seed=seed, **rest)
 
             def say(text: str) -> None:
                 click.echo(text, err=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,9 +11,10 @@ import click
 from tqdm import tqdm
 
 from captum_lnstat.attribution.lnstat import RULES, Rule
-from captum_lnstat.cli import INCOMPLETE, fail
+from captum_lnstat.cli import fail
 from captum_lnstat.commands.options import (
     EXIT_CODES,
+    Skipped,
     bundled_scene,
     check_folder,
     check_output,
@@ -82,17 +83,11 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for every image, with its map.")
 def explain(
     images: tuple[Path, ...],
-    name: str,
-    pretrained: bool,
-    checkpoint: Path | None,
-    whole: bool,
-    target: str | None,
-    rule: Rule,
-    kind: Kind | None,
-    against: str | None,
     scene: int | None,
     output: Path | None,
-    as_json: bool,
+    kind: Kind | None,
+    against: str | None,
+    **request: Any,
 ) -> None:
     """Explain images: draw what the model looked at and what of it argued for a class.
 
@@ -109,9 +104,7 @@ def explain(
     if several:
         output = output or Path("lnstat")
         check_folder(output, paths)
-        _explain_all(
-            paths, output, drawn, against, _Request(name, pretrained, checkpoint, whole, target, rule, as_json)
-        )
+        _explain_all(paths, output, drawn, against, _Request(**request))
         return
     output = output or Path("lnstat.png")
     check_output(output, suffixes_of(drawn))
@@ -120,13 +113,12 @@ def explain(
     source, item = (
         (str(paths[0]), read_file(paths[0])) if paths else bundled_scene(DEFAULT_SCENE if scene is None else scene)
     )
-    request = _Request(name, pretrained, checkpoint, whole, target, rule, as_json)
-    _explain_one(source, item, output, drawn, against, request)
+    _explain_one(source, item, output, drawn, against, _Request(**request))
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What is asked for, whatever the image."""
+    """The options that do not depend on the image."""
 
     name: str
     pretrained: bool
@@ -176,7 +168,7 @@ def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str
     """One picture after another, each written whole; an image that cannot be explained is named and counted."""
     explainer, wanted = request.explainer()
     warn(explainer.subject.cautions())
-    tally = _Tally(request.as_json)
+    skipped = Skipped(len(paths))
     names = unique_names([path.stem for path in paths])
     for path, picture in zip(tqdm(paths, unit="image", disable=None), names, strict=True):
         output = folder / f"{picture}.png"
@@ -189,39 +181,13 @@ def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str
         except OSError as error:
             fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
         except (RecordingError, ValueError) as error:
-            tally.skip(path, error)
+            skipped.add(path, error, as_json=request.as_json)
         else:
-            tally.write(path, request.name, explained, output)
-    tally.finish(len(paths))
-
-
-@dataclass
-class _Tally:
-    """What was written and what was skipped."""
-
-    as_json: bool
-    written: int = 0
-    skipped: list[Path] = field(default_factory=list)
-
-    def write(self, path: Path, model: str, explained: Explanation, output: Path) -> None:
-        self.written += 1
-        line = json.dumps(_record(str(path), model, explained, output)) if self.as_json else f"{explained}, {output}"
-        with tqdm.external_write_mode():
-            click.echo(line)
-
-    def skip(self, path: Path, error: Exception) -> None:
-        self.skipped.append(path)
-        with tqdm.external_write_mode():
-            click.echo(f"Skipped {path}: {one_line(error)}", err=True)
-            if self.as_json:
-                click.echo(json.dumps({"image": str(path), "error": one_line(error)}))
-
-    def finish(self, count: int) -> None:
-        if not self.written:
-            fail(f"none of {count} images could be explained")
-        if self.skipped:
-            click.echo(f"{len(self.skipped)} of {count} images skipped", err=True)
-            click.get_current_context().exit(INCOMPLETE)
+            record = json.dumps(_record(str(path), request.name, explained, output))
+            with tqdm.external_write_mode():
+                click.echo(record if request.as_json else f"{explained}, {output}")
+    skipped.check()
+    skipped.finish()
 
 
 def _refuse(name: str, error: Exception) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from tqdm import tqdm
 
 from captum_lnstat import zoo
-from captum_lnstat.cli import fail
-from captum_lnstat.errors import SourceError
+from captum_lnstat.cli import INCOMPLETE, fail
+from captum_lnstat.errors import SourceError, one_line
 from captum_lnstat.explanation.subject.images import Item, image_files, read_image
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
 from captum_lnstat.zoo.models import CLASS_NAMES
@@ -111,3 +113,34 @@ def check_folder(path: Path, images: tuple[Path, ...]) -> None:
         fail(f"the folder {str(path)!r} cannot be made: {error.strerror}")
     if not os.access(path, os.W_OK):
         fail(f"the folder {str(path)!r} cannot be written to")
+
+
+class Skipped:
+    """The images of many that could not be explained: named one by one, counted at the end.
+
+    Args:
+        count: How many images there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.records: list[dict[str, str]] = []
+
+    def add(self, image: object, error: Exception, *, as_json: bool = False) -> None:
+        """Name an image, with what is wrong with it."""
+        self.records.append({"image": str(image), "error": one_line(error)})
+        with tqdm.external_write_mode():
+            click.echo(f"Skipped {image}: {one_line(error)}", err=True)
+            if as_json:
+                click.echo(json.dumps(self.records[-1]))
+
+    def check(self) -> None:
+        """End the command if nothing is left."""
+        if len(self.records) == self.count:
+            fail(f"none of {self.count} images could be explained")
+
+    def finish(self) -> None:
+        """Count, and say by the exit code that something was left out."""
+        if self.records:
+            click.echo(f"{len(self.records)} of {self.count} images skipped", err=True)
+            click.get_current_context().exit(INCOMPLETE)

@@ -159,7 +159,7 @@ def _build(name: str, pretrained: bool) -> tuple[Any, Any]:
                 elif library == "hf":
                     model = _from_transformers(rest, pretrained)
                 else:
-                    model = _resolve(library, rest)()
+                    model = resolve(library, rest)()
     except SourceError:
         raise
     except Exception as error:  # whatever a library, or the user's own callable, may raise
@@ -201,7 +201,8 @@ def _from_transformers(name: str, pretrained: bool) -> Any:
     return auto.from_config(getattr(transformers, name)() if own else transformers.AutoConfig.from_pretrained(name))
 
 
-def _resolve(module: str, path: str) -> Any:
+def resolve(module: str, path: str) -> Any:
+    """What an import path, ``module:path``, leads to."""
     found: Any = importlib.import_module(module)
     for part in path.split("."):
         found = getattr(found, part)
