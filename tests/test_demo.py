@@ -225,11 +225,12 @@ def test_what_was_computed_is_kept_and_another_rule_does_not_repeat_the_others(f
 
 
 def test_only_so_much_is_kept(monkeypatch):
-    kept = studio._Recent(2)
-    made = []
-    for key in "abacab":
-        kept.get(key, lambda key=key: made.append(key) or key)
-    assert made == ["a", "b", "c", "b"]
+    monkeypatch.setattr(studio, "_CASES", 2)
+    made, seen, explain = Studio(), [], Explainer.predict
+    monkeypatch.setattr(Explainer, "predict", lambda self, inputs: seen.append(1) or explain(self, inputs))
+    for number in (0, 1, 0, 2, 0, 1):
+        made.case(samples()[number], "vit-mini", pretrained=False)
+    assert len(seen) == 4  # the first, the second, the third, and the second again
 
 
 @pytest.mark.parametrize(

@@ -64,15 +64,14 @@ def _captum(kind: Callable[..., Any], *, alone: bool = False, **defaults: Any) -
         method, options = kind(scores_of(model, output)), {**defaults, **options}
 
         def attribute(inputs: Tensor, target: Any) -> Tensor:
-            size, classes = 1 if alone else len(inputs), torch.as_tensor(target, device=inputs.device)
-            found = [
+            targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
+            found, size = [], 1 if alone else len(inputs)
+            for start in range(0, len(inputs), size):
+                part = slice(start, start + size)
                 # These methods switch the gradients of their input on and warn that they do.
-                method.attribute(part.detach().clone().requires_grad_(), target=one, **options)
-                for part, one in zip(
-                    torch.split(inputs, size), torch.split(classes.expand(len(inputs)), size), strict=True
-                )
-            ]
-            return torch.cat(found).detach()
+                leaf = inputs[part].detach().clone().requires_grad_()
+                found.append(method.attribute(leaf, target=targets[part], **options).detach())
+            return torch.cat(found)
 
         return attribute
 

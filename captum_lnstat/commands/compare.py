@@ -18,15 +18,13 @@ from captum_lnstat.commands.options import (
     check_output,
     image_paths,
     model_options,
-    read_file,
     read_model,
     warn,
 )
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, near, one_line
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.explanation import Explanation
-from captum_lnstat.explanation.subject.images import Item
-from captum_lnstat.explanation.subject.subject import class_index
+from captum_lnstat.explanation.subject.images import Item, read_item
 from captum_lnstat.visualize import METHODS, ComparedImage, Method, compare_sheet, to_map, write_figure
 from captum_lnstat.visualize.compare import SCALES, ScaleOf
 
@@ -100,7 +98,7 @@ def compare(
         fail(f"{max(len(paths), len(scenes))} images are too many for one sheet; expected at most {MOST}")
     sources: list[Any] = list(paths) or list(scenes or DEFAULT_SCENES)
     subject = read_model(name, **model)
-    wanted = None if target is None else class_index(target, subject)
+    wanted = subject.find(target)
     warn(subject.cautions())
     explainer = Explainer(subject)
     columns: list[ComparedImage] = []
@@ -109,7 +107,7 @@ def compare(
     with tqdm(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
         for source in sources:
             try:
-                item = read_file(source) if isinstance(source, Path) else bundled_scene(source)[1]
+                item = read_item(source) if isinstance(source, Path) else bundled_scene(source)[1]
                 column, explained = _column(explainer, item, wanted, chosen, bar)
             except UnsupportedModelError as error:
                 fail(f"{name} cannot be explained: {one_line(error)}")
@@ -160,7 +158,7 @@ def _column(
     title = f"{item.name}\npredicted {explained.likely(explained.prediction)}"
     if explained.target != explained.prediction:
         title += f"\ntarget {explained.likely(explained.target)}"
-    return ComparedImage(title, explained.pixels, tuple(maps)), explained
+    return ComparedImage(title, prepared.pixels, tuple(maps)), explained
 
 
 def _record(explained: Explanation) -> dict[str, Any]:

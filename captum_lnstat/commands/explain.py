@@ -20,7 +20,6 @@ from captum_lnstat.commands.options import (
     check_output,
     image_paths,
     model_options,
-    read_file,
     read_model,
     warn,
 )
@@ -28,9 +27,8 @@ from captum_lnstat.commands.pictures import KINDS, Kind, suffixes_of, write_pict
 from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError, one_line
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.explanation import Explanation, unique_names
-from captum_lnstat.explanation.subject.images import Item
+from captum_lnstat.explanation.subject.images import Item, read_item
 from captum_lnstat.explanation.subject.progress import progress
-from captum_lnstat.explanation.subject.subject import class_index
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
 DEFAULT_SCENE = 264
@@ -111,7 +109,7 @@ def explain(
     if paths and output.resolve() == paths[0].resolve():
         fail("--output is IMAGE itself; expected another file")
     source, item = (
-        (str(paths[0]), read_file(paths[0])) if paths else bundled_scene(DEFAULT_SCENE if scene is None else scene)
+        (str(paths[0]), read_item(paths[0])) if paths else bundled_scene(DEFAULT_SCENE if scene is None else scene)
     )
     _explain_one(source, item, output, drawn, against, _Request(**request))
 
@@ -130,8 +128,7 @@ class _Request:
 
     def explainer(self) -> tuple[Explainer, int | None]:
         subject = read_model(self.name, self.pretrained, self.checkpoint, self.whole)
-        wanted = None if self.target is None else class_index(self.target, subject)
-        return Explainer(subject, rule=self.rule), wanted
+        return Explainer(subject, rule=self.rule), subject.find(self.target)
 
 
 def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str | None, request: _Request) -> None:
@@ -173,7 +170,7 @@ def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str
     for path, picture in zip(tqdm(paths, unit="image", disable=None), names, strict=True):
         output = folder / f"{picture}.png"
         try:
-            prepared = explainer.prepare(read_file(path))
+            prepared = explainer.prepare(read_item(path))
             (explained,) = explainer.explain([prepared], [wanted])
             write_picture(output, kind, explainer, prepared, explained, against)
         except UnsupportedModelError as error:  # of the model, so of every other image too

@@ -15,9 +15,8 @@ from tqdm import tqdm
 from captum_lnstat import zoo
 from captum_lnstat.cli import INCOMPLETE, fail
 from captum_lnstat.errors import SourceError, one_line
-from captum_lnstat.explanation.subject.images import Item, image_files, read_image
+from captum_lnstat.explanation.subject.images import Item, image_files
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
-from captum_lnstat.zoo.models import CLASS_NAMES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -75,18 +74,12 @@ def image_paths(images: tuple[Path, ...]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def read_file(path: Path) -> Item:
-    """The image of a file."""
-    return Item(path.stem, read_image(path), path=path)
-
-
 def bundled_scene(number: int) -> tuple[str, Item]:
     """A scene of the package, and what it shows in words."""
     scenes = zoo.scenes()
     if number >= len(scenes):
         raise SourceError(f"there is no scene {number}; expected 0 to {len(scenes) - 1}")
-    names = " and ".join(CLASS_NAMES[label] for label in scenes[number].labels)
-    return f"bundled scene {number}: {names}", Item(f"scene-{number}", scenes[number].image)
+    return f"bundled scene {number}: {scenes[number].title}", Item(f"scene-{number}", scenes[number].image)
 
 
 def check_output(path: Path, suffixes: set[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from captum_lnstat.errors import one_line
-from captum_lnstat.explanation.subject.subject import to_rgb
+from captum_lnstat.explanation.subject.images import to_rgb
 
 MAX_BYTES = 10 * 2**20
 # Far above what a model sees, and still decoded in a second; Pillow alone would take four times as many.

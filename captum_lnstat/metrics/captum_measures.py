@@ -10,7 +10,7 @@ from captum.metrics import infidelity as captum_infidelity
 from captum.metrics import sensitivity_max
 from torch import Tensor
 
-from captum_lnstat.metrics.checks import check_images, result_dtype
+from captum_lnstat.metrics.checks import check_batch, check_images, result_dtype
 from captum_lnstat.metrics.perturbation import _fitting
 from captum_lnstat.metrics.targets import Classes, class_indices, class_scores
 
@@ -160,11 +160,7 @@ def sensitivity(
         >>> sensitivity(lambda images, target: images.sum(1) * 0 + 1, torch.rand(2, 3, 4, 4), 0)
         tensor([0., 0.])
     """
-    if images.dim() != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"images has shape {tuple(images.shape)} and {images.dtype}; expected floating "
-            "(batch, channel, height, width)"
-        )
+    check_batch(images)
     if not radius > 0 or draws < 1:
         raise ValueError(f"radius is {radius} and draws {draws}; expected a radius above 0 and one draw or more")
     classes = class_indices(target, images)

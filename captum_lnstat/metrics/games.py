@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from captum_lnstat.metrics.checks import check_maps, result_dtype
+from captum_lnstat.metrics.checks import check_maps, result_dtype, share_of
 from captum_lnstat.metrics.targets import Classes, class_indices
 
 if TYPE_CHECKING:
@@ -77,6 +76,5 @@ def grid_share(
         raise ValueError(f"cell is {int(cells.max())}; expected below {rows * cols} in a grid of {rows} x {cols}")
     positive = maps.double().clamp(min=0).reshape(batch, rows, height // rows, cols, width // cols)
     shares = positive.sum((2, 4)).flatten(1)
-    total = shares.sum(1)
-    share = shares.gather(1, cells[:, None])[:, 0] / total.where(total > 0, torch.ones_like(total))
-    return torch.where(total > 0, share, torch.full_like(share, 1 / (rows * cols))).to(result_dtype(maps))
+    own = shares.gather(1, cells[:, None])[:, 0]
+    return share_of(own, shares.sum(1), 1 / (rows * cols)).to(result_dtype(maps))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from captum_lnstat.metrics.checks import check_masks, result_dtype
+from captum_lnstat.metrics.checks import check_masks, result_dtype, share_of
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -46,10 +45,8 @@ def energy(
     """
     check_masks(maps, masks)
     positive = maps.double().clamp(min=0)
-    total = positive.sum((1, 2))
     chance = masks.double().mean((1, 2))
-    share = (positive * masks).sum((1, 2)) / total.where(total > 0, torch.ones_like(total))
-    return torch.where(total > 0, share, chance).to(result_dtype(maps))
+    return share_of((positive * masks).sum((1, 2)), positive.sum((1, 2)), chance).to(result_dtype(maps))
 
 
 def _on_both(maps: Tensor, asked: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +71,7 @@ def asked_share(
         tensor([0.2500])
     """
     first, second = _on_both(maps, asked, other)
-    total = first + second
-    share = first / total.where(total > 0, torch.ones_like(total))
-    return torch.where(total > 0, share, torch.full_like(total, 0.5)).to(result_dtype(maps))
+    return share_of(first, first + second, 0.5).to(result_dtype(maps))
 
 
 def two_object(
