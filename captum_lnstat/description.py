@@ -44,6 +44,8 @@ class Description:
         residual: The form of the residual share that the steps give.
         steps: Blocks, mergings and what else lies between image and head.
         covers: What the map leaves out, in words; empty if it leaves out nothing.
+        rule: The rule that was asked for.
+        formula: What it computes, in one line.
     """
 
     model: str
@@ -57,6 +59,8 @@ class Description:
     residual: str
     steps: tuple[StepDescription, ...]
     covers: str = ""
+    rule: str = ""
+    formula: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The same record in numbers, strings, lists and dictionaries."""
@@ -72,8 +76,9 @@ class Description:
             f"{self.patch[0]} x {self.patch[1]} px, {self.prefix_tokens} prefix tokens\n"
             f"head: {self.pooling}, output {self.outputs}; {self.norms} norm calls; residual share {self.residual!r}"
         )
+        rule = [f"rule {self.rule}: {self.formula}"] if self.rule else []
         covers = [f"covers: {self.covers}"] if self.covers else []
-        return "\n".join([head, *covers, *map(_line, self.steps)])
+        return "\n".join([head, *rule, *covers, *map(_line, self.steps)])
 
 
 def _plain(value: Any) -> Any:

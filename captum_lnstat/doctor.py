@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from captum_lnstat.attribution.lnstat import RULES, LNStatAttribution
+from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.description import Description
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.rules import find_rule, rule_names
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def examine(model: nn.Module, image_size: tuple[int, int]) -> Examination:
     rules: dict[str, str | None] = {}
     try:
         description = LNStatAttribution(model, rule="rollout").describe(images)
-        for rule in RULES:
+        for rule in rule_names():
             rules[rule] = _undefined(model, images, rule)
     except Exception as error:  # a model that fails on the images by itself is refused, too
         return Examination(image_size, None, error, {})
@@ -76,7 +77,7 @@ def examine(model: nn.Module, image_size: tuple[int, int]) -> Examination:
 
 def _undefined(model: nn.Module, images: torch.Tensor, rule: Any) -> str | None:
     try:
-        LNStatAttribution(model, rule=rule).relevance(images, None if rule == "rollout" else 0)
+        LNStatAttribution(model, rule=rule).relevance(images, 0 if find_rule(rule).class_specific else None)
     except (UnsupportedModelError, RecordingError) as error:
         return str(error)
     return None

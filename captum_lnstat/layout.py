@@ -13,6 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
+# Rows and columns of tokens.
+Grid = tuple[int, int]
 PADDING = -1
 # So many layouts are remembered.
 LAYOUTS = 64
@@ -144,9 +146,9 @@ def even_shares(groups: Groups, dtype: torch.dtype = torch.float32) -> Float[Ten
 # The same for every image of a size, and of every block with the same windows.
 @lru_cache(LAYOUTS)
 def windows(
-    grid: tuple[int, int],
-    window: tuple[int, int],
-    shift: tuple[int, int],
+    grid: Grid,
+    window: Grid,
+    shift: Grid,
     device: torch.device | None = None,
     *,
     pad_first: bool = False,
@@ -178,7 +180,7 @@ def windows(
     return Groups(ids.reshape(rows * columns, window[0] * window[1]))
 
 
-def quads(grid: tuple[int, int], device: torch.device | None = None) -> Groups:
+def quads(grid: Grid, device: torch.device | None = None) -> Groups:
     """The 2 x 2 children of every merged token, in the order a patch merging joins them: down first, then right.
 
     Example:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -21,21 +21,22 @@ from captum_lnstat.recording.forward import (
     Output,
     Target,
     TensorOrTuple,
-    _format_output,
-    _is_tuple,
     check_output,
+    format_output,
+    is_tuple,
+    log_usage,
 )
 from captum_lnstat.recording.fusion import check_fusion
 from captum_lnstat.rules.checks import check_fits
-from captum_lnstat.rules.engine import Needs, Pass, run
+from captum_lnstat.rules.engine import Pass, run
 from captum_lnstat.rules.relevance import Relevance, Settings
+from captum_lnstat.rules.rule import Rule
 
 
 class GridAttribution(GradientAttribution):  # type: ignore[misc]
     """Attributions made on the patch grid of a vision transformer from one recorded forward pass.
 
-    The base of ``LNStatAttribution`` and of the baselines; a subclass says what it needs from the pass and how it
-    turns it into relevance.
+    The base of ``LNStatAttribution`` and of the baselines; a subclass says by which rule.
     """
 
     def __init__(
@@ -74,13 +75,15 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         self.interpolation = interpolation
         self.output = output
 
+    @property
     @abstractmethod
-    def _needs(self) -> Needs:
-        """What the rule needs from a forward pass."""
-
-    @abstractmethod
-    def _relevance(self, outcome: Pass) -> Relevance:
+    def method(self) -> Rule:
         """The rule."""
+
+    @property
+    def contrast(self) -> bool:
+        """Whether the score is that of the target against the other classes."""
+        return False
 
     def attribute_future(self) -> NoReturn:
         """Not implemented, as for Captum's own one-pass methods."""
@@ -98,7 +101,8 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
             "LNStatAttribution(..., rule='evidence').attribute(..., return_convergence_delta=True)"
         )
 
-    def _transformer(self) -> nn.Module:
+    @property
+    def transformer(self) -> nn.Module:
         """Read at call time: the transformer that ``forward_func`` runs."""
         if self.model is not None:
             return self.model
@@ -106,37 +110,6 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
             return self.forward_func
         assert self._module is not None
         return self._module
-
-    def _pass(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Target,
-        additional_forward_args: ForwardArgs,
-        needs: Needs,
-    ) -> Pass:
-        image = the_image(inputs)
-        return run(self.forward_func, self._transformer(), image, target, additional_forward_args, needs, self.output)
-
-    def _explain(
-        self, inputs: Tensor | tuple[Tensor, ...], target: Target, additional_forward_args: ForwardArgs
-    ) -> tuple[Pass, Relevance]:
-        outcome = self._pass(inputs, target, additional_forward_args, self._needs())
-        relevance = self._finite_relevance(outcome)
-        empty = (~relevance.grid.flatten(1).any(1)).nonzero()[:, 0].tolist()
-        if empty:
-            warn_caller(
-                f"the map of image {', '.join(map(str, empty))} of the batch is zero everywhere: nothing reached the "
-                "patches. In a model that is not trained, the variance of the class token may grow in no block; for an "
-                "image of one colour, no patch says more than another. rule='evidence' shows what was said at all"
-            )
-        return outcome, relevance
-
-    def _finite_relevance(self, outcome: Pass) -> Relevance:
-        # Relevance is computed in float32 whatever the caller's autocast makes of the model.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
-            relevance = self._relevance(outcome)
-        check_finite(relevance.grid)
-        return relevance
 
     def relevance(
         self,
@@ -158,7 +131,22 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
             A ``(batch, rows, columns)`` tensor in float32 (float64 for a float64 model).
         """
         parts = chunks(the_image(inputs), target, additional_forward_args, internal_batch_size)
-        return joined([self._explain(*part)[1].grid for part in parts])
+        return joined([explain_batch(self, image, [wanted], arguments)[1].grid for image, wanted, arguments in parts])
+
+    @log_usage()  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: TensorOrTuple,
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        internal_batch_size: int | None = None,
+    ) -> TensorOrTuple:
+        """As ``LNStatAttribution.attribute``, errors included.
+
+        For a method that is the same for every class a target does not matter, but has to fit the output.
+        """
+        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
 
     def describe(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None
@@ -170,9 +158,16 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
             target: Any class; taken as the first output if it is not given.
             additional_forward_args: As for ``attribute``.
         """
-        outcome = self._pass(inputs, target, additional_forward_args, Needs())
+        outcome = run(
+            self.forward_func,
+            self.transformer,
+            the_image(inputs),
+            [target],
+            additional_forward_args,
+            output=self.output,
+        )
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
-            return describe_pass(self._transformer(), outcome, self.settings)
+            return describe_pass(self.transformer, outcome, self.method, self.settings)
 
     def _to_inputs(self, outcome: Pass, grid: Tensor, image: Tensor) -> Tensor:
         """Relevance of patches as an attribution of the image's shape: evenly over the channels, the sum kept."""
@@ -191,10 +186,59 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
         attributions: list[Tensor] = []
         deltas: list[Tensor] = []
         for image, part, arguments in chunks(the_image(inputs), target, additional_forward_args, internal_batch_size):
-            outcome, relevance = self._explain(image, part, arguments)
+            outcome, relevance = explain_batch(self, image, [part], arguments)
             with torch.inference_mode(False), torch.no_grad():
                 attributions.append(check_fits(self._to_inputs(outcome, relevance.grid, image)))
                 if outcome.score is not None:
                     deltas.append((relevance.total - outcome.score).to(relevance.total.dtype))
-        is_tuple = _is_tuple(inputs)
-        return _format_output(is_tuple, (joined(attributions),)), joined(deltas) if deltas else None
+        return format_output(is_tuple(inputs), (joined(attributions),)), joined(deltas) if deltas else None
+
+
+def record(
+    method: GridAttribution,
+    inputs: Tensor | tuple[Tensor, ...],
+    targets: Sequence[Target],
+    additional_forward_args: ForwardArgs = None,
+) -> Pass:
+    """One forward pass, with what the method's rule needs."""
+    rule = method.method
+    return run(
+        method.forward_func,
+        method.transformer,
+        the_image(inputs),
+        targets,
+        additional_forward_args,
+        class_specific=rule.class_specific,
+        contrastive=method.contrast,
+        differentiable=rule.differentiable,
+        output=method.output,
+    )
+
+
+def relevance_of(method: GridAttribution, outcome: Pass) -> tuple[Relevance, ...]:
+    """The relevance of every score of a pass, finite."""
+    # Relevance is computed in float32 whatever the caller's autocast makes of the model.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
+        found = method.method.compute(outcome, method.settings)
+    for relevance in found:
+        check_finite(relevance.grid)
+    return found
+
+
+def explain_batch(
+    method: GridAttribution,
+    inputs: Tensor | tuple[Tensor, ...],
+    targets: Sequence[Target] = (None,),
+    additional_forward_args: ForwardArgs = None,
+) -> tuple[Pass, Relevance]:
+    """The pass and the relevance of the first target; a map of nothing is warned about."""
+    outcome = record(method, inputs, targets, additional_forward_args)
+    relevance = relevance_of(method, outcome)[0]
+    empty = (~relevance.grid.flatten(1).any(1)).nonzero()[:, 0].tolist()
+    if empty:
+        warn_caller(
+            f"the map of image {', '.join(map(str, empty))} of the batch is zero everywhere: nothing reached the "
+            "patches. In a model that is not trained, the variance of the class token may grow in no block; for an "
+            "image of one colour, no patch contributes more than another. rule='evidence' shows all contributions"
+        )
+    return outcome, relevance

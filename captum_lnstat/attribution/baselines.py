@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from captum_lnstat.attribution.base import GridAttribution
 from captum_lnstat.attribution.pixels import Interpolation
-from captum_lnstat.recording.forward import ForwardArgs, Output, Target, TensorOrTuple, log_usage
+from captum_lnstat.recording.forward import Output
 from captum_lnstat.recording.fusion import HeadFusion
-from captum_lnstat.rules.engine import Needs, Pass
+from captum_lnstat.rules.engine import Pass
 from captum_lnstat.rules.gradient import gradient
-from captum_lnstat.rules.perception import perception, raw_attention
+from captum_lnstat.rules.perception import keep_all, raw_attention, rollout
 from captum_lnstat.rules.relevance import Relevance, Settings, per_image
+from captum_lnstat.rules.rule import Rule
 
 
 class RawAttention(GridAttribution):
@@ -39,7 +41,8 @@ class RawAttention(GridAttribution):
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
 
     Raises:
-        ValueError, TypeError: An option is none of those above; the message names them.
+        ValueError, TypeError: An option is none of those above; the message names them. ``attribute`` raises a
+            ValueError if the model has no such block.
 
     Examples::
 
@@ -71,27 +74,11 @@ class RawAttention(GridAttribution):
         """The name that Captum shows."""
         return "Raw Attention"
 
-    def _needs(self) -> Needs:
-        return Needs()
-
-    def _relevance(self, outcome: Pass) -> Relevance:
-        return raw_attention(outcome.trace, self.settings, self.block)
-
-    @log_usage()  # type: ignore[untyped-decorator]
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: Target = None,
-        additional_forward_args: ForwardArgs = None,
-        *,
-        internal_batch_size: int | None = None,
-    ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``, errors included; a target does not matter, but has to fit the output.
-
-        Raises:
-            ValueError: The model has no such ``block``.
-        """
-        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
+    @property
+    def method(self) -> Rule:
+        """Attention of the block."""
+        compute = partial(raw_attention, block=self.block)
+        return Rule(self.get_name(), "r A of one block", compute, ("head_fusion",), class_specific=False)
 
 
 class AttentionRollout(GridAttribution):
@@ -128,23 +115,10 @@ class AttentionRollout(GridAttribution):
         """The name that Captum shows."""
         return "Attention Rollout"
 
-    def _needs(self) -> Needs:
-        return Needs()
-
-    def _relevance(self, outcome: Pass) -> Relevance:
-        return perception(outcome.trace, self.settings)
-
-    @log_usage()  # type: ignore[untyped-decorator]
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: Target = None,
-        additional_forward_args: ForwardArgs = None,
-        *,
-        internal_batch_size: int | None = None,
-    ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``, errors included; a target does not matter, but has to fit the output."""
-        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
+    @property
+    def method(self) -> Rule:
+        """Perception with a share of a half."""
+        return Rule(self.get_name(), "r <- r (A + I) / 2", rollout, ("head_fusion",), class_specific=False)
 
 
 class GenericAttention(GridAttribution):
@@ -171,7 +145,11 @@ class GenericAttention(GridAttribution):
         output: Output = None,
     ) -> None:
         super().__init__(
-            forward_func, model, settings=Settings(merging="uniform"), interpolation=interpolation, output=output
+            forward_func,
+            model,
+            settings=Settings(merging="uniform", normalized=False),
+            interpolation=interpolation,
+            output=output,
         )
 
     @classmethod
@@ -179,24 +157,11 @@ class GenericAttention(GridAttribution):
         """The name that Captum shows."""
         return "Generic Attention"
 
-    def _needs(self) -> Needs:
-        return Needs(target=True, output_gradients=True)
-
-    def _relevance(self, outcome: Pass) -> Relevance:
-        assert outcome.backward is not None
-        return gradient(outcome.trace, outcome.backward, self.settings, keep=True, normalized=False)
-
-    @log_usage()  # type: ignore[untyped-decorator]
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: Target = None,
-        additional_forward_args: ForwardArgs = None,
-        *,
-        internal_batch_size: int | None = None,
-    ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``, errors included."""
-        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
+    @property
+    def method(self) -> Rule:
+        """Positive gradients, with a share of 1."""
+        compute = partial(gradient, share=keep_all)
+        return Rule(self.get_name(), "r <- r + r E_h[(dA * A)^+]", compute, differentiable="model")
 
 
 class FrozenLayerNorm(GridAttribution):
@@ -248,33 +213,22 @@ class FrozenLayerNorm(GridAttribution):
         """The name that Captum shows."""
         return "Frozen LayerNorm"
 
-    def _needs(self) -> Needs:
-        return Needs(target=True, input_gradient=True)
-
-    def _relevance(self, outcome: Pass) -> Relevance:
-        assert outcome.input_times_gradient is not None
-        assert outcome.score is not None
-        trace, pixels = outcome.trace, outcome.input_times_gradient.sum(1)
-        (rows, columns), (height, width) = trace.grid, trace.patch
-        # An image padded to whole patches ends inside the last one; pixels past the last patch are never read.
-        pixels = F.pad(pixels, (0, columns * width - pixels.shape[2], 0, rows * height - pixels.shape[1]))
-        grid = pixels.reshape(-1, rows, height, columns, width).sum((2, 4))
-        nothing = torch.zeros_like(grid[:, 0, 0])
-        constant = outcome.score.to(grid.dtype) - per_image(grid)
-        return Relevance(grid, grid.new_zeros(len(grid), trace.prefix), nothing, constant)
+    @property
+    def method(self) -> Rule:
+        """Input times gradient, summed over every patch."""
+        return Rule(self.get_name(), "x * dy/dx, frozen", _patch_sums, differentiable="affine")
 
     def _to_inputs(self, outcome: Pass, grid: Tensor, image: Tensor) -> Tensor:
-        assert outcome.input_times_gradient is not None
         return outcome.input_times_gradient.to(image.dtype).contiguous()
 
-    @log_usage()  # type: ignore[untyped-decorator]
-    def attribute(
-        self,
-        inputs: TensorOrTuple,
-        target: Target = None,
-        additional_forward_args: ForwardArgs = None,
-        *,
-        internal_batch_size: int | None = None,
-    ) -> TensorOrTuple:
-        """As ``LNStatAttribution.attribute``, errors included."""
-        return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
+
+def _patch_sums(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
+    assert outcome.score is not None
+    trace, pixels = outcome.trace, outcome.input_times_gradient.sum(1)
+    (rows, columns), (height, width) = trace.grid, trace.patch
+    # An image padded to whole patches ends inside the last one; pixels past the last patch are never read.
+    pixels = F.pad(pixels, (0, columns * width - pixels.shape[2], 0, rows * height - pixels.shape[1]))
+    grid = pixels.reshape(-1, rows, height, columns, width).sum((2, 4))
+    nothing = torch.zeros_like(grid[:, 0, 0])
+    constant = outcome.score.to(grid.dtype) - per_image(grid)
+    return (Relevance(grid, grid.new_zeros(len(grid), trace.prefix), nothing, constant),)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_lnstat.recording.forward import ForwardArgs, Target, _format_additional_forward_args, _validate_target
+from captum_lnstat.recording.forward import ForwardArgs, Target, format_additional_forward_args, validate_target
 
 
 def chunks(
@@ -35,8 +35,8 @@ def chunks(
     if internal_batch_size is None or count <= internal_batch_size:
         yield image, target, additional_forward_args
         return
-    _validate_target(count, target)
-    arguments = _format_additional_forward_args(additional_forward_args) or ()
+    validate_target(count, target)
+    arguments = format_additional_forward_args(additional_forward_args) or ()
     for position, argument in enumerate(arguments):
         if isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) not in (1, count):
             raise ValueError(

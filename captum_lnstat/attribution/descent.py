@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.arguments import check_choice
-from captum_lnstat.attribution.layer import LAYER_RULES, LayerRule
+from captum_lnstat.attribution.base import record, relevance_of
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.forward import Output
 from captum_lnstat.recording.sites import FusedSite, SoftmaxSite
+from captum_lnstat.rules import find_rule
 from captum_lnstat.rules.engine import Pass
-from captum_lnstat.rules.perception import perception
-from captum_lnstat.rules.relation import hand_down
-from captum_lnstat.rules.relevance import Settings
+from captum_lnstat.rules.perception import rollout
+from captum_lnstat.rules.relation import propagate
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
@@ -65,7 +64,7 @@ def descend(
     inputs: Float[Tensor, "1 channel height width"],
     target: int | None = None,
     *,
-    rule: LayerRule = "rollout",
+    rule: str = "rollout",
     output: Output = None,
 ) -> tuple[BlockRelevance, ...]:
     """Relevance, residual shares and token variances at every block.
@@ -91,13 +90,13 @@ def descend(
         >>> first.name, tuple(first.relevance.shape)
         ('blocks.0', (8, 8))
     """
-    check_choice("rule", rule, LAYER_RULES)
+    find_rule(rule, at_every_block=True)
     lnstat = LNStatAttribution(model, rule=rule, output=output)
-    outcome = _pass(lnstat, inputs, target)
+    outcome = _record(lnstat, inputs, target)
     found = []
     for block in outcome.trace.blocks:
         above, after = (outcome.trace.above(block, into=into) for into in (True, False))
-        relevance = lnstat._finite_relevance(replace(outcome, trace=above))
+        relevance = relevance_of(lnstat, outcome.above(block, into=True))[0]
         with torch.no_grad():
             share = _patches(block.residual_share(lnstat.settings.residual), after, block)
             variance = _patches(block.statistics[0].variance, after, block)
@@ -129,19 +128,20 @@ def descend_heads(
         [(2, 16, 16), (4, 8, 8), (4, 8, 8)]
     """
     lnstat = LNStatAttribution(model, rule="rollout", output=output)
-    outcome = _pass(lnstat, inputs, None)
+    outcome = _record(lnstat, inputs, None)
     with torch.inference_mode(False), torch.no_grad():
-        return tuple(_heads(block, outcome.trace, lnstat.settings) for block in outcome.trace.blocks)
+        return tuple(_heads(block, outcome, lnstat) for block in outcome.trace.blocks)
 
 
-def _heads(block: Block, trace: Trace, settings: Settings) -> HeadRelevance:
-    at_output = perception(trace.above(block, into=False), settings)
+def _heads(block: Block, outcome: Pass, lnstat: LNStatAttribution) -> HeadRelevance:
+    trace, settings = outcome.trace, lnstat.settings
+    at_output = rollout(outcome.above(block, into=False), settings)[0]
     row = torch.cat([at_output.prefix, at_output.grid.flatten(1)], 1)[:, -block.after.shape[1] :]
-    given = ((1 - block.residual_share(settings.residual)) * row)[..., None]
+    rest = ((1 - block.residual_share(settings.residual)) * row)[..., None]
     grids, above = [], trace.above(block, into=True)
     for head in range(block.site.shape[1]):
-        handed = hand_down(block, given, None, None, lambda maps, head=head: maps[:, head], None)  # type: ignore[misc]
-        grids.append(_patches(handed.rows[..., 0], above, block))
+        came = propagate(block, rest, fusion=lambda maps, head=head: maps[:, head])  # type: ignore[misc]
+        grids.append(_patches(came.rows[..., 0], above, block))
     return HeadRelevance(block.name, torch.stack(grids), _cell(trace, above))
 
 
@@ -151,10 +151,10 @@ def _cell(trace: Trace, above: Trace) -> tuple[int, int]:
     return trace.patch[0] * rows, trace.patch[1] * columns
 
 
-def _pass(lnstat: LNStatAttribution, inputs: Tensor, target: int | None) -> Pass:
+def _record(lnstat: LNStatAttribution, inputs: Tensor, target: int | None) -> Pass:
     if inputs.dim() != 4 or len(inputs) != 1:
         raise ValueError(f"inputs has shape {tuple(inputs.shape)}; expected one image, (1, channel, height, width)")
-    outcome = lnstat._pass(inputs, target, None, lnstat._needs())
+    outcome = record(lnstat, inputs, [target])
     trace = outcome.trace
     windowed = [
         block.name
@@ -166,7 +166,7 @@ def _pass(lnstat: LNStatAttribution, inputs: Tensor, target: int | None) -> Pass
     ]
     if trace.place is not None or windowed:
         raise UnsupportedModelError(
-            f"between the blocks of {type(lnstat._transformer()).__name__} the tokens are not in the order of the "
+            f"between the blocks of {type(lnstat.transformer).__name__} the tokens are not in the order of the "
             "image's rows, so they cannot be drawn as a map there; the map at the image is right: LNStatAttribution"
         )
     return outcome

@@ -11,10 +11,11 @@ from captum_lnstat.layout import Groups
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.rules.engine import Pass
 from captum_lnstat.rules.relevance import Settings
+from captum_lnstat.rules.rule import Rule
 from captum_lnstat.trace.steps import Merging, Step, Transition, Update
 
 
-def describe_pass(model: nn.Module, outcome: Pass, settings: Settings) -> Description:
+def describe_pass(model: nn.Module, outcome: Pass, rule: Rule, settings: Settings) -> Description:
     """Describe a recorded and traced forward pass."""
     trace, norms = outcome.trace, [norm.module for norm in outcome.recording.norms]
     return Description(
@@ -29,6 +30,8 @@ def describe_pass(model: nn.Module, outcome: Pass, settings: Settings) -> Descri
         residual=settings.residual,
         steps=tuple(replace(_describe_step(step, settings), norms=_inside(step.name, norms)) for step in trace.steps),
         covers=trace.covers,
+        rule=rule.name,
+        formula=rule.formula,
     )
 
 
@@ -38,12 +41,12 @@ def _inside(name: str, modules: list[str]) -> tuple[str, ...]:
 
 def _describe_step(step: Step, settings: Settings) -> StepDescription:
     if isinstance(step, Merging):
-        padded = int((step.groups.index < 0).sum())
-        return StepDescription(step.name, "merging", tuple(step.groups.index.shape), None, padded)
+        padded = int((step.below.index < 0).sum())
+        return StepDescription(step.name, "merging", tuple(step.below.index.shape), None, padded)
     if isinstance(step, Update):
         return StepDescription(step.name, "update", tuple(step.after.shape[1:2]), None, 0)
     if isinstance(step, Transition):
-        return StepDescription(step.name, "transition", tuple(step.groups.index.shape), None, 0)
+        return StepDescription(step.name, "transition", tuple(step.below.index.shape), None, 0)
     share = step.residual_share(settings.residual)
     padded = int((step.layout.index < 0).sum()) if isinstance(step.layout, Groups) else 0
     spread = (float(share.mean()), float(share.min()), float(share.max()))

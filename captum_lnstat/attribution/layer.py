@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.arguments import check_choice, joined, the_image
+from captum_lnstat.attribution.arguments import joined, the_image
+from captum_lnstat.attribution.base import record, relevance_of
 from captum_lnstat.attribution.batches import chunks
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.errors import warn_caller
@@ -21,20 +21,18 @@ from captum_lnstat.recording.forward import (
     Output,
     Target,
     TensorOrTuple,
-    _format_output,
-    _is_tuple,
+    format_output,
+    is_tuple,
     log_usage,
 )
 from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.recording.statistics import ResidualShare
+from captum_lnstat.rules import Relevance, find_rule
 from captum_lnstat.rules.checks import check_fits
 from captum_lnstat.rules.engine import Pass
-from captum_lnstat.rules.relevance import Relevance
+from captum_lnstat.rules.rule import DEFAULT
 from captum_lnstat.topology import find_topology
 from captum_lnstat.trace.steps import Block, MergingShare
-
-LayerRule = Literal["lnstat", "evidence", "rollout"]
-LAYER_RULES: tuple[LayerRule, ...] = ("lnstat", "evidence", "rollout")
 
 
 class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
@@ -87,7 +85,7 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
         layer: nn.Module,
         model: nn.Module | None = None,
         *,
-        rule: LayerRule = "lnstat",
+        rule: str = DEFAULT,
         residual: ResidualShare = "ratio",
         evidence_residual: ResidualShare = "half",
         head_fusion: HeadFusion = "mean",
@@ -97,7 +95,7 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
     ) -> None:
         LayerAttribution.__init__(self, forward_func, layer)
         GradientAttribution.__init__(self, forward_func)
-        check_choice("rule", rule, LAYER_RULES)
+        find_rule(rule, at_every_block=True)
         self._lnstat = LNStatAttribution(
             forward_func,
             model,
@@ -163,7 +161,7 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
         """
         spread: list[Tensor] = []
         for image, part, arguments in chunks(the_image(inputs), target, additional_forward_args, internal_batch_size):
-            relevance, shape = self._explain(image, part, arguments, attribute_to_layer_input)
+            relevance, shape = explain_layer(self, image, part, arguments, attribute_to_layer_input)
             with torch.inference_mode(False), torch.no_grad():
                 tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1)
                 grid = relevance.grid.shape[1:]
@@ -174,38 +172,46 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
                 values = check_fits((tokens / shape[channel]).to(image.dtype))
                 values = values.reshape(*shape[:channel], *shape[channel + 1 :])
                 spread.append(values.unsqueeze(channel).expand(shape).contiguous())
-        return _format_output(_is_tuple(inputs), (joined(spread),))  # type: ignore[no-any-return]
+        return format_output(is_tuple(inputs), (joined(spread),))  # type: ignore[no-any-return]
 
-    def _explain(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Target,
-        additional_forward_args: ForwardArgs,
-        attribute_to_layer_input: bool,
-    ) -> tuple[Relevance, torch.Size]:
-        """The relevance at the block's tokens, and the shape of the activation there."""
-        lnstat = copy(self._lnstat)  # Captum's wrappers and users reassign forward_func
+    @property
+    def lnstat(self) -> LNStatAttribution:
+        """The same rule at the image; Captum's wrappers and users reassign ``forward_func``."""
+        lnstat = copy(self._lnstat)
         lnstat.forward_func = self.forward_func
-        outcome = lnstat._pass(inputs, target, additional_forward_args, lnstat._needs())
-        block = self._block(outcome, find_topology(eager(lnstat._transformer())).model)
-        call = outcome.recording.call(block.name)
-        activation = call.input if attribute_to_layer_input else call.output
-        above = outcome.trace.above(block, into=attribute_to_layer_input)
-        relevance = lnstat._finite_relevance(replace(outcome, trace=above))
-        if lnstat.rule == "lnstat" and not above.steps and not bool(relevance.grid.any()):
-            warn_caller(
-                f"every patch token is zero at the output of {block.name!r}: the head reads prefix tokens only. Take "
-                "attribute_to_layer_input=True, a block before it, or rule='evidence'"
-            )
-        return relevance, activation.tensor.shape
+        return lnstat
 
-    def _block(self, outcome: Pass, model: nn.Module) -> Block:
-        blocks = outcome.trace.blocks
-        if isinstance(self.layer, nn.Module):
-            for block in blocks:
-                if eager(model.get_submodule(block.name)) is eager(self.layer):
-                    return block
-        raise ValueError(
-            f"layer is a {type(self.layer).__name__}, which is not a block of {type(model).__name__}; expected one of "
-            f"its blocks: {', '.join(block.name for block in blocks)}"
+
+def explain_layer(
+    method: LayerLNStat,
+    inputs: Tensor | tuple[Tensor, ...],
+    target: Target,
+    additional_forward_args: ForwardArgs = None,
+    attribute_to_layer_input: bool = False,
+) -> tuple[Relevance, torch.Size]:
+    """The relevance at the block's tokens, and the shape of the activation there."""
+    lnstat = method.lnstat
+    outcome = record(lnstat, inputs, [target], additional_forward_args)
+    block = _block(method.layer, outcome, find_topology(eager(lnstat.transformer)).model)
+    call = outcome.recording.call(block.name)
+    activation = call.input if attribute_to_layer_input else call.output
+    above = outcome.above(block, into=attribute_to_layer_input)
+    relevance = relevance_of(lnstat, above)[0]
+    if lnstat.rule == "lnstat" and not above.trace.steps and not bool(relevance.grid.any()):
+        warn_caller(
+            f"every patch token is zero at the output of {block.name!r}: the head reads prefix tokens only. Take "
+            "attribute_to_layer_input=True, a block before it, or rule='evidence'"
         )
+    return relevance, activation.tensor.shape
+
+
+def _block(layer: Any, outcome: Pass, model: nn.Module) -> Block:
+    blocks = outcome.trace.blocks
+    if isinstance(layer, nn.Module):
+        for block in blocks:
+            if eager(model.get_submodule(block.name)) is eager(layer):
+                return block
+    raise ValueError(
+        f"layer is a {type(layer).__name__}, which is not a block of {type(model).__name__}; expected one of its "
+        f"blocks: {', '.join(block.name for block in blocks)}"
+    )

@@ -5,46 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.arguments import check_choice, check_finite, check_switch, the_image
-from captum_lnstat.attribution.base import GridAttribution
+from captum_lnstat.attribution.arguments import check_switch, joined
+from captum_lnstat.attribution.base import GridAttribution, record, relevance_of
 from captum_lnstat.attribution.pixels import Interpolation
 from captum_lnstat.recording.forward import ForwardArgs, Output, Target, TensorOrTuple, log_usage
 from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.recording.statistics import ResidualShare
-from captum_lnstat.rules.engine import Needs, Pass, run
-from captum_lnstat.rules.evidence import check_complete
-from captum_lnstat.rules.evidence import evidence as evidence_rule
-from captum_lnstat.rules.gradient import gradient
-from captum_lnstat.rules.lnstat import lnstat
-from captum_lnstat.rules.perception import perception
-from captum_lnstat.rules.relevance import Relevance, Settings
+from captum_lnstat.rules import Rule, Settings, find_rule, rule_names
+from captum_lnstat.rules.rule import DEFAULT
 from captum_lnstat.trace.steps import MergingShare
-
-Rule = Literal["lnstat", "evidence", "rollout", "gradient"]
-RULES: tuple[Rule, ...] = ("lnstat", "evidence", "rollout", "gradient")
-
-
-# The rules in which an option that not all of them have does something.
-_IN_EFFECT: dict[str, tuple[Rule, ...]] = {
-    "residual": ("lnstat", "rollout", "gradient"),
-    "evidence_residual": ("lnstat", "evidence"),
-    "head_fusion": ("lnstat", "evidence", "rollout"),
-    "contrastive": ("lnstat", "evidence", "gradient"),
-    "normalized": ("gradient",),
-}
 
 
 def check_effect(rule: Rule, given: list[str]) -> None:
     """Raise if an option was given that the rule would silently ignore."""
     for name in given:
-        if rule not in _IN_EFFECT[name]:
-            rules_with_it = " or ".join(f"rule={other!r}" for other in _IN_EFFECT[name])
+        if name not in rule.options:
+            having = (f"rule={other!r}" for other in rule_names() if name in find_rule(other).options)
             raise ValueError(
-                f"{name} does nothing with rule={rule!r}; expected {rules_with_it}. Leave {name} out, or take such a "
-                "rule"
+                f"{name} does nothing with rule={rule.name!r}; expected {' or '.join(having)}. Leave {name} out, or "
+                "take such a rule"
             )
 
 
@@ -53,8 +34,8 @@ class LNStatAttribution(GridAttribution):
 
     The residual share of every token in every block follows from the variances at the two LayerNorms that read it.
     With these shares the head's view is rolled back to the patches (perception ``P``), and every part of the target's
-    score is put on the token that said it and rolled back in the same way (evidence ``E``). Shifted windows are undone
-    exactly. One forward pass; only the classifier head is differentiated.
+    score is put on the token that it came from and rolled back in the same way (evidence ``E``). Shifted windows are
+    undone exactly. One forward pass; only the classifier head is differentiated.
 
     The idea is that of Nguyen, Lee and Kim, "Inspecting Explainability of Transformer Models with Additional
     Statistical Information" (arXiv 2311.11378). Its formulas are not public to us: those used here are derived, and
@@ -112,7 +93,7 @@ class LNStatAttribution(GridAttribution):
         forward_func: Callable[..., Any],
         model: nn.Module | None = None,
         *,
-        rule: Rule = "lnstat",
+        rule: str = DEFAULT,
         residual: ResidualShare = "ratio",
         evidence_residual: ResidualShare = "half",
         head_fusion: HeadFusion = "mean",
@@ -122,10 +103,10 @@ class LNStatAttribution(GridAttribution):
         interpolation: Interpolation = "bilinear",
         output: Output = None,
     ) -> None:
-        check_choice("rule", rule, RULES)
+        chosen = find_rule(rule)
         check_switch("contrastive", contrastive)
         check_switch("normalized", normalized)
-        settings = Settings(residual, head_fusion, merging, evidence_residual)
+        settings = Settings(residual, head_fusion, merging, evidence_residual, normalized)
         super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
         given = {
             "residual": residual != "ratio",
@@ -134,8 +115,8 @@ class LNStatAttribution(GridAttribution):
             "contrastive": contrastive,
             "normalized": not normalized,
         }
-        check_effect(rule, [name for name, changed in given.items() if changed])
-        self.rule = rule
+        check_effect(chosen, [name for name, changed in given.items() if changed])
+        self.rule = chosen.name
         self.contrastive = contrastive
         self.normalized = normalized
 
@@ -145,34 +126,18 @@ class LNStatAttribution(GridAttribution):
         return "LN Stat"
 
     def has_convergence_delta(self) -> bool:
-        """True for ``rule="evidence"``, the rule that adds up to the score."""
-        return self.rule == "evidence"
+        """True for a rule that adds up to the score, such as ``"evidence"``."""
+        return self.method.complete
 
-    def _needs(self) -> Needs:
-        if self.rule == "rollout":
-            return Needs()
-        backward = self.rule == "gradient"
-        return Needs(target=True, covector=not backward, contrastive=self.contrastive, output_gradients=backward)
+    @property
+    def method(self) -> Rule:
+        """The rule, by its name."""
+        return find_rule(self.rule)
 
-    def _relevance(self, outcome: Pass) -> Relevance:
-        trace, settings = outcome.trace, self.settings
-        if self.rule == "rollout":
-            return perception(trace, settings)
-        if outcome.backward is not None:
-            return gradient(trace, outcome.backward, settings, keep=False, normalized=self.normalized)
-        return self._gradient_free(outcome)[0]
-
-    def _gradient_free(self, outcome: Pass) -> tuple[Relevance, ...]:
-        """The relevance of every score, once its evidence is seen to add up."""
-        trace, settings = outcome.trace, self.settings
-        assert outcome.u is not None
-        assert outcome.constant is not None
-        if self.rule == "evidence":
-            evidence = relevance = evidence_rule(trace, outcome.u, outcome.constant, settings)
-        else:
-            relevance, evidence = lnstat(trace, outcome.u, outcome.constant, settings)
-        check_complete(Relevance.joined(evidence), trace, torch.cat(outcome.scores))
-        return relevance
+    @property
+    def contrast(self) -> bool:
+        """As ``contrastive`` says."""
+        return self.contrastive
 
     def relevance_per_target(
         self,
@@ -202,25 +167,15 @@ class LNStatAttribution(GridAttribution):
             torch.Size([7, 2, 8, 8])
         """
         targets = list(targets)
-        if self.rule not in ("lnstat", "evidence"):
+        if not (self.method.class_specific and self.method.at_every_block):
             raise ValueError(
                 f"rule={self.rule!r} has no maps of many targets in one pass; expected 'lnstat' or 'evidence'. "
-                + ("Its map is the same for every target" if self.rule == "rollout" else "Call attribute for each")
+                + ("Call attribute for each" if self.method.class_specific else "Its map is the same for every target")
             )
         if not targets:
             raise ValueError("targets is empty; expected at least one")
-        outcome = run(
-            self.forward_func,
-            self._transformer(),
-            the_image(inputs),
-            targets[0],
-            additional_forward_args,
-            self._needs(),
-            self.output,
-            targets[1:],
-        )
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(outcome.output.device.type, enabled=False):
-            return check_finite(torch.stack([one.grid for one in self._gradient_free(outcome)]))
+        relevance = relevance_of(self, record(self, inputs, targets, additional_forward_args))
+        return joined([one.grid[None] for one in relevance])
 
     @overload
     def attribute(

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from tqdm import tqdm
 
 from captum_lnstat.cli import fail
 from captum_lnstat.commands.options import (
@@ -25,6 +24,7 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError, near, on
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.explanation import Explanation
 from captum_lnstat.explanation.subject.images import Item, read_item
+from captum_lnstat.explanation.subject.progress import ProgressBar
 from captum_lnstat.visualize import METHODS, ComparedImage, Method, compare_sheet, to_map, write_figure
 from captum_lnstat.visualize.compare import SCALES, ScaleOf
 
@@ -104,7 +104,7 @@ def compare(
     columns: list[ComparedImage] = []
     records: list[dict[str, Any]] = []
     skipped = Skipped(len(sources))
-    with tqdm(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
+    with ProgressBar(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
         for source in sources:
             try:
                 item = read_item(source) if isinstance(source, Path) else bundled_scene(source)[1]

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-from tqdm import tqdm
 
-from captum_lnstat.attribution.lnstat import RULES, Rule
 from captum_lnstat.cli import fail
 from captum_lnstat.commands.options import (
     EXIT_CODES,
+    RuleName,
     Skipped,
     bundled_scene,
     check_folder,
@@ -28,7 +27,7 @@ from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelEr
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.explanation import Explanation, unique_names
 from captum_lnstat.explanation.subject.images import Item, read_item
-from captum_lnstat.explanation.subject.progress import progress
+from captum_lnstat.explanation.subject.progress import ProgressBar, progress
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
 DEFAULT_SCENE = 264
@@ -51,7 +50,7 @@ Examples:
 @click.option("--target", metavar="CLASS", help="Class to explain, by index or name.  [default: the predicted one]")
 @click.option(
     "--rule",
-    type=click.Choice(RULES),
+    type=RuleName(),
     default="lnstat",
     show_default=True,
     help="lnstat: looked at, and counted for the class. evidence: for and against it. rollout: looked at, "
@@ -123,7 +122,7 @@ class _Request:
     checkpoint: Path | None
     whole: bool
     target: str | None
-    rule: Rule
+    rule: str
     as_json: bool
 
     def explainer(self) -> tuple[Explainer, int | None]:
@@ -167,7 +166,7 @@ def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str
     warn(explainer.subject.cautions())
     skipped = Skipped(len(paths))
     names = unique_names([path.stem for path in paths])
-    for path, picture in zip(tqdm(paths, unit="image", disable=None), names, strict=True):
+    for path, picture in zip(ProgressBar(paths, unit="image", disable=None), names, strict=True):
         output = folder / f"{picture}.png"
         try:
             prepared = explainer.prepare(read_item(path))
@@ -181,7 +180,7 @@ def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str
             skipped.add(path, error, as_json=request.as_json)
         else:
             record = json.dumps(_record(str(path), request.name, explained, output))
-            with tqdm.external_write_mode():
+            with ProgressBar.external_write_mode():
                 click.echo(record if request.as_json else f"{explained}, {output}")
     skipped.check()
     skipped.finish()

@@ -10,17 +10,37 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from tqdm import tqdm
+from click.shell_completion import CompletionItem
 
 from captum_lnstat import zoo
 from captum_lnstat.cli import INCOMPLETE, fail
 from captum_lnstat.errors import SourceError, one_line
 from captum_lnstat.explanation.subject.images import Item, image_files
+from captum_lnstat.explanation.subject.progress import ProgressBar
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
+from captum_lnstat.rules import find_rule, rule_names
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXIT_CODES = "Exit codes: 0 done; 1 done, but some images were skipped; 2 nothing could be done; 130 interrupted."
+
+
+class RuleName(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A registered rule, or ``package.module:NAME``, whose module registers it."""
+
+    name = "rule"
+
+    def get_metavar(self, *args: Any, **kwargs: Any) -> str:
+        return f"[{'|'.join(rule_names())}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return find_rule(value).name
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in rule_names() if name.startswith(incomplete)]
 
 
 def model_options(command: Command) -> Command:
@@ -122,7 +142,7 @@ class Skipped:
     def add(self, image: object, error: Exception, *, as_json: bool = False) -> None:
         """Name an image, with what is wrong with it."""
         self.records.append({"image": str(image), "error": one_line(error)})
-        with tqdm.external_write_mode():
+        with ProgressBar.external_write_mode():
             click.echo(f"Skipped {image}: {one_line(error)}", err=True)
             if as_json:
                 click.echo(json.dumps(self.records[-1]))

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from captum_lnstat.attribution.descent import descend, descend_heads
-from captum_lnstat.attribution.layer import LAYER_RULES
 from captum_lnstat.errors import SourceError, UnsupportedModelError
 from captum_lnstat.explanation.explainer import Explainer, Prepared
 from captum_lnstat.explanation.explanation import Explanation
 from captum_lnstat.explanation.subject.classes import find_class
 from captum_lnstat.explanation.subject.progress import progress
+from captum_lnstat.rules import layer_rule_names
 from captum_lnstat.visualize import class_sheet, comparison, draw_sheet, head_sheet, layer_sheet, write_figure
 
 Kind = Literal["sheet", "overlay", "original", "layers", "heads", "classes"]
@@ -52,9 +52,9 @@ def _figure(
         panels = comparison(model, inputs, explained.target, rule=rule, output=output, during=progress)
         return draw_sheet(image, panels, title)
     if kind == "layers":
-        if rule not in LAYER_RULES:
+        if rule not in layer_rule_names():
             raise UnsupportedModelError(
-                f"rule {rule!r} is not read at the blocks; expected one of {', '.join(map(repr, LAYER_RULES))}"
+                f"rule {rule!r} is not read at the blocks; expected one of {', '.join(map(repr, layer_rule_names()))}"
             )
         with progress("descending"):
             blocks = descend(model, inputs, explained.target, rule=rule, output=output)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from captum_lnstat import zoo
-from captum_lnstat.attribution.layer import LAYER_RULES
-from captum_lnstat.attribution.lnstat import RULES
 from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.demo import report
 from captum_lnstat.demo.photo import DemoError, Photo, from_upload
 from captum_lnstat.demo.samples import samples
 from captum_lnstat.demo.studio import BESIDE, SUGGESTED, Case, Question, Shown, Studio
+from captum_lnstat.rules import layer_rule_names, rule_names
 
 _SWEEP, _AGE = 60, 600  # seconds: how often uploaded files are looked through, and how old they get
 _SESSION = 3600  # seconds that the image of a visitor is kept
@@ -89,7 +88,7 @@ def build(studio: Studio, folder: Path) -> Any:
             return
         try:
             case = studio.case(photo, str(name), pretrained=weights == "pretrained")
-            depth = 0 if rule not in LAYER_RULES else int(depth)
+            depth = 0 if rule not in layer_rule_names() else int(depth)
             target = case.prediction if target is None else int(target)
             slider = _slider(gr, rule, case.depths, depth)
             for html in explain(case, Question(target, rule, depth, contrastive, tuple(beside))):
@@ -169,7 +168,9 @@ def build(studio: Studio, folder: Path) -> Any:
             with gr.Column(scale=5, min_width=320):
                 with gr.Row(elem_id="question"):
                     target = gr.Dropdown([], label="Class to explain", filterable=True, min_width=220, elem_id="target")
-                    rule = gr.Radio(list(RULES), value="lnstat", label="Rule", scale=2, min_width=300, elem_id="rule")
+                    rule = gr.Radio(
+                        list(rule_names()), value="lnstat", label="Rule", scale=2, min_width=300, elem_id="rule"
+                    )
                 with gr.Row(elem_id="options"):
                     depth = gr.Slider(0, 1, 0, step=1, label="Read after block", min_width=220, elem_id="depth")
                     with gr.Column(scale=2, min_width=300):
@@ -208,4 +209,4 @@ def build(studio: Studio, folder: Path) -> Any:
 
 def _slider(gr: Any, rule: str, depths: int, value: int = 0) -> Any:
     """The depths of a model, where the rule has any but the first."""
-    return gr.update(maximum=max(depths - 1, 1), value=value, interactive=depths > 1 and rule in LAYER_RULES)
+    return gr.update(maximum=max(depths - 1, 1), value=value, interactive=depths > 1 and rule in layer_rule_names())

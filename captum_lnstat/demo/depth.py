@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from captum_lnstat.attribution.layer import LAYER_RULES, LayerLNStat, LayerRule
+from captum_lnstat.attribution.layer import LayerLNStat, explain_layer
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.subject.subject import Subject
 from captum_lnstat.layout import Groups, even_shares
 from captum_lnstat.recording.eager import eager
+from captum_lnstat.rules import find_rule
 from captum_lnstat.topology import find_topology
-from captum_lnstat.trace.steps import Block, Merging, Transition
+from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -41,10 +42,9 @@ class DepthExplainer(Explainer):
         (6, torch.Size([1, 16, 16]))
     """
 
-    def __init__(self, subject: Subject, *, depth: int, rule: LayerRule = "lnstat", contrastive: bool = False) -> None:
+    def __init__(self, subject: Subject, *, depth: int, rule: str = "lnstat", contrastive: bool = False) -> None:
         super().__init__(subject, rule=rule, contrastive=contrastive)
-        if rule not in LAYER_RULES:
-            raise ValueError(f"rule={rule!r} has the full map only; expected one of {', '.join(LAYER_RULES)}")
+        find_rule(rule, at_every_block=True)
         self.depth = depth
         self._layered = partial(LayerLNStat, rule=rule, contrastive=contrastive)
 
@@ -60,7 +60,7 @@ class DepthExplainer(Explainer):
             raise ValueError(f"depth is {self.depth}; expected 1 to {len(trace.blocks) - 1}")
         block = trace.blocks[self.depth]
         layer = eager(find_topology(eager(model)).model).get_submodule(block.name)
-        found, _ = self._layered(model, layer)._explain(inputs, targets, None, attribute_to_layer_input=True)
+        found, _ = explain_layer(self._layered(model, layer), inputs, targets, attribute_to_layer_input=True)
         with torch.no_grad():
             return trace, to_patches(torch.cat([found.prefix, found.grid.flatten(1)], 1), trace, block)
 
@@ -84,9 +84,9 @@ def to_patches(tokens: Float[Tensor, "batch token"], trace: Trace, block: Block)
     """
     below = trace.steps[: next(i for i, step in enumerate(trace.steps) if step is block)]
     for step in reversed(below):
-        groups = step.groups if isinstance(step, Merging | Transition) else getattr(step, "skip", None)
+        groups = step.below
         if groups is not None:
-            tokens = _split(tokens, cast("Groups", groups))
+            tokens = _split(tokens, groups)
     patches = tokens[:, trace.prefix :]
     if trace.place is not None:
         patches = patches[:, trace.place]

@@ -6,6 +6,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -13,8 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from captum_lnstat import zoo
-from captum_lnstat.attribution.layer import LAYER_RULES
-from captum_lnstat.attribution.lnstat import RULES, Rule
 from captum_lnstat.attribution.methods import METHODS, Method, method_of_rule
 from captum_lnstat.demo.depth import DepthExplainer
 from captum_lnstat.demo.photo import DemoError, Photo
@@ -23,6 +22,7 @@ from captum_lnstat.explanation.explainer import Explainer, Prepared
 from captum_lnstat.explanation.prediction import Prediction
 from captum_lnstat.explanation.subject.images import Item
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
+from captum_lnstat.rules import layer_rule_names, rule_names
 from captum_lnstat.visualize import Panel, to_map
 
 # Shown in the menu; any other name that timm knows can be typed.
@@ -41,6 +41,8 @@ SUGGESTED = (
     "hiera_tiny_224",
 )
 _MODELS, _CASES, _MAPS = 3, 8, 128  # kept at a time
+# Seconds until a turn comes: a model may be on its way from a hub, for somebody else.
+_PATIENCE = 600.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,7 +83,7 @@ class Question:
     """
 
     target: int
-    rule: Rule = "lnstat"
+    rule: str = "lnstat"
     depth: int = 0
     contrastive: bool = False
     beside: tuple[str, ...] = ()
@@ -141,7 +143,7 @@ class Studio:
         name = name.strip()
         if not re.fullmatch(r"[\w.-]{1,120}", name):
             raise DemoError("That is no model's name; expected swin-mini, vit-mini or a name that timm knows.")
-        with self._lock:
+        with self._turn():
             return self._case(photo, self._explainer(name, pretrained and name not in zoo.names()))
 
     def maps(self, case: Case, question: Question) -> Iterator[Shown]:
@@ -151,11 +153,11 @@ class Studio:
             DemoError: There is no such map, or the model cannot be explained.
         """
         rule, depth, name = question.rule, question.depth, case.subject.name
-        if rule not in RULES:
-            raise DemoError(f"There is no rule {rule!r}; expected one of {', '.join(RULES)}.")
+        if rule not in rule_names():
+            raise DemoError(f"There is no rule {rule!r}; expected one of {', '.join(rule_names())}.")
         if not 0 <= question.target < case.count:
             raise DemoError(f"{name} has no class {question.target}; expected 0 to {case.count - 1}.")
-        if depth and rule not in LAYER_RULES:
+        if depth and rule not in layer_rule_names():
             raise DemoError(f"The rule {rule} has the full map only; put the slider at 0.")
         if not 0 <= depth < max(case.depths, 1):
             raise DemoError(f"{name} has no depth {depth}; expected 0 to {case.depths - 1}.")
@@ -167,17 +169,26 @@ class Studio:
             return question.target if method.per_class else case.prediction
 
         method = method_of_rule(rule)
-        with self._lock:
+        with self._turn():
             # Without a class to explain there is none to contrast it with.
             own = self._own(case, rule, target(method), depth, question.contrastive and method.per_class)
         yield own
         for beside in question.beside:
-            with self._lock:
+            with self._turn():
                 other = self._beside(case, beside, target(METHODS[beside]))
             yield other
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._lock.acquire(timeout=_PATIENCE):
+            raise DemoError("Something else has been computed here for ten minutes and is not done; try again later.")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
-def _own(case: Case, rule: Rule, target: int, depth: int, contrastive: bool) -> Shown:
+
+def _own(case: Case, rule: str, target: int, depth: int, contrastive: bool) -> Shown:
     method = method_of_rule(rule)
     kind: Any = partial(DepthExplainer, depth=depth) if depth else Explainer
 

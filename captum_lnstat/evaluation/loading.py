@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from captum_lnstat.evaluation.datasets import BrokenFileError, Dataset
@@ -12,6 +12,7 @@ from captum_lnstat.evaluation.frame import Example, Frame
 from captum_lnstat.evaluation.seeds import seed_of
 
 AHEAD = 2  # batches being read while one is worked on
+PATIENCE = 3600.0  # seconds that the reading of a batch may take, from a disk or a network that has to wake up
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,32 @@ def load(dataset: Dataset, frame: Frame, index: int) -> Example | Broken:
 def batches(
     dataset: Dataset, frame: Frame, blocks: Sequence[Sequence[int]], workers: int
 ) -> Iterator[tuple[Sequence[int], list[Example | Broken]]]:
-    """The samples of every block in turn."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        waiting: deque[tuple[Sequence[int], list[Future[Example | Broken]]]] = deque()
-        try:
-            for block in blocks:
-                waiting.append((block, [pool.submit(load, dataset, frame, index) for index in block]))
-                if len(waiting) > AHEAD:
-                    yield _ready(*waiting.popleft())
-            while waiting:
-                yield _ready(*waiting.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    """The samples of every block in turn.
+
+    Raises:
+        TimeoutError: The reading of an image does not come to an end.
+    """
+    pool = ThreadPoolExecutor(max(1, workers))
+    waiting: deque[tuple[Sequence[int], list[Future[Example | Broken]]]] = deque()
+    try:
+        for block in blocks:
+            waiting.append((block, [pool.submit(load, dataset, frame, index) for index in block]))
+            if len(waiting) > AHEAD:
+                yield _ready(*waiting.popleft(), dataset)
+        while waiting:
+            yield _ready(*waiting.popleft(), dataset)
+    finally:
+        # Not as a context manager, which would wait for the reading that does not come to an end.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _ready(
-    block: Sequence[int], futures: list[Future[Example | Broken]]
+    block: Sequence[int], futures: list[Future[Example | Broken]], dataset: Dataset
 ) -> tuple[Sequence[int], list[Example | Broken]]:
+    late = wait(futures, PATIENCE).not_done
+    if late:
+        name = next(dataset.name(index) for index, future in zip(block, futures, strict=True) if future in late)
+        raise TimeoutError(f"{name} could not be read in {PATIENCE:.0f} s; is the disk that it is on still there?")
     return block, [future.result() for future in futures]
 
 

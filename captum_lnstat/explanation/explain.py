@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.lnstat import Rule
 from captum_lnstat.errors import SourceError, warn_caller
 from captum_lnstat.explanation.explainer import Explainer, Target
 from captum_lnstat.explanation.explanation import Explanation, Explanations
@@ -28,7 +27,7 @@ def explain(
     images: str | Path | Image.Image,
     target: Target = ...,
     *,
-    rule: Rule = ...,
+    rule: str = ...,
     transform: Any = ...,
     class_names: Sequence[str] | None = ...,
     whole: bool = ...,
@@ -46,7 +45,7 @@ def explain(
     images: Sequence[ImageLike],
     target: Target | Sequence[Target] = ...,
     *,
-    rule: Rule = ...,
+    rule: str = ...,
     transform: Any = ...,
     class_names: Sequence[str] | None = ...,
     whole: bool = ...,
@@ -64,7 +63,7 @@ def explain(
     images: np.ndarray[Any, Any] | Tensor,
     target: Target | Sequence[Target] = ...,
     *,
-    rule: Rule = ...,
+    rule: str = ...,
     transform: Any = ...,
     class_names: Sequence[str] | None = ...,
     whole: bool = ...,
@@ -81,7 +80,7 @@ def explain(
     images: ImageLike | Sequence[ImageLike],
     target: Target | Sequence[Target] = None,
     *,
-    rule: Rule = "lnstat",
+    rule: str = "lnstat",
     transform: Any = None,
     class_names: Sequence[str] | None = None,
     whole: bool = False,

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captum_lnstat.attribution.lnstat import LNStatAttribution, Rule
+from captum_lnstat.attribution.base import explain_batch
+from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.attribution.pixels import to_pixels
 from captum_lnstat.errors import SourceError
 from captum_lnstat.explanation.explanation import Explanation, pixels_of
@@ -69,7 +70,7 @@ class Explainer:
         [(8, 8), (8, 8), (8, 8)]
     """
 
-    def __init__(self, subject: Subject, *, rule: Rule = "lnstat", output: Output = None, **options: Any) -> None:
+    def __init__(self, subject: Subject, *, rule: str = "lnstat", output: Output = None, **options: Any) -> None:
         self.subject = subject
         self.output = output
         self.lnstat = LNStatAttribution(subject.model, rule=rule, output=output, **options)
@@ -120,7 +121,7 @@ class Explainer:
 
     def relevance(self, inputs: Tensor, targets: list[int] | None) -> tuple[Trace, Tensor]:
         """The trace of the images' pass, and their relevance on the patch grid."""
-        outcome, relevance = self.lnstat._explain(inputs, targets, None)
+        outcome, relevance = explain_batch(self.lnstat, inputs, [targets])
         return outcome.trace, relevance.grid
 
     def explain(

@@ -1,7 +1,7 @@
 """Attention with a backward pass of its own: the maps and their gradient are made once, for all that need them.
 
 The kernel's backward pass makes ``A`` and ``dA`` from queries, keys and values, and drops them. A rule that weights
-maps with their gradients would make both again; here it hears them while they are there. The output is not kept.
+maps with their gradients would make both again; here it reads them while they are there. The output is not kept.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_lnstat.recording.constant_weights import either, few_rows, plain
+from captum_lnstat.recording.constant_weights import either, few_rows, plain, writable
 from captum_lnstat.recording.sites import FusedSite, Queries, SoftmaxSite
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-class Hearing(Protocol):
-    """What takes in the maps of one attention and their gradients, some at a time."""
+class Observer(Protocol):
+    """What reads the maps of one attention and their gradients, some at a time."""
 
     @property
     def wanted(self) -> Int[Tensor, " query"] | None:
@@ -36,23 +36,23 @@ class Hearing(Protocol):
         attention: Float[Tensor, "group head query key"],
         weighted: Float[Tensor, "group head query key"],
     ) -> None:
-        """``A`` and ``dA * A`` of some heads and queries. The second is given away: it may be overwritten."""
+        """``A`` and ``dA * A`` of some heads and queries. The second may be overwritten."""
         ...
 
-    def turn(self, queries: Queries) -> None:
-        """All heads of these queries have been given."""
+    def end_chunk(self, queries: Queries) -> None:
+        """All heads of these queries have been added."""
         ...
 
-    def end(self, heard: Int[Tensor, " query"] | None) -> None:
-        """All has been given: of these queries, ``None`` for all, the wanted ones among them."""
+    def finish(self, queries: Int[Tensor, " query"] | None) -> None:
+        """All has been added: of these queries, ``None`` for all, the wanted ones among them."""
         ...
 
 
-# Plays the maps of an attention to who hears them.
-Play = Callable[[Hearing], None]
+# Feeds an observer the maps of an attention and their gradients.
+Feed = Callable[[Observer], None]
 
 
-class ListenedAttention(torch.autograd.Function):
+class ObservedAttention(torch.autograd.Function):
     """``scaled_dot_product_attention`` in value; its backward pass goes in pieces that fit the cache.
 
     With ``A = softmax(scale * q k^T + mask)`` and ``dO`` the gradient at ``O = A v``:
@@ -61,23 +61,24 @@ class ListenedAttention(torch.autograd.Function):
         ``dq = scale * dS k``, ``dk = scale * dS^T q``, ``dv = A^T dO``
 
     Queries of no gradient are left out where few have one: in the last block of a model whose head reads the class
-    token. Who listens is set at the node, as ``listener``, for the backward pass; it is given a ``Play``.
+    token. The observer is set at the node for the backward pass, as a function that is given a ``Feed``.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, site: FusedSite) -> Tensor:
-        ctx.site, ctx.listener = site, None
+        ctx.site, ctx.observer = site, None
         # Detached, as without a graph: which kernel runs hangs on what requires a gradient.
         q, k, v = query.detach(), key.detach(), value.detach()
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=site.is_causal, scale=site.scale)
+        output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=site.is_causal, scale=site.scale)
+        return writable(output)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         slopes = _Slopes(ctx.site)
-        if ctx.listener is None:
-            _play(ctx.site, d_output, slopes, None)
+        if ctx.observer is None:
+            _feed(ctx.site, d_output, slopes, None)
         else:
-            ctx.listener(partial(_play, ctx.site, d_output, slopes))
+            ctx.observer(partial(_feed, ctx.site, d_output, slopes))
         return slopes.query, slopes.key, slopes.value, None, None
 
 
@@ -99,41 +100,41 @@ class _Slopes:
         head: int,
         attention: Float[Tensor, "group query key"],
         weighted: Float[Tensor, "group query key"],
-        d_heard: Float[Tensor, "group query channel"],
+        d_averaged: Float[Tensor, "group query channel"],
     ) -> None:
         """With ``weighted = A * dA``."""
-        self.value[:, head].baddbmm_(attention.transpose(1, 2), d_heard)
+        self.value[:, head].baddbmm_(attention.transpose(1, 2), d_averaged)
         d_scores = torch.addcmul(weighted, attention, weighted.sum(-1, keepdim=True), value=-1)
         self.query[:, head][:, queries] = (d_scores @ self._k[:, head]).mul_(self._scale)
         self.key[:, head].baddbmm_(d_scores.transpose(1, 2), self._q[:, head][:, queries], alpha=self._scale)
 
 
-def _play(site: FusedSite, d_output: Tensor, slopes: _Slopes, hearing: Hearing | None) -> None:
+def _feed(site: FusedSite, d_output: Tensor, slopes: _Slopes, observer: Observer | None) -> None:
     wanted = few_rows(d_output.movedim(2, 0))
-    if hearing is not None:
-        wanted = either(wanted, hearing.wanted)
+    if observer is not None:
+        wanted = either(wanted, observer.wanted)
     values = site.value.read().transpose(-2, -1)
-    for queries, turns in site.chunks(wanted, one_head=True):
-        for heads, attention in turns:
-            d_heard = d_output[:, heads.start][:, queries]
-            weighted = (d_heard @ values[:, heads.start])[:, None].mul_(attention)
-            slopes.add(queries, heads.start, attention[:, 0], weighted[:, 0], d_heard)
-            if hearing is not None:
-                hearing.add(queries, heads, attention, weighted)
-        if hearing is not None:
-            hearing.turn(queries)
-    if hearing is not None:
-        hearing.end(wanted)
+    for queries, some_heads in site.chunks(wanted, one_head=True):
+        for heads, attention in some_heads:
+            d_averaged = d_output[:, heads.start][:, queries]
+            weighted = (d_averaged @ values[:, heads.start])[:, None].mul_(attention)
+            slopes.add(queries, heads.start, attention[:, 0], weighted[:, 0], d_averaged)
+            if observer is not None:
+                observer.add(queries, heads, attention, weighted)
+        if observer is not None:
+            observer.end_chunk(queries)
+    if observer is not None:
+        observer.finish(wanted)
 
 
-class ListenedProduct(torch.autograd.Function):
-    """``A v`` of maps that the model made; who listens hears ``dA = dO v^T`` in the backward pass. ``dv = A^T dO``."""
+class ObservedProduct(torch.autograd.Function):
+    """``A v`` of maps that the model made; its observer reads ``dA = dO v^T`` in the backward pass. ``dv = A^T dO``."""
 
     @staticmethod
     def forward(ctx: Any, attention: Tensor, value: Tensor, site: SoftmaxSite) -> Tensor:
         ctx.save_for_backward(attention, value)
-        ctx.site, ctx.listener = site, None
-        return attention @ value
+        ctx.site, ctx.observer = site, None
+        return writable(attention @ value)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -144,20 +145,20 @@ class ListenedProduct(torch.autograd.Function):
         d_value = (attention if few is None else attention[:, :, few]).transpose(-2, -1) @ d_output
         if few is not None:
             d_attention = torch.zeros_like(attention).index_copy_(2, few, d_attention)
-        if ctx.listener is not None:
-            ctx.listener(partial(_play_maps, ctx.site, d_attention))
+        if ctx.observer is not None:
+            ctx.observer(partial(_feed_maps, ctx.site, d_attention))
         return d_attention, d_value, None
 
 
-def _play_maps(site: SoftmaxSite, d_attention: Tensor, hearing: Hearing) -> None:
-    for queries, turns in site.chunks(hearing.wanted):
-        for heads, attention in turns:
-            hearing.add(queries, heads, attention, d_attention[:, heads][:, :, queries] * attention)
-        hearing.turn(queries)
-    hearing.end(hearing.wanted)
+def _feed_maps(site: SoftmaxSite, d_attention: Tensor, observer: Observer) -> None:
+    for queries, some_heads in site.chunks(observer.wanted):
+        for heads, attention in some_heads:
+            observer.add(queries, heads, attention, d_attention[:, heads][:, :, queries] * attention)
+        observer.end_chunk(queries)
+    observer.finish(observer.wanted)
 
 
-def can_be_listened(site: FusedSite, dropout: float, mask: Tensor | None) -> bool:
+def can_be_observed(site: FusedSite, dropout: float, mask: Tensor | None) -> bool:
     """Whether the backward pass here is that of the call: full precision, no dropout, on the CPU.
 
     On other devices, and in half precision, the kernel's own is faster, and is taken.
@@ -171,7 +172,7 @@ def can_be_listened(site: FusedSite, dropout: float, mask: Tensor | None) -> boo
     )
 
 
-def product_can_be_listened(site: SoftmaxSite, attention: Tensor, value: Tensor) -> bool:
+def product_can_be_observed(site: SoftmaxSite, attention: Tensor, value: Tensor) -> bool:
     """Whether a product is that of the maps as the softmax made them: no dropout or cast stands between."""
     made = site.attention.tensor
     return (

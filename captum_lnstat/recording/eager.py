@@ -21,6 +21,11 @@ def eager(module: nn.Module) -> nn.Module:
             return module
 
 
+def recorded_name(dotted: str) -> str:
+    """What a recording calls a module: its dotted name without the wrappers of ``torch.compile`` on the way."""
+    return dotted.replace("._orig_mod", "")
+
+
 class _Eagerly:
     """While any thread records, ``torch.compile`` directives are ignored: Dynamo cannot trace into a recorder.
 

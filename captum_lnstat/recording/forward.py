@@ -1,21 +1,22 @@
-"""Which of the things that ``forward_func`` returns is explained."""
+"""How ``forward_func`` is called, Captum's way, and which of the things that it returns is explained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, Union
 
-from captum._utils.common import (
-    _format_additional_forward_args,
-    _format_output,
-    _is_tuple,
-    _run_forward,
-    _select_targets,
-    _validate_target,
-)
-from captum.log import log_usage
+from captum._utils import common
+from captum.log import log_usage as log_usage
 from torch import Tensor
 
+# Private helpers of Captum, unchanged in name from Captum 0.7 to 0.9.
+format_additional_forward_args = common._format_additional_forward_args
+format_output, is_tuple = common._format_output, common._is_tuple
+run_forward, select_targets, validate_target = common._run_forward, common._select_targets, common._validate_target
+
+Target = Union[None, int, tuple[int, ...], Tensor, list[int], list[tuple[int, ...]]]
+ForwardArgs = Any
+TensorOrTuple = TypeVar("TensorOrTuple", Tensor, tuple[Tensor, ...])
 Output = Union[None, str, int, Callable[[Any], Tensor]]
 
 
@@ -95,17 +96,3 @@ def _listing(returned: Any) -> str:
         for key, value in items.items()
     )
     return f" of {{{', '.join(shapes)}}}" if items else ""
-
-
-__all__ = [
-    "_format_additional_forward_args",
-    "_format_output",
-    "_is_tuple",
-    "_run_forward",
-    "_select_targets",
-    "_validate_target",
-    "log_usage",
-]
-Target = Union[None, int, tuple[int, ...], Tensor, list[int], list[tuple[int, ...]]]
-ForwardArgs = Any
-TensorOrTuple = TypeVar("TensorOrTuple", Tensor, tuple[Tensor, ...])

@@ -86,9 +86,9 @@ class Fuser:
 def fuse(site: AttentionSite, fusion: HeadFusion) -> Float[Tensor, "batch query key"]:
     """The head-fused attention of one site."""
     parts = []
-    for _, turns in site.chunks(whole_maps=callable(fusion)):
+    for _, some_heads in site.chunks(whole_maps=callable(fusion)):
         fuser = Fuser(fusion, site.shape[1], signed=site.signed)
-        for _, attention in turns:
+        for _, attention in some_heads:
             fuser.add(attention)
         parts.append(fuser.fused())
     return torch.cat(parts, 1)

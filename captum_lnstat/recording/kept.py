@@ -36,13 +36,13 @@ class Original:
     changed: bool = False
 
 
-class Shelf:
+class Arena:
     """Keeps one copy of every large storage, as it was when it was first seen.
 
     Example:
-        >>> x, shelf = torch.zeros(1 << 20), Shelf()
-        >>> copy, _ = shelf.put(x)
-        >>> again, _ = shelf.put(x[:500_000])
+        >>> x, arena = torch.zeros(1 << 20), Arena()
+        >>> copy, _ = arena.put(x)
+        >>> again, _ = arena.put(x[:500_000])
         >>> copy.data_ptr() == again.data_ptr() != x.data_ptr()
         True
     """
@@ -106,11 +106,11 @@ class Kept:
         return cls(tensor, -1 if tensor.is_inference() else tensor._version)
 
     @classmethod
-    def on(cls, shelf: Shelf | None, tensor: Tensor) -> Kept:
-        """A copy on the shelf if the tensor is large, so that what is kept does not lie between what is not."""
-        if shelf is None:
+    def on(cls, arena: Arena | None, tensor: Tensor) -> Kept:
+        """A copy in the arena if the tensor is large, so that what is kept does not lie between what is not."""
+        if arena is None:
             return cls.of(tensor)
-        copy, original = shelf.put(tensor)
+        copy, original = arena.put(tensor)
         return cls.of(tensor) if original is None else cls(copy, -1, original)
 
     def read(self) -> Tensor:

@@ -25,16 +25,20 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.attention_backward import (
-    ListenedAttention,
-    ListenedProduct,
-    can_be_listened,
-    product_can_be_listened,
+    ObservedAttention,
+    ObservedProduct,
+    can_be_observed,
+    product_can_be_observed,
 )
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
+from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer, FrozenLayerNorm, returns_moments
-from captum_lnstat.recording.kept import Kept, Shelf, edge
+from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite, SoftmaxSite
+
+# What of a model gets a graph: see ``Recorder``.
+Differentiable = Literal["head", "model", "affine"]
 
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 # What may stand between the softmax and the product with the values without being another quantity.
@@ -90,10 +94,10 @@ class Recorder(TorchFunctionMode):
             the module whose output it is. The head from there on runs with a
             graph and with frozen LayerNorm statistics; its values are bit for bit those of the model.
         channels_first: There the stream has its channels before its rows; it is kept with them last.
-        cut: Cut the graph where the head begins (the trunk needs none). False keeps the trunk's graph, and the
-            LayerNorms as they are.
-        freeze: ``"head"`` freezes the LayerNorms of a head that was cut off. ``"everything"`` freezes norms, attention
-            probabilities and activation gates of the whole model, which is then affine for autograd.
+        differentiable: What gets a graph. ``"head"``: the head alone, cut off from the trunk, with its LayerNorms
+            frozen. ``"model"``: all of it as it is. ``"affine"``: all of it, with norms, attention probabilities and
+            activation gates frozen: the model is then affine for autograd.
+        compact: Copy large tensors to a place of their own, out of the model's way; for ``"head"`` only.
 
     Example:
         >>> import torch
@@ -113,9 +117,8 @@ class Recorder(TorchFunctionMode):
         head_follows: nn.Module | None = None,
         *,
         channels_first: bool = False,
-        cut: bool = True,
+        differentiable: Differentiable = "head",
         compact: bool = False,
-        freeze: Literal["head", "everything"] = "head",
     ) -> None:
         super().__init__()
         self._model = model
@@ -123,13 +126,12 @@ class Recorder(TorchFunctionMode):
         self._head_begins = head_begins
         self._head_follows = head_follows
         self._channels_first = channels_first
-        self._cut = cut
+        self._differentiable = differentiable
         # What is in a graph is kept by the graph, where it is.
-        self._shelf = Shelf() if cut and compact else None
-        self._freezer = Freezer() if freeze == "everything" else None
-        # Every function is called as it is, and only some are looked at.
-        self._plain = cut and self._freezer is None
+        self._arena = Arena() if differentiable == "head" and compact else None
+        self._freezer = Freezer() if differentiable == "affine" else None
         self._thread = threading.get_ident()
+        self._grad_enabled = torch.is_grad_enabled()
         self._handles: list[RemovableHandle] = []
         self._running: list[str] = [""]
         self._events: list[AttentionSite | _Softmax] = []
@@ -147,12 +149,13 @@ class Recorder(TorchFunctionMode):
         return Recording(sites, tuple(self._norms), calls, self._stream_end, tuple(self._joins))
 
     def __enter__(self) -> Recorder:
+        self._grad_enabled = torch.is_grad_enabled()
         try:
             stamped = self._taps | {self._model, self._head_begins, self._head_follows}
             for dotted, module in self._model.named_modules():
                 if type(module) in _LEAVES and module not in stamped:
                     continue
-                name = dotted.replace("._orig_mod", "")  # a block wrapped by torch.compile
+                name = recorded_name(dotted)
                 self._handles.append(module.register_forward_pre_hook(self._entering(name)))
                 self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
         except BaseException:
@@ -168,6 +171,7 @@ class Recorder(TorchFunctionMode):
         self._softmaxes.clear()
         if self._freezer is not None:
             self._freezer.clear()
+        torch.set_grad_enabled(self._grad_enabled)  # the head has switched gradients on
         super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
 
     def _remove_hooks(self) -> None:
@@ -176,7 +180,7 @@ class Recorder(TorchFunctionMode):
         self._handles.clear()
 
     def _keep(self, tensor: Tensor) -> Kept:
-        return Kept.on(self._shelf, tensor)
+        return Kept.on(self._arena, tensor)
 
     # Other threads may run the same model while this one records: their calls are none of our business.
     def _elsewhere(self) -> bool:
@@ -221,24 +225,23 @@ class Recorder(TorchFunctionMode):
         first = self._channels_first and stream.dim() == 4
         if first:
             stream = stream.movedim(1, -1)
-        if not self._cut:
+        if self._differentiable != "head":
             self._stream_end = stream
             return stream.movedim(-1, 1) if first else None
         # Where it lies is where what was kept of it lies.
         stream = self._keep(stream).tensor
-        # The caller's grad mode comes back when the forward_func call returns: see engine.py.
-        torch.set_grad_enabled(True)
+        torch.set_grad_enabled(True)  # until the recorder is left
         self._stream_end = stream.detach().requires_grad_()
         return self._stream_end.movedim(-1, 1) if first else self._stream_end
 
     @property
     def _in_cut_head(self) -> bool:
-        return self._cut and self._stream_end is not None
+        return self._differentiable == "head" and self._stream_end is not None
 
     @property
     def _ours(self) -> bool:
         """A backward pass of the model that only the gradient rule will run."""
-        return not self._cut and self._freezer is None and len(self._running) > 1
+        return self._differentiable == "model" and len(self._running) > 1
 
     def __torch_function__(
         self,
@@ -248,7 +251,10 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._elsewhere() or (self._plain and function not in _WATCHED and self._is_new(args)):
+        if self._elsewhere() or (
+            # Of the trunk of a head that was cut off, every function is called as it is, and only some are looked at.
+            self._differentiable == "head" and function not in _WATCHED and self._is_new(args)
+        ):
             return function(*args, **kwargs)
         if function in LAYER_NORMS:
             return self._layer_norm(function, *args, **kwargs)
@@ -282,7 +288,7 @@ class Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         if self._freezer is not None:
             return self._freezer(function, args, kwargs)
-        if not self._cut:
+        if self._differentiable == "model":
             args, kwargs = with_constant_weights(function, args, kwargs)
             if function is F.linear:
                 return linear(*args, **kwargs)
@@ -303,8 +309,8 @@ class Recorder(TorchFunctionMode):
         mask = None if attn_mask is None else self._keep(attn_mask)
         q, k, v = self._keep(query), self._keep(key), self._keep(value)
         site = FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, None)
-        if self._ours and can_be_listened(site, dropout_p, attn_mask):
-            output: Tensor = ListenedAttention.apply(query, key, value, attn_mask, site)
+        if self._ours and can_be_observed(site, dropout_p, attn_mask):
+            output: Tensor = ObservedAttention.apply(query, key, value, attn_mask, site)
         else:
             output = call()
         self._events.append(replace(site, output=edge(output)))
@@ -314,8 +320,8 @@ class Recorder(TorchFunctionMode):
         _, event = self._softmaxes.get(id(attention), (None, None))
         if event is not None and not event.multiplied:
             site = SoftmaxSite(event.module, event.attention, self._keep(value), None)
-            if product_can_be_listened(site, attention, value):
-                output: Tensor = ListenedProduct.apply(attention, value, site)
+            if product_can_be_observed(site, attention, value):
+                output: Tensor = ObservedProduct.apply(attention, value, site)
                 return output
         return call()
 
@@ -368,11 +374,11 @@ class Recorder(TorchFunctionMode):
         elif self._freezer is None and returns_moments(input):
             # What layer_norm itself calls. Reading the statistics here saves reading the tokens again for them.
             arguments = (input, shape, weight, bias, float(eps))
-            if not self._cut:
+            if self._differentiable == "model":
                 arguments, _ = with_constant_weights(function, arguments, {})
             output, *pair = torch.native_layer_norm(*arguments)
-            if self._shelf is not None and kept.original is not None:
-                pair = [self._shelf.put(moment, least=0)[0] for moment in pair]
+            if self._arena is not None and kept.original is not None:
+                pair = [self._arena.put(moment, least=0)[0] for moment in pair]
             moments = (pair[0], pair[1])
         else:
             output = self._call(function, (input, normalized_shape, weight, bias, eps, *rest), kwargs)

@@ -80,12 +80,12 @@ class AttentionSite(ABC):
         wanted = count if queries is None else len(queries)
         at_once = wanted if whole_maps else min(wanted, max(QUERIES, CHUNK // max(1, batch * keys)))
         step = 1 if one_head else max(1, CHUNK // max(1, batch * at_once * keys))
-        turns = [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
+        some_heads = [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
         for start in range(0, wanted, max(1, at_once)):
             some: Queries = slice(start, min(start + at_once, wanted))
             if queries is not None:
                 some = queries[some]
-            yield some, ((turn, self.probabilities(turn, some)) for turn in turns)
+            yield some, ((heads_, self.probabilities(heads_, some)) for heads_ in some_heads)
 
 
 def _four_dimensional(tensor: Tensor, module: str) -> Tensor:

@@ -143,7 +143,7 @@ def check_start(trace: Trace, read: Bool[Tensor, "batch token"]) -> None:
     """The head may only read the tokens that the topology says it reads."""
     expected = trace.start("mean").ne(0)
     unexpected = read & ~expected
-    # In float16 a covector can vanish for want of small numbers.
+    # In float16 a cotangent can vanish for want of small numbers.
     exact = isinstance(trace.pooling, FixedPooling) and trace.blocks[0].site.dtype != torch.float16
     if exact and not bool(unexpected.any()):
         missing = expected & ~read & read.any(1, keepdim=True)

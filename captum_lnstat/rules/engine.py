@@ -1,27 +1,26 @@
-"""One recorded forward pass of the user's forward function, traced, with what a rule needs from the score."""
+"""One recorded forward pass of the user's forward function, traced, with what a rule may ask of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.eager import eager, run_eagerly
-from captum_lnstat.recording.forward import ForwardArgs, Output, Target, _run_forward, pick_output
-from captum_lnstat.recording.recorder import Recorder
+from captum_lnstat.recording.forward import ForwardArgs, Output, Target, pick_output, run_forward
+from captum_lnstat.recording.recorder import Differentiable, Recorder
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
 from captum_lnstat.rules.checks import check_model, check_seen, check_size, check_start, check_stream, reads
-from captum_lnstat.rules.gradient import BackwardPass
-from captum_lnstat.rules.head import check_differentiable, contrast, gradients, head_covector, target_score
-from captum_lnstat.topology import Topology, find_topology
+from captum_lnstat.rules.head import Head, contrast, gradients, target_score
+from captum_lnstat.topology import find_topology
 from captum_lnstat.topology.anatomy.parts import looked_up_once
-from captum_lnstat.trace.covector import Covector
-from captum_lnstat.trace.pooling import FixedPooling
+from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
 # Of images with more numbers than that, what is recorded is copied out of the model's way: it costs some per cent of
@@ -30,45 +29,39 @@ COMPACT = 1 << 20
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a rule needs from a forward pass.
+class Pass:
+    """One forward pass. What needs a backward pass is made when a rule asks for it.
 
     Attributes:
-        target: A target; rules that are class-agnostic need none.
-        covector: The head's covector at the end of the stream.
-        contrastive: The score is that of the target against the other classes.
-        output_gradients: The gradient of the score at every attention's output, hence the trunk's graph.
-        input_gradient: Input times gradient with everything in the model frozen that is not affine.
-    """
-
-    target: bool = False
-    covector: bool = False
-    contrastive: bool = False
-    output_gradients: bool = False
-    input_gradient: bool = False
-
-    @property
-    def graph(self) -> bool:
-        """The trunk runs with a graph."""
-        return self.output_gradients or self.input_gradient
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one forward pass gives a rule; fields that were not needed are ``None``.
-
-    With several targets ``u`` and ``constant`` are those of all of their ``scores``; ``score`` is the first.
+        trace: The way from the patches to the head.
+        recording: What the model left.
+        output: What ``forward_func`` returned.
+        head: The scores that are explained, and their cotangent at the end of the stream.
+        image: What the model was given, in the graph of the scores if the whole model is in it.
     """
 
     trace: Trace
     recording: Recording
     output: Tensor
-    score: Tensor | None
-    scores: tuple[Tensor, ...]
-    u: Covector | None
-    constant: Tensor | None
-    backward: BackwardPass | None
-    input_times_gradient: Tensor | None
+    head: Head
+    image: Tensor
+
+    @property
+    def score(self) -> Tensor | None:
+        """The first score of every image; ``None`` for a class-agnostic rule without a target."""
+        return self.head.values[0] if self.head.values else None
+
+    @cached_property
+    def input_times_gradient(self) -> Tensor:
+        """The image times the gradient of the score there; the whole model has to be differentiable."""
+        slope, gradient = gradients(self.head.scores[0], [self.head.stream_end, self.image])
+        check_start(self.trace, reads(slope))
+        dtype = accumulation_dtype(self.image)
+        return self.image.detach().to(dtype) * gradient.to(dtype)
+
+    def above(self, block: Block, *, into: bool) -> Pass:
+        """The same pass from a block to the head, as ``Trace.above``."""
+        return replace(self, trace=self.trace.above(block, into=into))
 
 
 @looked_up_once()
@@ -76,26 +69,40 @@ def run(
     forward_func: Callable[..., Any],
     model: nn.Module,
     image: Tensor,
-    target: Target,
-    additional_forward_args: ForwardArgs,
-    needs: Needs,
+    targets: Sequence[Target] = (None,),
+    additional_forward_args: ForwardArgs = None,
+    *,
+    class_specific: bool = False,
+    contrastive: bool = False,
+    differentiable: Differentiable = "head",
     output: Output = None,
-    more_targets: Sequence[Target] = (),
 ) -> Pass:
-    """Run ``forward_func`` once and record it. Neither the model, the caller's grad mode nor ``image`` is changed."""
+    """Run ``forward_func`` once and record it. Neither the model, the caller's grad mode nor ``image`` is changed.
+
+    Args:
+        forward_func: The function; it runs ``model`` once.
+        model: The transformer.
+        image: The images.
+        targets: The targets that are explained, one for most rules.
+        additional_forward_args: Passed on to ``forward_func``.
+        class_specific: The rule explains a score; if not, a target need not be given.
+        contrastive: The score is that of the target against the other classes.
+        differentiable: What of the model has to be, for the rule.
+        output: Which of several outputs is explained.
+    """
     topology = find_topology(eager(model))
     check_model(topology.model)
     if isinstance(forward_func, nn.Module):
         forward_func = eager(forward_func)
     check_size(image, topology.model, topology.entrance, direct=forward_func is topology.model)
     # A caller in inference_mode or no_grad still gets gradients at the head; the trunk has a graph only if asked for.
-    with torch.inference_mode(False), torch.set_grad_enabled(needs.graph):
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiable != "head"):
         x = image.detach().clone(memory_format=torch.contiguous_format)
         parameter = next((p for p in topology.model.parameters() if p.is_floating_point()), x)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(parameter.dtype)
         leaf = x
-        if needs.graph:
+        if differentiable != "head":
             x = leaf.requires_grad_().clone()  # not a leaf: a model may normalise it in place
         recorder = Recorder(
             topology.model,
@@ -103,75 +110,39 @@ def run(
             topology.head_begins,
             topology.head_follows,
             channels_first=topology.channels_first,
-            cut=not needs.graph,
+            differentiable=differentiable,
             compact=x.numel() > COMPACT,
-            freeze="everything" if needs.input_gradient else "head",
         )
         with run_eagerly, recorder:
-            returned = _run_forward(forward_func, (x,), None, additional_forward_args)
-            scores = pick_output(returned, output)
-    # The hook at the head has switched gradients on; leaving the context above has put the caller's mode back.
+            returned = run_forward(forward_func, (x,), None, additional_forward_args)
+            returned = pick_output(returned, output)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        recording = replace(recorder.recording, scores=scores)
-        return _read(topology, recording, scores, image, leaf, (target, *more_targets), needs)
+        recording = replace(recorder.recording, scores=returned)
+        stream_end = _check_ran(recording, topology.model)
+        scores: tuple[Tensor, ...] = ()
+        if contrastive:
+            scores = tuple(contrast(returned, target) for target in targets)
+        elif class_specific or targets[0] is not None:
+            scores = tuple(target_score(returned, target) for target in targets)
+        with torch.no_grad():
+            check_seen(recording.call(topology.entrance).input.tensor, image)
+            trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
+            check_stream(trace, stream_end)
+        trace = replace(trace, training=topology.model.training)
+        head = Head(scores, stream_end, trace)
+        if differentiable == "head":
+            head.check(returned, class_specific=class_specific)
+    return Pass(trace, recording, returned.detach(), head, leaf)
 
 
-def _read(
-    topology: Topology,
-    recording: Recording,
-    output: Tensor,
-    image: Tensor,
-    leaf: Tensor,
-    targets: Sequence[Target],
-    needs: Needs,
-) -> Pass:
+def _check_ran(recording: Recording, model: nn.Module) -> Tensor:
+    """The end of the stream, if the model ran and returned numbers."""
     if recording.stream_end is None:
         raise RecordingError(
-            f"forward_func never ran {type(topology.model).__name__} on this thread; expected exactly one pass of the "
-            "model given as model="
+            f"forward_func never ran {type(model).__name__} on this thread; expected exactly one pass of the model "
+            "given as model="
         )
-    if not bool(torch.isfinite(output).all()):
+    assert recording.scores is not None
+    if not bool(torch.isfinite(recording.scores).all()):
         raise RecordingError("the model's output is not finite: a NaN or an overflow on the way makes every map wrong")
-    u = constant = backward = input_times_gradient = None
-    scores: tuple[Tensor, ...] = ()
-    if needs.contrastive:
-        scores = tuple(contrast(output, target) for target in targets)
-    elif needs.target or targets[0] is not None:
-        scores = tuple(target_score(output, target) for target in targets)
-    score = scores[0] if scores else None
-    with torch.no_grad():
-        check_seen(recording.call(topology.entrance).input.tensor, image)
-        trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
-        trace = replace(trace, training=topology.model.training)
-        check_stream(trace, recording.stream_end)
-    if needs.covector and score is not None:
-        u, constant = head_covector(scores, recording.stream_end)
-        check_start(trace, u.reads())
-    elif not needs.graph and not (isinstance(trace.pooling, FixedPooling) and trace.pooling.seen):
-        # What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be.
-        read = score if score is not None else output.flatten(1)[:, 0] if output.dim() > 1 else output
-        if read.requires_grad:
-            check_start(trace, reads(gradients(read, [recording.stream_end])[0]))
-    if needs.output_gradients and "gradient" not in trace.rules:
-        defined = ", ".join(map(repr, trace.rules))
-        raise UnsupportedModelError(
-            f"the attention of {type(topology.model).__name__} has no output that a gradient can be taken at, so rules "
-            f"with the gradient of attention are not defined for it; expected one of {defined}"
-        )
-    if needs.output_gradients and score is not None:
-        missing = [block for block in trace.blocks if block.site.output is None]
-        if missing:
-            raise RecordingError(
-                f"the attention of {missing[0].name} is not in the graph of the score, so it has no gradient; expected "
-                "a model and forward_func without no_grad, detach or re-entrant checkpointing"
-            )
-        check_differentiable(score)
-        backward = BackwardPass(score, recording.stream_end)
-    if needs.input_gradient and score is not None:
-        slope, gradient = gradients(score, [recording.stream_end, leaf])
-        check_start(trace, reads(slope))
-        dtype = accumulation_dtype(leaf)
-        input_times_gradient = leaf.detach().to(dtype) * gradient.to(dtype)
-    known = tuple(score.detach() for score in scores)
-    first = known[0] if known else None
-    return Pass(trace, recording, output.detach(), first, known, u, constant, backward, input_times_gradient)
+    return recording.stream_end

@@ -1,124 +1,114 @@
-"""Evidence: an exact split of the score over the tokens that it came from."""
+"""Evidence ``E``: the class score, split exactly over the tokens that its terms came from.
+
+``y_c = sum_i u_i . x_i + constant`` at the end of the stream, and the stream is a sum: of what each attention head
+put on each token from each token, of what each MLP put there, and of the input tokens. Each term is put on the token
+that it came from, and rolled down by the relations of the blocks below.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.rules.checks import (
-    HALF_TOLERANCE,
-    TOLERANCE,
-)
-from captum_lnstat.rules.relation import Handed
+from captum_lnstat.rules.checks import HALF_TOLERANCE, TOLERANCE
+from captum_lnstat.rules.head import Head
 from captum_lnstat.rules.relevance import Relevance, Settings, per_image
-from captum_lnstat.rules.walk import _Row, _walk
-from captum_lnstat.trace.covector import Covector, to_children
-from captum_lnstat.trace.maps import pull_through
-from captum_lnstat.trace.steps import Block, Merging, Transition, Update
+from captum_lnstat.rules.rule import register
+from captum_lnstat.rules.walk import Request, RowVector, Walk, plus, walk
+from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.steps import Block, Step, Update
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-
-class _Evidence:
-    """``r <- s * r + ((1 - s) * r) A + c``, collecting on the way what was said for the class.
-
-    ``<u, MLP update>`` is put on the token that the MLP ran on, ``c_j = sum_h sum_i A^h_ij (u_i W_O^h) . v^h_j`` on the
-    token it came from, ``<u, input token>`` at the end. With these three the sum over tokens and constant is the score.
-    """
-
-    def __init__(self, u: Covector, constant: Float[Tensor, "batch score"], settings: Settings) -> None:
-        self._settings = settings
-        self.u: Covector | None = u
-        self.constant = constant
-        self.row = _Row(u.spread(u.scale.new_zeros(*u.scale.shape, u.scores)), u.at)
-        self._kept = self.row.tokens
-
-    def _add(self, said: Tensor) -> None:
-        assert self.u is not None
-        self.row.tokens = self.row.tokens + self.u.spread(said)
-
-    def _keep(self, block: Block) -> Tensor:
-        return block.residual_share(self._settings.evidence_residual)[..., None] * self.row.tokens
-
-    def give(self, block: Block) -> Tensor:
-        if self.u is not None and block.after is not block.between:
-            self._add(self.u.read(block.after, block.between))
-        self._kept = self._keep(block)
-        return self.row.tokens - self._kept
-
-    def take(self, block: Block, handed: Tensor, lost: Tensor, said: Handed) -> None:
-        keep = self._kept
-        if self.u is not None:
-            assert said.said is not None
-            assert said.said_lost is not None
-            assert said.constant is not None
-            handed = handed + said.said
-            self.constant = self.constant + said.said_lost + said.constant
-            if block.pull is not None:
-                self._pull(block.pull)
-            elif block.skip is not None:
-                # The pooling between is not affine: what the tokens after it say is put under them.
-                keep = keep + self.u.spread(self.u.read(block.base))
-                self.u = None
-        self.row.through_block(block, keep, handed, lost)
-
-    def beside(self, step: Merging | Update | Transition) -> None:
-        if self.u is None:
-            return
-        if isinstance(step, Update):
-            self._add(self.u.read(step.after, step.before))
-        elif isinstance(step, Merging):
-            joined, constant = pull_through(step.path, self.u)
-            # A padded child is a token of zeros: whatever u is there, nothing was said.
-            self.u, self.constant = to_children(joined, step.groups), self.constant + constant.sum(1)
-        elif step.pull is not None:
-            self._pull(step.pull)
-        else:
-            self._add(self.u.read(step.after))
-            self.u = None
-
-    def _pull(self, pull: Callable[[Covector], tuple[Covector, Tensor]]) -> None:
-        assert self.u is not None
-        u, constant = pull(self.u)
-        # Where the head reads a token that joined on the way, nothing is said from here down.
-        self.u, self.constant = u if len(u.at) else None, self.constant + constant
-
-    def at_the_image(self, trace: Trace) -> tuple[Relevance, ...]:
-        if self.u is not None:
-            self._add(self.u.read(trace.tokens))
-            self.u = None
-        return self.row.relevance(trace, self.constant)
+    from captum_lnstat.rules.engine import Pass
 
 
-def evidence(trace: Trace, u: Covector, constant: Tensor, settings: Settings) -> tuple[Relevance, ...]:
-    """Class-specific, signed relevance: how much each patch argued for the target. Sums to the target's score.
+def evidence(trace: Trace, head: Head, settings: Settings) -> Walk:
+    """``r <- s * r + ((1 - s) * r) A + c``: signed relevance; its sum over tokens and constant is the score.
 
     Args:
         trace: The traced forward pass.
-        u: The head's covector at the end of the stream, for one score or several.
-        constant: ``score - sum_i u_i . x_i`` at the head, ``(batch, score)``: its bias and its LayerNorm's beta.
-        settings: How relevance is rolled.
-
-    Returns:
-        One for every score.
+        head: The scores, and their cotangent at the end of the stream.
+        settings: The share ``s`` that evidence is rolled with, how heads are fused, how mergings are undone.
     """
-    walker = _Evidence(u, constant, settings)
-    _walk(trace, [walker], settings)
-    return walker.at_the_image(trace)
+    rest = Rest(*head.cotangent)
+    r = rest.no_relevance()
+    for step in reversed(trace.steps):
+        if isinstance(step, Block):
+            r = r.plus(rest.read(step.after, step.between))  # <u, MLP update>
+            kept = step.residual_share(settings.evidence_residual)[..., None] * r.tokens
+            came = yield Request(step, r.tokens - kept, r.at, rest.u)
+            rows = came.rows
+            if came.contributions is not None:  # c_j = sum_h sum_i A^h_ij (u_i W_O^h) . v^h_j
+                rows, rest = rows + came.contributions, rest.plus(came.contributions_padding).plus(came.constant)
+            if step.below is not None and step.pull_back is None:
+                kept = plus(kept, rest.read(step.base))
+            r, rest = r.through(step, kept, rows, came.padding), rest.before(step)
+        else:
+            if isinstance(step, Update):
+                r = r.plus(rest.read(step.after, step.before))
+            elif step.pull_back is None:
+                r = r.plus(rest.read(step.after))
+            r, rest = r.to_children(step, settings.merging), rest.before(step)
+    r = r.plus(rest.read(trace.tokens))  # <u, input tokens>
+    found = r.relevance(trace, rest.constant)
+    check_complete(found, trace, head.values)
+    return found
 
 
-def check_complete(evidence: Relevance, trace: Trace, score: Tensor) -> None:
-    """Evidence has to add up to the score it explains; if it does not, the family was recognised wrongly."""
+@dataclass(frozen=True)
+class Rest:
+    """What of the score is on no token yet: ``sum_i u_i . x_i`` and the constant.
+
+    Attributes:
+        u: The cotangent at this place of the stream; ``None`` once all has been put on tokens further up.
+        constant: What belongs to no token.
+    """
+
+    u: Cotangent | None
+    constant: Float[Tensor, "batch score"]
+
+    def no_relevance(self) -> RowVector:
+        """A row vector of zeros for every score."""
+        assert self.u is not None
+        u = self.u
+        return RowVector.of(u.spread(u.scale.new_zeros(*u.scale.shape, u.scores)), u.at)
+
+    def read(self, after: Tensor, before: Tensor | None = None) -> Float[Tensor, "batch token score"] | None:
+        """``<u_i, after_i - before_i>`` of every token; ``None`` if it is zero everywhere."""
+        if self.u is None or after is before:
+            return None
+        return self.u.spread(self.u.read(after, before))
+
+    def plus(self, constant: Tensor | None) -> Rest:
+        """With more that belongs to no token."""
+        return self if constant is None else Rest(self.u, self.constant + constant)
+
+    def before(self, step: Step) -> Rest:
+        """Pulled back through a step; nothing is left where it is not affine: what it says has been read after it."""
+        if self.u is None or step.below is None or isinstance(step, Update):
+            return self
+        if step.pull_back is None:
+            return Rest(None, self.constant)
+        u, constant = step.pull_back(self.u)
+        # Where the head reads a token that joined on the way, nothing comes from further down.
+        return Rest(u if len(u.at) else None, self.constant + constant)
+
+
+def check_complete(evidence: Sequence[Relevance], trace: Trace, scores: Sequence[Tensor]) -> None:
+    """Evidence has to add up to the scores it explains; if it does not, the family was recognised wrongly."""
     if trace.training:
         return
-    error = (evidence.total - score.to(evidence.total.dtype)).abs()
-    size = score.abs() + evidence.constant.abs() + per_image(evidence.grid.abs()) + evidence.prefix.abs().sum(1)
+    found, score = Relevance.joined(evidence), torch.cat(tuple(scores))
+    error = (found.total - score.to(found.total.dtype)).abs()
+    size = score.abs() + found.constant.abs() + per_image(found.grid.abs()) + found.prefix.abs().sum(1)
     coarsest = max({score.dtype, *(block.site.dtype for block in trace.blocks)}, key=lambda d: torch.finfo(d).eps)
     tolerance = TOLERANCE if coarsest in (torch.float32, torch.float64) else HALF_TOLERANCE
     if not bool((error <= tolerance * size + torch.finfo(coarsest).eps).all()):
@@ -127,3 +117,14 @@ def check_complete(evidence: Relevance, trace: Trace, score: Tensor) -> None:
             "(expected float error): the model does something between its blocks that its topology does not know, so "
             "no map from it can be trusted"
         )
+
+
+@register(
+    "evidence",
+    formula="E: r <- s * r + ((1 - s) * r) A + c, signed; adds up to the score",
+    options=("evidence_residual", "head_fusion", "contrastive"),
+    complete=True,
+)
+def evidence_rule(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
+    """Evidence alone."""
+    return walk(outcome.trace, settings, evidence(outcome.trace, outcome.head, settings))[0]

@@ -1,9 +1,11 @@
-"""From the model's output to the score that is explained, and from the score to the head's covector ``u``."""
+"""From the model's output to the score that is explained, and from the score to the head's cotangent ``u``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +14,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.recording.forward import Target, _select_targets
+from captum_lnstat.recording.forward import Target, select_targets
 from captum_lnstat.recording.statistics import accumulation_dtype, stream
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.rules.checks import check_start, reads
+from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.pooling import FixedPooling
+from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,6 +27,44 @@ if TYPE_CHECKING:
 # Gradients of so many entries are held at once, those of a few scores at least.
 HELD = 1 << 19
 FEWEST = 4
+
+
+@dataclass(frozen=True)
+class Head:
+    """From the end of the residual stream to the scores that are explained.
+
+    Attributes:
+        scores: One value an image, for every target; in the graph of the head.
+        stream_end: The residual stream where the head begins.
+        trace: What was recognised, for what the head may read.
+    """
+
+    scores: tuple[Float[Tensor, " batch"], ...]
+    stream_end: Tensor
+    trace: Trace
+
+    @cached_property
+    def values(self) -> tuple[Float[Tensor, " batch"], ...]:
+        """The scores alone."""
+        return tuple(score.detach() for score in self.scores)
+
+    @cached_property
+    def cotangent(self) -> tuple[Cotangent, Float[Tensor, "batch score"]]:
+        """``u`` with ``score = sum_i u_i . x_i + constant`` at the end of the stream, and the constant."""
+        with torch.enable_grad():
+            u, constant = head_cotangent(self.scores, self.stream_end)
+        check_start(self.trace, u.reads())
+        return u, constant
+
+    def check(self, output: Tensor, *, class_specific: bool) -> None:
+        """What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be."""
+        if class_specific:
+            assert self.cotangent
+        elif not (isinstance(self.trace.pooling, FixedPooling) and self.trace.pooling.seen):
+            first = output.flatten(1)[:, 0] if output.dim() > 1 else output
+            score = self.scores[0] if self.scores else first
+            if score.requires_grad:
+                check_start(self.trace, reads(gradients(score, [self.stream_end])[0]))
 
 
 def plain_target(target: Any) -> Any:
@@ -39,7 +82,7 @@ def target_score(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
     """The output that ``target`` selects, one value an image; Captum's own rules, checks and messages."""
     target = plain_target(target)
     _check_range(output, target)
-    score: Tensor = output if output.dim() == 0 else _select_targets(output, target)
+    score: Tensor = output if output.dim() == 0 else select_targets(output, target)
     if score.dim() == 0:
         raise ValueError(
             "forward_func returned a single number for the whole batch; expected one output per image, "
@@ -102,18 +145,18 @@ def contrast(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
     return score - (others.to(output.dtype) * output).sum(1)
 
 
-def head_covector(
+def head_cotangent(
     scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor
-) -> tuple[Covector, Float[Tensor, "batch score"]]:
+) -> tuple[Cotangent, Float[Tensor, "batch score"]]:
     """``u`` with ``score = sum_i u_i . x_i + constant`` at the end of the residual stream, and the constant.
 
     The LayerNorms of the head were recorded with frozen statistics, so for a head of norms, pooling and linear layers
     this is exact. For any other head it is the first-order expansion, the remainder being part of the constant.
     """
-    covector = Covector.of_parts(_slopes(scores, stream_end))
-    said = covector.read(stream(stream_end.detach())).sum(1)
+    u = Cotangent.of_parts(_slopes(scores, stream_end))
+    read = u.read(stream(stream_end.detach())).sum(1)
     values = torch.stack([score.detach() for score in scores], 1)
-    return covector, values.to(said.dtype) - said
+    return u, values.to(read.dtype) - read
 
 
 def _slopes(
@@ -149,7 +192,9 @@ def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor | GradientEdge
     """Gradient of every image's score; the parameters' ``.grad`` stays as it is."""
     check_differentiable(score)
     try:
-        return torch.autograd.grad(score.sum(), list(at))  # type: ignore[arg-type]  # torch takes both, mixed
+        with torch.enable_grad():
+            total = score.sum()
+        return torch.autograd.grad(total, list(at))  # type: ignore[arg-type]  # torch takes both, mixed
     except RuntimeError as error:
         if "not have been used in the graph" not in str(error):
             raise

@@ -1,4 +1,4 @@
-"""What values said about many scores at once: one long sum over heads, kinds of directions and channels.
+"""What values contribute to many scores at once: one long sum over heads, kinds of directions and channels.
 
 What is summed over is ``kinds`` times as large as the values. It is made some at a time and multiplied while it is
 still in the cache.
@@ -24,44 +24,44 @@ DEVICE = 128
 
 
 def read_many(
-    heard: Float[Tensor, "group head kind key"],
+    weights: Float[Tensor, "group head kind key"],
     values: Float[Tensor, "group head key channel"],
     directions: Float[Tensor, "batch kind score head_channel"],
     used: Bool[Tensor, "group kind"],
 ) -> Float[Tensor, "group key score"]:
-    """``sum_k sum_h heard^h_kj (p_k^h . v^h_j)`` for every score.
+    """``sum_k sum_h weights^h_kj (p_k^h . v^h_j)`` for every score.
 
     Args:
-        heard: With what weight each key is read in each kind of direction, head by head.
+        weights: With what weight each key is read in each kind of direction, head by head.
         values: The values, head by head.
         directions: ``p_k``, those of all heads side by side.
-        used: Which kinds are heard of in a group at all. The others are left out where a run of groups has none.
+        used: Which kinds have a weight in a group at all. The others are left out where a run of groups has none.
 
     Example:
-        >>> heard, values = torch.ones(1, 1, 2, 1), torch.tensor([[[[1.0, 2.0]]]])
+        >>> weights, values = torch.ones(1, 1, 2, 1), torch.tensor([[[[1.0, 2.0]]]])
         >>> directions = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]], [[3.0, 0.0], [0.0, 3.0]]]])
-        >>> read_many(heard, values, directions, torch.tensor([[True, True]]))
+        >>> read_many(weights, values, directions, torch.tensor([[True, True]]))
         tensor([[[4., 8.]]])
     """
-    groups, heads, kinds, keys = heard.shape
+    groups, heads, kinds, keys = weights.shape
     images, _, scores, width = directions.shape
     # (batch, score, kind and head and channel)
     rows = directions.transpose(1, 2).reshape(images, scores, kinds * width)
-    said = heard.new_empty(groups, keys, scores)
-    scratch, more = heard.new_empty(0), 1 if heard.device.type == "cpu" else DEVICE
+    found = weights.new_empty(groups, keys, scores)
+    scratch, more = weights.new_empty(0), 1 if weights.device.type == "cpu" else DEVICE
     for image, its_groups, its_keys in _pieces(images, groups // images, keys, SIDE_BY_SIDE * more):
         # Keys last, those of several groups side by side.
-        weights = heard[its_groups, :, :, its_keys].permute(2, 1, 0, 3).flatten(2).contiguous()
-        spoken = values[its_groups, :, its_keys].permute(1, 3, 0, 2).flatten(2).contiguous()
-        total = weights.new_zeros(scores, weights.shape[-1])
+        some_weights = weights[its_groups, :, :, its_keys].permute(2, 1, 0, 3).flatten(2).contiguous()
+        some_values = values[its_groups, :, its_keys].permute(1, 3, 0, 2).flatten(2).contiguous()
+        total = some_weights.new_zeros(scores, some_weights.shape[-1])
         for first, last in _runs(used[its_groups], max(1, HELD * more // (width * total.shape[1]))):
             size = (last - first) * width * total.shape[1]
             scratch = scratch if scratch.numel() >= size else scratch.new_empty(size)
             weighted = scratch[:size].view(last - first, heads, -1, total.shape[1])
-            torch.mul(weights[first:last, :, None], spoken, out=weighted)
+            torch.mul(some_weights[first:last, :, None], some_values, out=weighted)
             torch.addmm(total, rows[image, :, first * width : last * width], weighted.flatten(0, 2), out=total)
-        said[its_groups, its_keys] = total.reshape(scores, its_groups.stop - its_groups.start, -1).permute(1, 2, 0)
-    return said
+        found[its_groups, its_keys] = total.reshape(scores, its_groups.stop - its_groups.start, -1).permute(1, 2, 0)
+    return found
 
 
 def _pieces(images: int, per_image: int, keys: int, beside: int) -> Iterator[tuple[int, slice, slice]]:

@@ -1,74 +1,80 @@
-"""Perception: where what the head reads came from, whatever the class."""
+"""Perception ``P``: how much of what the head reads came from each patch, whatever the class."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from captum_lnstat.rules.relation import Handed
 from captum_lnstat.rules.relevance import Relevance, Settings
-from captum_lnstat.rules.walk import _Row, _walk
-from captum_lnstat.trace.covector import Covector
-from captum_lnstat.trace.steps import Block, Merging, Transition, Update
+from captum_lnstat.rules.rule import register
+from captum_lnstat.rules.walk import Request, RowVector, Walk, walk
+from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-class _Perception:
-    """``r <- alpha * r + ((1 - alpha) * r) A``, from the head's class-agnostic start."""
+    from captum_lnstat.rules.engine import Pass
 
-    def __init__(self, trace: Trace, settings: Settings) -> None:
-        self._settings = settings
-        self.u: Covector | None = None
-        start = trace.start(settings.head_fusion)
-        self.row = _Row(start[..., None], start.ne(0).any(0).nonzero()[:, 0])
-        self._kept = self.row.tokens
-
-    def _keep(self, block: Block) -> Tensor:
-        return block.residual_share(self._settings.residual)[..., None] * self.row.tokens
-
-    def give(self, block: Block) -> Tensor:
-        self._kept = self._keep(block)
-        return self.row.tokens - self._kept
-
-    def take(self, block: Block, handed: Tensor, lost: Tensor, said: Handed) -> None:
-        self.row.through_block(block, self._kept, handed, lost)
-
-    def beside(self, step: Merging | Update | Transition) -> None:
-        """Nothing is said."""
+ShareOf = Callable[[Block], "Float[Tensor, 'batch token']"]
 
 
-class _RawAttention(_Perception):
-    """``r <- r A`` at one block; the other blocks leave ``r`` as it is."""
-
-    def __init__(self, trace: Trace, settings: Settings, chosen: Block) -> None:
-        super().__init__(trace, settings)
-        self._chosen = chosen
-
-    def _keep(self, block: Block) -> Tensor:
-        covered = block.layout.covered
-        if block is not self._chosen:
-            return self.row.tokens
-        return torch.zeros_like(self.row.tokens) if covered is None else self.row.tokens * ~covered[:, None]
-
-
-def perception(trace: Trace, settings: Settings) -> Relevance:
-    """Class-agnostic relevance: how much of the prediction's input came from each patch. Sums to 1, gradient-free."""
-    walker = _Perception(trace, settings)
-    _walk(trace, [walker], settings)
-    return walker.row.relevance(trace)[0]
-
-
-def raw_attention(trace: Trace, settings: Settings, block: int) -> Relevance:
-    """Head-fused attention of one block as the head reads it: ``r A``, no relation of another block. Sums to 1.
+def perception(trace: Trace, settings: Settings, share: ShareOf | None = None) -> Walk:
+    """``r <- alpha * r + ((1 - alpha) * r) A``, from what the head reads. Sums to 1, no gradient of any kind.
 
     Args:
         trace: The traced forward pass.
+        settings: The residual share, how heads are fused, how mergings are undone.
+        share: The residual share ``alpha`` of a block, if not that of the settings.
+    """
+    r = RowVector.start(trace, settings)
+    for step in reversed(trace.steps):
+        if isinstance(step, Block):
+            alpha = step.residual_share(settings.residual) if share is None else share(step)
+            kept = alpha[..., None] * r.tokens
+            came = yield Request(step, r.tokens - kept, r.at)
+            r = r.through(step, kept, came.rows, came.padding)
+        else:
+            r = r.to_children(step, settings.merging)
+    return r.relevance(trace)
+
+
+@register(
+    "rollout",
+    formula="P: r <- alpha * r + ((1 - alpha) * r) A, class-agnostic, sums to 1",
+    options=("residual", "head_fusion"),
+    class_specific=False,
+)
+def rollout(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
+    """Perception alone."""
+    return walk(outcome.trace, settings, perception(outcome.trace, settings))[0]
+
+
+def raw_attention(outcome: Pass, settings: Settings, block: int) -> tuple[Relevance, ...]:
+    """Head-fused attention of one block as the head reads it: ``r A``, no relation of another block. Sums to 1.
+
+    Args:
+        outcome: The traced forward pass.
         settings: How heads are fused and mergings undone.
         block: Index into the blocks, negative from the last one.
     """
+    trace = outcome.trace
     count = len(trace.blocks)
     if not -count <= block < count:
         raise ValueError(f"block is {block}; expected an index into the {count} blocks, {-count} to {count - 1}")
-    walker = _RawAttention(trace, settings, trace.blocks[block])
-    _walk(trace, [walker], settings)
-    return walker.row.relevance(trace)[0]
+    chosen = trace.blocks[block]
+
+    def share(one: Block) -> Tensor:
+        everything, covered = keep_all(one), one.layout.covered
+        if one is not chosen:
+            return everything
+        return everything * 0 if covered is None else everything * ~covered
+
+    return walk(trace, settings, perception(trace, settings, share))[0]
+
+
+def keep_all(block: Block) -> Float[Tensor, "batch token"]:
+    """A residual share of 1: every token keeps all of its relevance."""
+    return block.between.new_ones(block.between.shape[:2])

@@ -1,4 +1,4 @@
-"""One block's relation, applied to row vectors: what its attention hands down, and what its values said.
+"""One block's relation, applied to row vectors, and the contributions of its values to the scores.
 
 The probabilities of a site are computed again some at a time, used for everything that needs them, and dropped. No map
 of all queries against all keys is kept.
@@ -7,7 +7,7 @@ of all queries against all keys is kept.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,16 +20,16 @@ from captum_lnstat.recording.fusion import Fuser, HeadFusion
 from captum_lnstat.recording.sites import Queries
 from captum_lnstat.rules.many_scores import read_many
 from captum_lnstat.rules.wiring import Probe, Wiring, read_values
-from captum_lnstat.trace.covector import Covector
-from captum_lnstat.trace.maps import pull_through
+from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.maps import pull_back
 from captum_lnstat.trace.steps import Block
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# Up to so many directions in u, what values said is summed over the queries before it is read, not after.
+# Up to so many directions in u, contributions are summed over the queries before the values are read, not after.
 FEW = 16
-# Up to so many, the directions are weighted with what is heard of them, and not the values read with each.
+# Up to so many, the directions are weighted with what reads them, and not the values read with each.
 FEW_TO_WEIGH = 4
 # With many scores what is read is wider than a window is large up to so many directions.
 FEW_OF_MANY_SCORES = 64
@@ -38,83 +38,86 @@ WIDE = 16
 
 
 @dataclass(frozen=True)
-class Handed:
+class Propagated:
     """What a block's attention made of row vectors, at the tokens before the block.
 
     Attributes:
         rows: ``r A`` for every row vector given.
-        rows_lost: What of it fell on padded places.
-        said: ``c_j``: what each token's values said about every score, if there was a covector.
-        said_lost: What padded places said.
-        constant: What the biases on the way said.
+        padding: What of it fell on padded places.
+        contributions: ``c_j``: what each token's values contributed to every score, if there was a cotangent.
+        contributions_padding: What padded places contributed.
+        constant: What the biases on the way contributed.
     """
 
     rows: Float[Tensor, "batch token row"]
-    rows_lost: Float[Tensor, "batch row"]
-    said: Float[Tensor, "batch token score"] | None
-    said_lost: Float[Tensor, "batch score"] | None
-    constant: Float[Tensor, "batch score"] | None
+    padding: Float[Tensor, "batch row"]
+    contributions: Float[Tensor, "batch token score"] | None = None
+    contributions_padding: Float[Tensor, "batch score"] | None = None
+    constant: Float[Tensor, "batch score"] | None = None
+
+    def of(self, rows: slice) -> Propagated:
+        """The same for some of the row vectors."""
+        return replace(self, rows=self.rows[..., rows], padding=self.padding[..., rows])
 
 
-def hand_down(
+def propagate(
     block: Block,
     rows: Float[Tensor, "batch token row"],
-    at: Int[Tensor, " place"] | None,
-    u: Covector | None,
-    fusion: HeadFusion,
-    wiring: Wiring | None,
-) -> Handed:
+    at: Int[Tensor, " place"] | None = None,
+    u: Cotangent | None = None,
+    fusion: HeadFusion = "mean",
+    wiring: Wiring | None = None,
+) -> Propagated:
     """``r A`` with head-fused ``A``, and ``c_j = sum_h sum_i A^h_ij (u_i W_O^h) . v^h_j``.
 
     Args:
         block: The block.
         rows: Row vectors at the tokens after the attention.
         at: The only tokens at which they are not zero, if that is known.
-        u: Covector of the stream.
-        fusion: How the heads become one for ``r A``; what was said is summed over the heads as they are.
+        u: Cotangent of the stream.
+        fusion: How the heads become one for ``r A``; contributions are summed over the heads as they are.
         wiring: Where the block's update is compared with what the attention was seen to do.
     """
     check_layout(block)
     site, keys, count = block.site, block.keys or block.layout, rows.shape[-1]
-    reader = None if u is None else _Reader(block, u)
+    contributions = None if u is None else _Contributions(block, u)
     probe = None if wiring is None else Probe(block)
     additive = fusion == "mean" and not site.signed and count < WIDE  # no head-fused map is needed
     # What is multiplied with every head's map from the left, side by side.
     columns = [rows] if additive else []
-    columns += [part.columns for part in (reader, probe) if part is not None and part.columns is not None]
-    wanted, grouped = _wanted(block, at, u), block.layout.gather(rows).transpose(-2, -1)
+    columns += [part.columns for part in (contributions, probe) if part is not None and part.columns is not None]
+    wanted, grouped = queries_wanted(block, at, u), block.layout.gather(rows).transpose(-2, -1)
     lefts = block.layout.gather(torch.cat(columns, -1)).transpose(-2, -1) if columns else grouped[:, :0]
-    heard = lefts.new_zeros(len(lefts), site.shape[1], lefts.shape[1], site.shape[3])
+    products = lefts.new_zeros(len(lefts), site.shape[1], lefts.shape[1], site.shape[3])
     mixed = rows.new_zeros(len(grouped), count, site.shape[3])
-    for queries, turns in site.chunks(wanted, whole_maps=callable(fusion)):
+    for queries, some_heads in site.chunks(wanted, whole_maps=callable(fusion)):
         left, fuser = lefts[:, :, queries], Fuser(fusion, site.shape[1], signed=site.signed)
-        for heads, attention in turns:
-            add_product(heard, heads, left, attention)
+        for heads, attention in some_heads:
+            add_product(products, heads, left, attention)
             if not additive:
                 fuser.add(attention)
-            for part in (reader, probe):
+            for part in (contributions, probe):
                 if part is not None and part.columns is None:
                     part.add(queries, heads, attention)
         if not additive:
             mixed += grouped[:, :, queries] @ fuser.fused()
     ends = [0, *itertools.accumulate(part.shape[-1] for part in columns)]
-    shares = [(heard[:, :, slice(*pair)], lefts[:, slice(*pair)]) for pair in itertools.pairwise(ends)]
+    shares = [(products[:, :, slice(*pair)], lefts[:, slice(*pair)]) for pair in itertools.pairwise(ends)]
     if additive:
         mixed = shares.pop(0)[0].mean(1)
-    if reader is not None and reader.columns is not None:
-        reader.hear(*shares.pop(0))
+    if contributions is not None and contributions.columns is not None:
+        contributions.add_products(*shares.pop(0))
     if probe is not None and probe.columns is not None:
-        probe.hear(shares.pop(0)[0])
+        probe.add_products(shares.pop(0)[0])
     if wiring is not None and probe is not None:
         wiring.note(block.name, probe.excess(wanted))
-    handed, lost = keys.scatter(mixed.transpose(-2, -1), len(rows))
-    if reader is None:
-        return Handed(handed, lost, None, None, None)
-    said, said_lost = keys.scatter(reader.said, len(rows))
-    return Handed(handed, lost, said, said_lost, reader.constant)
+    below, padding = keys.scatter(mixed.transpose(-2, -1), len(rows))
+    if contributions is None:
+        return Propagated(below, padding)
+    return Propagated(below, padding, *keys.scatter(contributions.total, len(rows)), contributions.constant)
 
 
-def _wanted(block: Block, at: Tensor | None, u: Covector | None) -> Tensor | None:
+def queries_wanted(block: Block, at: Tensor | None, u: Cotangent | None) -> Tensor | None:
     """The queries that matter; ``None`` for all."""
     if at is None or not isinstance(block.layout, WholeImage):
         return None
@@ -123,19 +126,19 @@ def _wanted(block: Block, at: Tensor | None, u: Covector | None) -> Tensor | Non
     return at if 2 * len(at) < block.between.shape[1] else None
 
 
-class _Reader:
-    """Collects what the values of a block said about the scores.
+class _Contributions:
+    """Collects what the values of a block contribute to the scores.
 
-    Of a covector with few directions ``p_k``: ``sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j)``, where nothing wide is
-    multiplied with a map. The inner sums are the ``columns`` times the map, head by head. With more directions there
-    are no columns, and what each query hears is carried to the keys as it is.
+    Of a cotangent with few directions ``p_k``: ``sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j)``, where nothing wide
+    is multiplied with a map. The inner sums are the ``columns`` times the map, head by head. With more directions there
+    are no columns, and the cotangent of each query is carried to the keys as it is.
     """
 
-    def __init__(self, block: Block, u: Covector) -> None:
+    def __init__(self, block: Block, u: Cotangent) -> None:
         self._site = block.site
         if block.layout.covered is not None:
-            u = u.scaled(block.layout.covered.to(u.scale.dtype)[None])  # a token that takes no part hears no bias
-        pulled, constant = pull_through(block.path, u)
+            u = u.scaled(block.layout.covered.to(u.scale.dtype)[None])  # no bias reaches a token that takes no part
+        pulled, constant = pull_back(block.path, u)
         self.constant = constant.sum(1)
         batch, heads = len(u.scale), block.site.shape[1]
         self.columns: Tensor | None = None
@@ -148,28 +151,30 @@ class _Reader:
             grouped = block.layout.gather(pulled.spread(pulled.dense().flatten(2)))
             split = grouped.reshape(*grouped.shape[:2], u.scores, heads, -1)
             self._dense = split.permute(0, 3, 1, 2, 4)  # (group, head, query, score, head channel)
-        self.said = u.scale.new_zeros(block.site.shape[0], block.site.shape[3], u.scores)
+        self.total = u.scale.new_zeros(block.site.shape[0], block.site.shape[3], u.scores)
 
     def add(self, queries: Queries, heads: slice, attention: Float[Tensor, "group head query key"]) -> None:
-        """Without columns: what the queries heard through some heads."""
+        """Without columns: the maps of some heads, for some queries."""
         values, pulled = self._site.values(heads), self._dense[:, heads][:, :, queries]
         carried = attention.transpose(-2, -1) @ pulled.flatten(3)
         carried = carried.reshape(*carried.shape[:3], *pulled.shape[3:])
-        self.said += (carried * values[:, :, :, None]).sum((1, 4))
+        self.total += (carried * values[:, :, :, None]).sum((1, 4))
 
-    def hear(self, heard: Float[Tensor, "group head kind key"], columns: Float[Tensor, "group kind query"]) -> None:
-        """With columns: what they became by the maps of all heads."""
-        values, directions = self._site.values(slice(0, heard.shape[1])), self._directions
+    def add_products(
+        self, products: Float[Tensor, "group head kind key"], columns: Float[Tensor, "group kind query"]
+    ) -> None:
+        """With columns: their products with the maps of all heads."""
+        values, directions = self._site.values(slice(0, products.shape[1])), self._directions
         if directions.shape[2] == 1 and 1 < directions.shape[1] <= FEW_TO_WEIGH:
-            # What is heard of each direction, at every key: as large as the values, which are read where they lie.
+            # The directions that read each key, weighted: as large as the values, which are read where they lie.
             every = directions[:, :, 0].transpose(1, 2).repeat_interleave(len(values) // len(directions), 0)
-            self.said = torch.linalg.vecdot(heard.transpose(-2, -1) @ every, values).sum(1)[..., None]
+            self.total = torch.linalg.vecdot(products.transpose(-2, -1) @ every, values).sum(1)[..., None]
             return
         if directions.shape[2] == 1:
             read = read_values(values, directions[:, :, 0].permute(0, 2, 3, 1))
-            self.said = (heard * read.transpose(-2, -1)).sum((1, 2))[..., None]
+            self.total = (products * read.transpose(-2, -1)).sum((1, 2))[..., None]
             return
-        self.said = read_many(heard, values, directions.flatten(3), columns.any(-1))
+        self.total = read_many(products, values, directions.flatten(3), columns.any(-1))
 
 
 def check_layout(block: Block) -> None:

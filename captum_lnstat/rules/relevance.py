@@ -1,4 +1,4 @@
-"""What every rule returns, and what every rule may be told."""
+"""What every rule returns, and the options it reads."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ def per_image(values: Float[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a rule may be told.
+    """Options of the rules.
 
     Attributes:
         residual: How the residual share of a token follows from its statistics.
         head_fusion: How the maps of the heads become one.
-        merging: How a merged token hands its relevance to its children.
+        merging: How a merged token gives its relevance to its children.
         evidence_residual: The residual share with which evidence, once found, is rolled down.
+        normalized: Rows of the positive gradient attention are divided by their sum.
     """
 
     residual: ResidualShare = "ratio"
     head_fusion: HeadFusion = "mean"
     merging: MergingShare = "variance"
     evidence_residual: ResidualShare = "half"
+    normalized: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,110 +1,144 @@
-"""The rules: ways from a traced forward pass to relevance on the patch grid. Formulas are those of the design.
+"""The walk from the head to the image that several rules share: row vectors, and each attention map made once.
 
 Every relation of a block is ``R = diag(alpha) + diag(1 - alpha) A``, row = token after the block, column = token
 before. Only the row vector ``r`` travels, from the head to the image: ``r R = alpha * r + ((1 - alpha) * r) A``,
 window by window. No matrix of all tokens against all tokens is ever built.
+
+A rule is a generator. It goes through the steps of the trace, last to first; at a block it yields a ``Request``, what
+it wants propagated through the attention, and receives what came of it, ``Propagated``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+import itertools
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from captum_lnstat.layout import Groups, even_shares
-from captum_lnstat.rules.relation import Handed, hand_down
+from captum_lnstat.rules.relation import Propagated, propagate
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.wiring import Wiring
-from captum_lnstat.trace.covector import Covector
-from captum_lnstat.trace.steps import Block, Merging, Transition, Update, merging_share
+from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.steps import Block, MergingShare, Step
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
-class _Row:
-    """Row vectors on their way from the head to the image, and the mass that padded places took from them."""
+@dataclass(frozen=True)
+class Request:
+    """What a rule wants from the attention of a block.
 
-    def __init__(self, tokens: Float[Tensor, "batch token row"], at: Tensor | None) -> None:
-        self.tokens = tokens
-        self.at = at  # the only tokens at which they are not zero, if that is known
-        self.padding = tokens.new_zeros(len(tokens), tokens.shape[-1])
+    Attributes:
+        block: The block.
+        rows: Row vectors at the tokens after the attention, to be multiplied with its map.
+        at: The only tokens at which they are not zero, if that is known.
+        u: Cotangent of the stream after the attention, whose value contributions are wanted.
+    """
 
-    def split(self, groups: Groups, shares: Float[Tensor, "batch parent child"]) -> None:
-        """A parent's relevance to its children."""
-        children = (self.tokens[:, :, None] * shares[..., None]).flatten(0, 1)
-        self.tokens, lost = groups.scatter(children, len(self.tokens))
-        self.padding, self.at = self.padding + lost, None
+    block: Block
+    rows: Float[Tensor, "batch token row"]
+    at: Int[Tensor, " place"] | None
+    u: Cotangent | None = None
 
-    def through_block(self, block: Block, keep: Tensor, handed: Tensor, lost: Tensor) -> None:
-        """What each token keeps, and what the attention hands down."""
-        self.tokens, self.padding = keep, self.padding + lost
-        if block.skip is not None:
-            self.split(block.skip, even_shares(block.skip, keep.dtype)[None])
-        self.tokens, self.at = self.tokens + handed, None
+
+Walk = Generator[Request, Propagated, tuple[Relevance, ...]]
+
+
+@dataclass(frozen=True)
+class RowVector:
+    """Row vectors on their way from the head to the image.
+
+    Attributes:
+        tokens: A value at every token, for every row vector.
+        at: The only tokens at which they are not zero, if that is known.
+        padding: What padded places took from them on the way.
+    """
+
+    tokens: Float[Tensor, "batch token row"]
+    at: Int[Tensor, " place"] | None
+    padding: Float[Tensor, "batch row"]
+
+    @classmethod
+    def of(cls, tokens: Float[Tensor, "batch token row"], at: Tensor | None) -> RowVector:
+        """Row vectors that nothing has been taken from."""
+        return cls(tokens, at, tokens.new_zeros(len(tokens), tokens.shape[-1]))
+
+    @classmethod
+    def start(cls, trace: Trace, settings: Settings) -> RowVector:
+        """What the head reads, whatever the class."""
+        weights = trace.start(settings.head_fusion)
+        return cls.of(weights[..., None], weights.ne(0).any(0).nonzero()[:, 0])
+
+    def plus(self, values: Float[Tensor, "batch token row"] | None) -> RowVector:
+        """With something put on the tokens; ``None`` is nothing."""
+        return replace(self, tokens=plus(self.tokens, values))
+
+    def through(self, block: Block, kept: Tensor, rows: Tensor, padding: Tensor) -> RowVector:
+        """Before a block: what its tokens kept, and what the attention propagated to the tokens it read."""
+        below = RowVector(kept, None, self.padding + padding)
+        return below.to_children(block, "uniform").plus(rows)
+
+    def to_children(self, step: Step, merging: MergingShare) -> RowVector:
+        """Before a step: relevance of a token goes to the tokens below it."""
+        if step.below is None:
+            return self
+        children = (self.tokens[:, :, None] * step.shares(merging)[..., None]).flatten(0, 1)
+        tokens, lost = step.below.scatter(children, len(self.tokens))
+        return RowVector(tokens, None, self.padding + lost)
 
     def relevance(self, trace: Trace, constant: Tensor | None = None) -> tuple[Relevance, ...]:
-        """One for every row vector."""
-        prefix, patches = self.tokens[:, : trace.prefix], self.tokens[:, trace.prefix :]
-        if trace.place is not None:
-            patches = patches[:, trace.place]
-        grid = patches.reshape(len(patches), *trace.grid, -1).movedim(-1, 0).contiguous()
+        """At the image: one relevance for every row vector."""
+        prefix, grid = self.tokens[:, : trace.prefix], trace.on_grid(self.tokens).movedim(-1, 0).contiguous()
         constant = torch.zeros_like(self.padding) if constant is None else constant
         return tuple(
             Relevance(grid[i], prefix[..., i], self.padding[..., i], constant[..., i]) for i in range(len(grid))
         )
 
 
-class _Walker(Protocol):
-    """Row vectors, and perhaps a covector, on their way from the head to the image."""
-
-    row: _Row
-    u: Covector | None
-
-    def give(self, block: Block) -> Tensor:
-        """What goes through the block's attention."""
-
-    def take(self, block: Block, handed: Tensor, lost: Tensor, said: Handed) -> None:
-        """What came out of it."""
-
-    def beside(self, step: Merging | Update | Transition) -> None:
-        """A step that is no attention: what it says, before the row is handed down."""
+def plus(values: Tensor, more: Tensor | None) -> Tensor:
+    """The sum; ``None`` is nothing."""
+    return values if more is None else values + more
 
 
-def _at(walkers: Sequence[_Walker]) -> Tensor | None:
-    known = [walker.row.at for walker in walkers]
-    return None if any(at is None for at in known) else torch.unique(torch.cat([at for at in known if at is not None]))
+def walk(trace: Trace, settings: Settings, *rules: Walk) -> list[tuple[Relevance, ...]]:
+    """Run rules from the head to the image side by side, so that each attention map is made once for all of them.
 
+    Args:
+        trace: The traced forward pass.
+        settings: How heads are fused.
+        *rules: Rules that have just begun, all of this trace.
 
-def _walk(trace: Trace, walkers: Sequence[_Walker], settings: Settings) -> None:
+    Returns:
+        What each rule returned.
+
+    Raises:
+        RecordingError: The attention of a block is not what was added to the stream there.
+    """
     wiring = None if trace.training else Wiring()
-    for step in reversed(trace.steps):
-        if not isinstance(step, Block):
-            for walker in walkers:
-                walker.beside(step)
-            _hand_to_children([walker.row for walker in walkers], step, settings)
-            continue
-        given = [walker.give(step) for walker in walkers]
-        u = next((walker.u for walker in walkers if walker.u is not None), None)
-        came = hand_down(step, torch.cat(given, -1), _at(walkers), u, settings.head_fusion, wiring)
-        first = 0
-        for walker, part in zip(walkers, given, strict=True):
-            its = slice(first, first + part.shape[-1])
-            walker.take(step, came.rows[..., its], came.rows_lost[..., its], came)
-            first = its.stop
-    if wiring is not None:
-        wiring.verify()
+    requests = [advance(rule) for rule in rules]
+    for block in reversed(trace.blocks):
+        wanted = [request for request in requests if isinstance(request, Request)]
+        known = [request.at for request in wanted if request.at is not None]
+        at = torch.unique(torch.cat(known)) if len(known) == len(wanted) else None
+        u = next((request.u for request in wanted if request.u is not None), None)
+        came = propagate(block, torch.cat([r.rows for r in wanted], -1), at, u, settings.head_fusion, wiring)
+        if wiring is not None and block is trace.blocks[0]:
+            wiring.verify()
+        ends = itertools.accumulate((request.rows.shape[-1] for request in wanted), initial=0)
+        parts = [came.of(slice(*pair)) for pair in itertools.pairwise(ends)]
+        requests = [advance(rule, part) for rule, part in zip(rules, parts, strict=True)]
+    return [result for result in requests if not isinstance(result, Request)]
 
 
-def _hand_to_children(rows: Sequence[_Row], step: Merging | Update | Transition, settings: Settings) -> None:
-    if isinstance(step, Update):
-        return
-    if isinstance(step, Merging):
-        shares = merging_share(step, settings.merging)
-    else:
-        shares = even_shares(step.groups, rows[0].tokens.dtype)[None]
-    for row in rows:
-        row.split(step.groups, shares)
+def advance(rule: Walk, answer: Propagated | None = None) -> Request | tuple[Relevance, ...]:
+    """To the rule's next request, or to what it returns."""
+    try:
+        return next(rule) if answer is None else rule.send(answer)
+    except StopIteration as end:
+        relevance: tuple[Relevance, ...] = end.value
+        return relevance

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.sites import Queries
-from captum_lnstat.trace.covector import Covector
-from captum_lnstat.trace.maps import pull_through
+from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.maps import pull_back
 from captum_lnstat.trace.steps import Block
 
 if TYPE_CHECKING:
@@ -76,42 +76,42 @@ class Probe:
         self._w, self._z = w, _scattered(tokens, w.device, w.dtype)
         everywhere = torch.arange(tokens, device=w.device)
         directions = w.expand(batch, 1, 1, channels)
-        u = Covector(everywhere, self._z.expand(batch, -1), directions, torch.zeros_like(everywhere), tokens)
-        self._u, self._constant = pull_through(block.path, u)
+        u = Cotangent(everywhere, self._z.expand(batch, -1), directions, torch.zeros_like(everywhere), tokens)
+        self._u, self._constant = pull_back(block.path, u)
         site = block.site
-        # What is multiplied with every head's map from the left, if the covector has one direction for all tokens.
+        # What is multiplied with every head's map from the left, if the cotangent has one direction for all tokens.
         self.columns: Tensor | None = None
         if self._u.kinds > 1:
             grouped = block.layout.gather(self._u.dense()[:, :, 0])
             self._per_query = grouped.reshape(*grouped.shape[:2], site.shape[1], -1).transpose(1, 2)
         else:
             self.columns = self._u.scale[..., None]
-        self._told = w.new_zeros(batch)
+        self._found = w.new_zeros(batch)
 
     def add(self, queries: Queries, heads: slice, attention: Float[Tensor, "group head query key"]) -> None:
-        """Without columns: what some heads' maps make of the values."""
+        """Without columns: the maps of some heads, for some queries."""
         averaged = attention @ self._block.site.values(heads)
-        told = averaged * self._per_query[:, heads][:, :, queries]
-        self._told += told.reshape(len(self._told), -1).sum(1)
+        found = averaged * self._per_query[:, heads][:, :, queries]
+        self._found += found.reshape(len(self._found), -1).sum(1)
 
-    def hear(self, heard: Float[Tensor, "group head 1 key"]) -> None:
-        """With columns: what they became by the maps of all heads."""
-        site, batch = self._block.site, len(self._told)
-        averaged = heard @ site.values(slice(0, site.shape[1]))  # (group, head, 1, channel)
+    def add_products(self, products: Float[Tensor, "group head 1 key"]) -> None:
+        """With columns: their products with the maps of all heads."""
+        site, batch = self._block.site, len(self._found)
+        averaged = products @ site.values(slice(0, site.shape[1]))  # (group, head, 1, channel)
         directions = self._u.directions.reshape(batch, 1, -1)
-        self._told += (averaged.reshape(batch, -1, directions.shape[-1]) * directions).sum((1, 2))
+        self._found += (averaged.reshape(batch, -1, directions.shape[-1]) * directions).sum((1, 2))
 
     def excess(self, wanted: Tensor | None) -> Float[Tensor, " batch"]:
         """How far the two sides are apart, in units of what rounding explains."""
         block, w = self._block, self._w[self._channels]
-        z, told, covered = self._z, self._told, block.layout.covered
+        z, found, covered = self._z, self._found, block.layout.covered
         if wanted is None and covered is None:
-            told = told + self._constant.sum((1, 2))
+            found = found + self._constant.sum((1, 2))
         else:
             taken = torch.zeros_like(z, dtype=torch.bool)
             taken[slice(None) if wanted is None else wanted] = True
-            z, asked = z * taken, taken if covered is None else taken & covered
-            told = told + (self._constant[..., 0] * asked).sum(1)
+            z, counted = z * taken, taken if covered is None else taken & covered
+            found = found + (self._constant[..., 0] * counted).sum(1)
         terms = z * (block.between[..., self._channels] @ w - block.base[..., self._channels] @ w)
         # The update is a difference of two streams, and a small one of large streams is known to their rounding only.
         own, kind = block.statistics[0], torch.finfo(block.site.dtype)
@@ -120,7 +120,7 @@ class Probe:
         rounding = 4 * w.norm() * (z * size).square().sum(1).sqrt()
         tolerance = TOLERANCE.get(block.site.dtype, HALF_TOLERANCE)
         expected, typical = terms.sum(1), terms.square().sum(1).sqrt()
-        excess: Tensor = (told - expected).abs() / (tolerance * (typical + expected.abs()) + rounding)
+        excess: Tensor = (found - expected).abs() / (tolerance * (typical + expected.abs()) + rounding)
         return excess
 
 

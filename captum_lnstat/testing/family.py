@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.lnstat import RULES, LNStatAttribution, Rule
+from captum_lnstat.attribution.base import explain_batch
+from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.description import Description
 from captum_lnstat.recording.forward import Output
 from captum_lnstat.testing.placement import (
@@ -30,6 +31,7 @@ from captum_lnstat.testing.placement import (
 )
 from captum_lnstat.testing.planting import wake
 
+RULES = ("lnstat", "evidence", "rollout", "gradient")
 MASS = 1e-5
 COMPLETENESS = {torch.float64: 1e-9, torch.float32: 1e-4}
 BATCH = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -73,7 +75,7 @@ def check_recognised(model: nn.Module, images: Tensor, output: Output = None) ->
     return description
 
 
-def check_rule(model: nn.Module, images: Tensor, rule: Rule, output: Output = None, target: Any = 0) -> Tensor:
+def check_rule(model: nn.Module, images: Tensor, rule: str, output: Output = None, target: Any = 0) -> Tensor:
     """A rule's attribution has the shape of the images, its relevance that of the grid; finite, and not constant.
 
     Returns:
@@ -107,7 +109,7 @@ def check_mass(model: nn.Module, images: Tensor, output: Output = None) -> float
     """
     method = LNStatAttribution(model, rule="rollout", output=output)
     with accepted("mass"):
-        relevance = method._explain(images, None, None)[1]
+        relevance = explain_batch(method, images)[1]
     error = float((relevance.total - 1).abs().max())
     assert error <= MASS, f"mass: the rollout sums to 1 with an error of {error:.3g}; expected at most {MASS:g}"
     least = float(relevance.grid.min())
@@ -123,7 +125,7 @@ def check_completeness(model: nn.Module, images: Tensor, output: Output = None, 
     """
     method = LNStatAttribution(model, rule="evidence", output=output)
     with accepted("completeness"):
-        outcome, relevance = method._explain(images, target, None)
+        outcome, relevance = explain_batch(method, images, [target])
     assert outcome.score is not None
     error = float(((relevance.total - outcome.score).abs() / outcome.score.abs().clamp(min=1.0)).max())
     bar = COMPLETENESS.get(images.dtype, 0.1)
@@ -132,7 +134,7 @@ def check_completeness(model: nn.Module, images: Tensor, output: Output = None, 
 
 
 def check_batch(
-    model: nn.Module, images: Tensor, rules: Sequence[Rule] = RULES, output: Output = None, target: Any = 0
+    model: nn.Module, images: Tensor, rules: Sequence[str] = RULES, output: Output = None, target: Any = 0
 ) -> float:
     """An image has the same relevance alone as in a batch.
 
@@ -152,7 +154,7 @@ def check_batch(
 
 
 def check_untouched(
-    model: nn.Module, images: Tensor, rules: Sequence[Rule] = RULES, output: Output = None, target: Any = 0
+    model: nn.Module, images: Tensor, rules: Sequence[str] = RULES, output: Output = None, target: Any = 0
 ) -> None:
     """No rule changes a parameter, a buffer, a gradient, a hook, train mode, the images or the random state."""
     before = _state(model, images)
@@ -181,8 +183,8 @@ def check_family(
     image_size: tuple[int, int],
     *,
     output: Output = None,
-    rules: Sequence[Rule] = RULES,
-    required: Sequence[Rule] = PEAKS,
+    rules: Sequence[str] = RULES,
+    required: Sequence[str] = PEAKS,
     stimulus: tuple[int, int] | None = None,
     step: tuple[int, int] | None = None,
     margin: int = 0,
@@ -197,8 +199,8 @@ def check_family(
         image_size: Height and width of its images. Run it with a non-square size, too, if the family takes one: only
             such an image tells rows from columns.
         output: Which of several outputs is explained, as for ``LNStatAttribution``.
-        rules: Rules that are defined for the family.
-        required: Rules whose peak has to lie on the stimulus.
+        rules: strs that are defined for the family.
+        required: strs whose peak has to lie on the stimulus.
         stimulus: Height and width of the stimulus; as large as a token of the last block by default.
         step: Regions lie at multiples of so many pixels.
         margin: A peak may lie so many pixels beside the stimulus, where convolutions make tokens of more than a patch.

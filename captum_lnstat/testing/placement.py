@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.lnstat import LNStatAttribution, Rule
+from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Groups, Layout
 from captum_lnstat.recording.forward import Output
-from captum_lnstat.rules.engine import Needs, run
+from captum_lnstat.rules.engine import run
 from captum_lnstat.testing.planting import SCORE, Readout, Region, Scenes, lattice, plant, wake
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Rules whose peak has to lie on the stimulus. Perception and the gradient rule see where the model looks and what
 # attention carries; a model may count the stimulus without looking at it more than elsewhere.
-PEAKS: tuple[Rule, ...] = ("lnstat", "evidence")
+PEAKS: tuple[str, ...] = ("lnstat", "evidence")
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,9 @@ def ground(
     """
     woken = wake(model)
     with accepted("recognised"):
-        trace = run(woken, woken, noise(woken, image_size, 1, channels), None, None, Needs(), output).trace
-    below = (step.skip if isinstance(step, Block) else getattr(step, "groups", None) for step in trace.steps)
+        trace = run(woken, woken, noise(woken, image_size, 1, channels), output=output).trace
     # So many patches lie under a token of the last block, fewer only at an odd grid's edge.
-    times = round(math.prod(groups.index.shape[1] for groups in below if groups is not None) ** 0.5)
+    times = round(math.prod(groups.index.shape[1] for groups in trace.below()) ** 0.5)
     size = stimulus or (trace.patch[0] * times, trace.patch[1] * times)
     scenes = Scenes(image_size, size, trace.patch, channels, seed, _dtype(model))
     return Ground(scenes, lattice(image_size, size, step or size), trace.patch, margin)
@@ -125,7 +124,7 @@ def planted_images(place: Ground) -> tuple[Tensor, Tensor]:
 def check_layout(readout: nn.Module, with_stimulus: Tensor, without: Tensor, regions: Sequence[Region]) -> int:
     """Follow the stimulus through every attention: the values that it changes most lie under it.
 
-    The values of an attention are put back on the tokens by the block's layout, and handed down to the patch grid
+    The values of an attention are put back on the tokens by the block's layout, and brought down to the patch grid
     through the mergings below. A transposed grid, a window shifted the wrong way or a child of another parent moves
     them, whatever the weights are.
 
@@ -139,7 +138,7 @@ def check_layout(readout: nn.Module, with_stimulus: Tensor, without: Tensor, reg
         The number of attention sites that were checked.
     """
     with accepted("layout"):
-        traces = [run(readout, readout, images, None, None, Needs()).trace for images in (with_stimulus, without)]
+        traces = [run(readout, readout, images).trace for images in (with_stimulus, without)]
     for index, (block, plain) in enumerate(zip(traces[0].blocks, traces[1].blocks, strict=True)):
         heads = slice(0, block.site.shape[1])
         change = (block.site.values(heads) - plain.site.values(heads)).square().sum((1, 3))
@@ -156,13 +155,9 @@ def check_layout(readout: nn.Module, with_stimulus: Tensor, without: Tensor, reg
 
 def _down(trace: Trace, block: Block, tokens: Tensor) -> Float[Tensor, "batch row column"]:
     """Values at the tokens that a block reads, at the patches that lie under each of them."""
-    index = next(i for i, step in enumerate(trace.steps) if step is block)
-    for step in reversed(trace.steps[:index]):
-        groups = step.skip if isinstance(step, Block) else getattr(step, "groups", None)
-        if groups is not None:
-            tokens = _mean_over(groups, tokens[..., None].expand(-1, -1, groups.index.shape[1]).flatten(0, 1))
-    patches = tokens[:, trace.prefix :]
-    return (patches if trace.place is None else patches[:, trace.place]).reshape(len(tokens), *trace.grid)
+    for groups in trace.below(block):
+        tokens = _mean_over(groups, tokens[..., None].expand(-1, -1, groups.index.shape[1]).flatten(0, 1))
+    return trace.on_grid(tokens)
 
 
 def _mean_over(layout: Layout, groups: Float[Tensor, "batch_groups member"]) -> Float[Tensor, "batch token"]:
@@ -183,8 +178,8 @@ def check_placement(
     place: Ground,
     *,
     output: Output = None,
-    rules: Sequence[Rule] = PEAKS,
-    required: Sequence[Rule] = PEAKS,
+    rules: Sequence[str] = PEAKS,
+    required: Sequence[str] = PEAKS,
     steps: int = 200,
 ) -> tuple[dict[str, RulePlacement], tuple[int, float]]:
     """The peak of the map lies on the stimulus that the score depends on, wherever that is.
@@ -196,7 +191,7 @@ def check_placement(
         model: The model; it is not changed.
         place: From ``ground``.
         output: Which of several outputs is explained.
-        rules: Rules to measure.
+        rules: strs to measure.
         required: Those of them whose peak has to lie on the stimulus.
         steps: Steps of training at most.
 

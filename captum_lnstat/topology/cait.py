@@ -1,9 +1,9 @@
-"""CaiT: patches among themselves under talking heads, then a class token that alone asks all of them.
+"""CaiT: patches among themselves under talking heads, then a class token that alone attends to all of them.
 
 Talking heads mix the maps of the heads before and after the softmax, ``A = W softmax(V q k^T)``: what multiplies the
 values is ``A``, whose rows need not sum to one and whose entries may be negative. Evidence and the gradient rule take
 ``A`` as it is. Perception needs shares, so it takes the positive part of the head mean, each row divided by its sum;
-what was subtracted is not counted as looked at. (A row without a positive entry takes its size instead.)
+what was subtracted does not count. (A row without a positive entry takes its size instead.)
 
 The class token joins late. In the stream of the trace it is there from the start, and takes no part until then.
 """
@@ -24,8 +24,16 @@ from captum_lnstat.recording.kept import Kept, edge
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.sites import SoftmaxSite
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.embedding import block_lists, convolutions, grid_of, named, patch_of, reads_images
-from captum_lnstat.topology.anatomy.parts import BlockParts, find_parts
+from captum_lnstat.topology.anatomy.embedding import (
+    block_lists,
+    convolutions,
+    grid_of,
+    named,
+    outside,
+    patch_of,
+    reads_images,
+)
+from captum_lnstat.topology.anatomy.parts import layers, parts_of
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.residual import norms_in_order, path_to_update, residual_block
@@ -48,16 +56,16 @@ class ClassAttentionTopology(Topology):
         lists = list(block_lists(model).values())
         if len(lists) != 2 or not reads_images(convolutions(model, lists)):
             return False
-        talking, asking = ([_mixers(block) for block in blocks.children()] for blocks in lists)
-        return all(len(mixers) == 2 for mixers in talking) and not any(asking)
+        talking, attending = ([_mixers(block) for block in blocks.children()] for blocks in lists)
+        return all(len(mixers) == 2 for mixers in talking) and not any(attending)
 
     @cached_property
     def _lists(self) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-        talking, asking = (
+        talking, attending = (
             {f"{name}.{child}": block for child, block in blocks.named_children()}
             for name, blocks in block_lists(self.model).items()
         )
-        return talking, asking
+        return talking, attending
 
     @cached_property
     def _convolutions(self) -> dict[str, nn.Conv2d]:
@@ -65,34 +73,38 @@ class ClassAttentionTopology(Topology):
 
     @property
     def taps(self) -> Iterable[nn.Module]:
-        talking, asking = self._lists
+        talking, attending = self._lists
         yield from self._convolutions.values()
         yield self.head_begins
-        yield from asking.values()
+        yield from attending.values()
         for block in talking.values():
-            parts = _parts(block)
+            parts = parts_of(block)
             yield from (block, parts.out, _joined_projection(block), *_mixers(block).values())
 
     @property
     def entrance(self) -> str:
         return next(iter(self._convolutions))
 
-    @property
-    def head_begins(self) -> nn.Module:
+    @cached_property
+    def _norm(self) -> tuple[str, nn.LayerNorm]:
         """The one LayerNorm outside the blocks."""
-        inside = {id(part) for blocks in self._lists for block in blocks.values() for part in block.modules()}
-        found = [m for m in self.model.modules() if isinstance(m, nn.LayerNorm) and id(m) not in inside]
+        blocks = [block for blocks in self._lists for block in blocks.values()]
+        found = list(outside(self.model, blocks, nn.LayerNorm).items())
         if len(found) != 1:
             raise UnsupportedModelError(
                 f"{len(found)} LayerNorms outside the blocks of {type(self.model).__name__}; expected one, at the head"
             )
         return found[0]
 
+    @property
+    def head_begins(self) -> nn.Module:
+        return self._norm[1]
+
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         grid = grid_of(recording, [name for name in self._convolutions if name in recording.calls][-1])
         patch = patch_of(self._convolutions, recording, grid, image_size)
-        talking, asking = self._lists
-        starts = [norms_in_order(name, _parts(block), recording)[0] for name, block in asking.items()]
+        talking, attending = self._lists
+        starts = [norms_in_order(name, parts_of(block), recording)[0] for name, block in attending.items()]
         class_token = stream(starts[0].input.read())[:, :1]
         blocks = [self._talking(name, block, recording, class_token) for name, block in talking.items()]
         patches = blocks[-1].after[:, 1:]
@@ -101,9 +113,8 @@ class ClassAttentionTopology(Topology):
                 f"the blocks saw {patches.shape[1]} patches and the class attention {starts[0].input.tensor.shape[1]} "
                 f"tokens; expected a grid of {grid[0]} x {grid[1]} and one class token"
             )
-        blocks += [self._asking(name, block, recording, patches) for name, block in asking.items()]
-        name = next(name for name, module in named(self.model).items() if module is self.head_begins)
-        pooling = pooling_as_read(recording, 1, [recording.call(name).output.tensor], [])
+        blocks += [self._class_attention(name, block, recording, patches) for name, block in attending.items()]
+        pooling = pooling_as_read(recording, 1, self._norm[:1])
         return Trace(self.family, tuple(blocks), blocks[0].before, 1, grid, patch, pooling)
 
     def _talking(self, name: str, block: nn.Module, recording: Recording, class_token: Tensor) -> Block:
@@ -117,17 +128,17 @@ class ClassAttentionTopology(Topology):
         )
         return replace(traced, layout=layout, before=before, between=between, after=after)
 
-    def _asking(self, name: str, block: nn.Module, recording: Recording, patches: Tensor) -> Block:
-        """A block in which the class token asks all tokens, and only it is updated."""
-        parts, site = _parts(block), recording.site(name)
+    def _class_attention(self, name: str, block: nn.Module, recording: Recording, patches: Tensor) -> Block:
+        """A block in which the class token attends to all tokens, and only it is updated."""
+        parts, site = parts_of(block), recording.site(name)
         first, second = norms_in_order(name, parts, recording)
         before = stream(first.input.read())
         between, after = (
             torch.cat([stream(token.read()), patches], 1) for token in (second.input, recording.call(name).output)
         )
-        asks = Groups(torch.zeros(1, 1, dtype=torch.long, device=patches.device), tokens=before.shape[1])
+        query = Groups(torch.zeros(1, 1, dtype=torch.long, device=patches.device), tokens=before.shape[1])
         path = path_to_update(name, parts, site, recording)
-        return Block(name, site, asks, before, between, after, path, keys=WholeImage())
+        return Block(name, site, query, before, between, after, path, keys=WholeImage())
 
 
 @dataclass(frozen=True)
@@ -144,16 +155,9 @@ def _by_head(joined: Tensor, heads: int) -> Tensor:
     return joined.reshape(*joined.shape[:-1], heads, -1).transpose(1, 2)
 
 
-def _parts(block: nn.Module) -> BlockParts:
-    parts = find_parts(block)
-    if parts is None:
-        raise UnsupportedModelError(f"{type(block).__name__} is no residual block any more")
-    return parts
-
-
 def _mixers(block: nn.Module) -> dict[str, nn.Linear]:
     """The Linears of an attention that map heads to heads, by their names in the block."""
-    parts = _parts(block)
+    parts = parts_of(block)
     attention = block.get_submodule(parts.attention)
     heads = getattr(attention, "num_heads", None)
     return {
@@ -165,9 +169,9 @@ def _mixers(block: nn.Module) -> dict[str, nn.Linear]:
 
 def _joined_projection(block: nn.Module) -> nn.Linear:
     """The Linear that makes queries, keys and values in one."""
-    parts = _parts(block)
-    linears = [part for part in block.get_submodule(parts.attention).modules() if isinstance(part, nn.Linear)]
-    found = [part for part in linears if part.out_features == 3 * parts.out.in_features]
+    parts = parts_of(block)
+    linears = layers(block.get_submodule(parts.attention), nn.Linear)
+    found = [linear for linear in linears if linear.out_features == 3 * parts.out.in_features]
     if len(found) != 1:
         raise UnsupportedModelError(
             f"{len(found)} Linears of an attention with talking heads make {3 * parts.out.in_features} channels; "
@@ -177,7 +181,7 @@ def _joined_projection(block: nn.Module) -> nn.Linear:
 
 
 def _talking_site(name: str, block: nn.Module, recording: Recording) -> TalkingSite:
-    parts = _parts(block)
+    parts = parts_of(block)
     within = {id(module): f"{name}.{inner}" for inner, module in named(block).items()}
     softmax = recording.site(f"{name}.{parts.attention}")
     if not isinstance(softmax, SoftmaxSite):

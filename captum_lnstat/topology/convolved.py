@@ -14,18 +14,17 @@ from typing import Any
 from torch import nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.layout import quads, windows
+from captum_lnstat.layout import Grid, quads, windows
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
+from captum_lnstat.topology.anatomy.embedding import block_lists, convolutions, named, reads_images
+from captum_lnstat.topology.anatomy.geometry import pair
+from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
+from captum_lnstat.topology.residual import block_taps, residual_block
 from captum_lnstat.trace.steps import Step, Transition
 from captum_lnstat.trace.trace import Trace
-
-Grid = tuple[int, int]
-# A convolution that reads images has few input channels; one between two stages reads features, which are more.
-IMAGE_CHANNELS = 16
 
 
 @register_topology
@@ -44,7 +43,7 @@ class ConvolvedTopology(Topology):
 
     @cached_property
     def _names(self) -> dict[int, str]:
-        return {id(module): name.replace("._orig_mod", "") for name, module in self.model.named_modules()}
+        return {id(module): name for name, module in named(self.model).items()}
 
     @cached_property
     def _stages(self) -> list[list[Any]]:
@@ -102,10 +101,10 @@ class ConvolvedTopology(Topology):
                     if steps:
                         steps.append(_between(name, steps[-1], grids[-1], grid, recording))
                     grids.append(grid)
-                layout = windows(grid, _pair(block.window_size), (0, 0), tokens.device)
+                layout = windows(grid, pair(block.window_size), (0, 0), tokens.device)
                 steps.append(residual_block(name, block, recording, layout))
-        normed = [] if self._last_norm is None else [recording.call(self._names[id(self._last_norm)]).output.tensor]
-        pooling = pooling_as_read(recording, 0, normed, [])
+        norms = [] if self._last_norm is None else [self._names[id(self._last_norm)]]
+        pooling = pooling_as_read(recording, 0, norms)
         patch = self._patch(grids[0], image_size)
         covers = (
             "attention cannot see through the convolutions before and between the stages: a token's relevance is "
@@ -127,26 +126,15 @@ class ConvolvedTopology(Topology):
 
 
 def _is_convolved(model: nn.Module) -> bool:
-    convolution = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if convolution is None or convolution.in_channels >= IMAGE_CHANNELS:
-        return False
-    return len(list(_block_lists(model))) > 1
+    return reads_images(convolutions(model)) and len(_block_lists(model)) > 1
 
 
-def _block_lists(model: nn.Module) -> Iterable[Any]:
-    return (
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        and len(module) > 0
-        and all(is_residual_block(block) for block in module)
-        and all(hasattr(block, "window_size") and not hasattr(block, "shift_size") for block in module)
-    )
-
-
-def _pair(size: Any) -> Grid:
-    rows, columns = size if isinstance(size, tuple | list) else (size, size)
-    return int(rows), int(columns)
+def _block_lists(model: nn.Module) -> list[Any]:
+    return [
+        blocks
+        for blocks in block_lists(model).values()
+        if all(hasattr(block, "window_size") and not hasattr(block, "shift_size") for block in blocks.children())
+    ]
 
 
 def _between(name: str, below: Step, grid: Grid, after: Grid, recording: Recording) -> Transition:

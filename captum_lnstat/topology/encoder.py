@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
-from torch import Tensor, nn
+from torch import nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.layout import Layout, WholeImage, windows
+from captum_lnstat.layout import Grid, Layout, WholeImage, windows
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.embedding import (
     LISTS,
@@ -20,14 +20,14 @@ from captum_lnstat.topology.anatomy.embedding import (
     check_prefix_first,
     convolutions,
     grid_of,
-    named,
+    outside,
     patch_of,
     reads_images,
 )
-from captum_lnstat.topology.anatomy.parts import has_heads
+from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, has_heads
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, residual_block
+from captum_lnstat.topology.residual import block_taps, residual_block
 from captum_lnstat.trace.trace import Trace
 
 
@@ -53,11 +53,9 @@ class EncoderTopology(Topology):
         return convolutions(self.model, self._blocks.values())
 
     @cached_property
-    def _norms(self) -> dict[str, nn.Module]:
+    def _norms(self) -> dict[str, nn.LayerNorm]:
         """Norms outside the blocks."""
-        inside = {id(part) for block in self._blocks.values() for part in block.modules()}
-        every = named(self.model).items()
-        return {name: part for name, part in every if isinstance(part, nn.LayerNorm) and id(part) not in inside}
+        return outside(self.model, self._blocks.values(), nn.LayerNorm)
 
     @property
     def taps(self) -> Iterable[nn.Module]:
@@ -89,8 +87,7 @@ class EncoderTopology(Topology):
                 "tokens before it. Tokens that were dropped or merged cannot be placed on the image"
             )
         check_prefix_first(recording, tokens.shape[1], prefix, seen=True)
-        sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in self._blocks)]
-        pooling = pooling_as_read(recording, prefix, self._normed(recording), sites, neck=bool(neck))
+        pooling = pooling_as_read(recording, prefix, self._norms, self._blocks, neck=bool(neck))
         return Trace(self.family, blocks, tokens, prefix, grid, patch, pooling)
 
     def _around_blocks(self, recording: Recording) -> tuple[dict[str, nn.Conv2d], dict[str, nn.Conv2d]]:
@@ -107,19 +104,8 @@ class EncoderTopology(Topology):
             )
         return {name: self._convolutions[name] for name in before}, {name: self._convolutions[name] for name in after}
 
-    def _normed(self, recording: Recording) -> list[Tensor]:
-        """Outputs of the norms that read the whole stream where it ends."""
-        end = recording.stream_end
-        calls = [call for name in self._norms for call in recording.calls.get(name, ())]
-        if end is None:
-            return []
-        # All of the stream, its channels last as the blocks have them or first as a LayerNorm2d takes them.
-        shapes = (end.shape, end.movedim(-1, 1).shape)
-        at = end.data_ptr()
-        return [c.output.tensor for c in calls if c.input.tensor.data_ptr() == at and c.input.tensor.shape in shapes]
 
-
-def _layout(name: str, block: nn.Module, recording: Recording, batch: int, grid: tuple[int, int]) -> Layout:
+def _layout(name: str, block: nn.Module, recording: Recording, batch: int, grid: Grid) -> Layout:
     """All tokens, or, where a block takes the map of tokens and has a window size, windows padded right and below."""
     tokens = recording.call(name).input.tensor
     window, shift = getattr(block, "window_size", 0), getattr(block, "shift_size", 0)
@@ -133,10 +119,6 @@ def _layout(name: str, block: nn.Module, recording: Recording, batch: int, grid:
     )
 
 
-def _inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
-
-
 def _holds_encoder(model: nn.Module) -> bool:
     lists = block_lists(model)
     if len(lists) != 1 or not reads_images(convolutions(model, lists.values())):
@@ -144,8 +126,4 @@ def _holds_encoder(model: nn.Module) -> bool:
     # Attention in layers of another build, as XCiT's among the channels: more than this family knows of.
     inside = {id(part) for blocks in lists.values() for part in blocks.modules()}
     others = [part for part in model.modules() if id(part) not in inside and isinstance(part, LISTS) and len(part) > 0]
-    return not any(all(has_heads(layer) for layer in layers) and not _has_blocks(layers, inside) for layers in others)
-
-
-def _has_blocks(module: nn.Module, blocks: set[int]) -> bool:
-    return any(id(part) in blocks for part in module.modules())
+    return not any(all(map(has_heads, layers)) and inside.isdisjoint(map(id, layers.modules())) for layers in others)

@@ -10,19 +10,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import Tensor, nn
+from torch import nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.layout import Grid
+from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.recording import Recording
-from captum_lnstat.topology.anatomy.embedding import convolutions, named, reads_images
-from captum_lnstat.topology.anatomy.geometry import Grid, channels_first, channels_last
+from captum_lnstat.topology.anatomy.embedding import convolutions, outside, reads_images
+from captum_lnstat.topology.anatomy.geometry import channels_first, channels_last
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.units import Stream, reads_channels_first, unit_steps, unit_taps
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.readers.base import Reader
 from captum_lnstat.topology.readers.residual import reader_of
 from captum_lnstat.trace.steps import Step, Transition
-from captum_lnstat.trace.trace import RULES, Trace
+from captum_lnstat.trace.trace import Trace
 
 COVERS = (
     "The grid is that of the first attention block: what the convolutions below it ({below}) did is not told apart. "
@@ -56,11 +58,9 @@ class HierarchicalTopology(Topology):
         return list(_items_of(self.model))
 
     @cached_property
-    def _norms(self) -> dict[str, nn.Module]:
+    def _norms(self) -> dict[str, nn.LayerNorm]:
         """Norms outside the blocks."""
-        inside = {id(part) for item in self._items if item.reader is not None for part in item.module.modules()}
-        every = named(self.model).items()
-        return {name: part for name, part in every if isinstance(part, nn.LayerNorm) and id(part) not in inside}
+        return outside(self.model, [item.module for item in self._items if item.reader is not None], nn.LayerNorm)
 
     @property
     def taps(self) -> Iterable[nn.Module]:
@@ -117,8 +117,7 @@ class HierarchicalTopology(Topology):
         first = streams[0]
         names = [item.name for item in between if item.reader is not None]
         readers = [item.reader for item in between if item.reader is not None]
-        sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in names)]
-        pooling = pooling_as_read(recording, streams[-1].prefix, _normed(recording, self._norms), sites)
+        pooling = pooling_as_read(recording, streams[-1].prefix, self._norms, names)
         return Trace(
             self.family,
             tuple(steps),
@@ -128,7 +127,7 @@ class HierarchicalTopology(Topology):
             _patch(image_size, first.grid),
             pooling,
             place=None if first.order is None else first.order.argsort(),
-            rules=tuple(rule for rule in RULES if all(rule in r.rules for r in readers)),
+            gradients=all(r.gradients for r in readers),
             covers=_covers(below, steps, readers),
         )
 
@@ -187,11 +186,11 @@ class HierarchicalTopology(Topology):
 
 
 def _covers(below: list[_Item], steps: list[Step], readers: list[Reader]) -> str:
-    said = [COVERS.format(below=", ".join(item.name for item in below) or "none")]
-    closed = [step.name for step in steps if isinstance(step, Transition) and step.pull is None]
+    covers = [COVERS.format(below=", ".join(item.name for item in below) or "none")]
+    closed = [step.name for step in steps if isinstance(step, Transition) and step.pull_back is None]
     if closed:
-        said.append(PUT_DOWN.format(names=", ".join(closed)))
-    return " ".join([*said, *dict.fromkeys(reader.covers for reader in readers if reader.covers)])
+        covers.append(PUT_DOWN.format(names=", ".join(closed)))
+    return " ".join([*covers, *dict.fromkeys(reader.covers for reader in readers if reader.covers)])
 
 
 def _passes(recording: Recording, name: str) -> bool:
@@ -203,30 +202,20 @@ def _passes(recording: Recording, name: str) -> bool:
 
 def _grid_from_unit(item: _Item, recording: Recording) -> Grid | None:
     """Rows and columns of what a module returned: a map as wide as its last convolution, or that one's."""
-    layers = {name: part for name, part in item.module.named_modules() if isinstance(part, nn.Conv2d)}
-    if not layers or item.name not in recording.calls:
+    found = convolutions(item.module)
+    if not found or item.name not in recording.calls:
         return None
-    seen, width = recording.call(item.name).output.tensor, list(layers.values())[-1].out_channels
-    dotted = [f"{item.name}.{name}".rstrip(".") for name in layers]
+    seen, width = recording.call(item.name).output.tensor, list(found.values())[-1].out_channels
+    dotted = [f"{item.name}.{name}".rstrip(".") for name in found]
     maps = [recording.call(name).output.tensor for name in dotted if name in recording.calls]
     last = (int(maps[-1].shape[-2]), int(maps[-1].shape[-1])) if maps else None
     if seen.dim() != 4:
         return last
-    found = [(int(rows), int(columns)) for rows, columns in (seen.shape[-2:], seen.shape[1:3])]
-    fitting = [grid for grid, channels in zip(found, (seen.shape[1], seen.shape[-1]), strict=True) if channels == width]
+    sides = [(int(rows), int(columns)) for rows, columns in (seen.shape[-2:], seen.shape[1:3])]
+    fitting = [grid for grid, channels in zip(sides, (seen.shape[1], seen.shape[-1]), strict=True) if channels == width]
     # Where a map has as many rows as channels, its sides are in the proportion that the convolution left.
     same = [grid for grid in fitting if last is not None and grid[0] * last[1] == grid[1] * last[0]]
     return next(iter(same or fitting), last)
-
-
-def _normed(recording: Recording, norms: dict[str, nn.Module]) -> list[Tensor]:
-    """Outputs of the norms that read the whole stream where it ends."""
-    end = recording.stream_end
-    if end is None:
-        return []
-    calls = [call for name in norms for call in recording.calls.get(name, ())]
-    same = [c for c in calls if c.input.tensor.data_ptr() == end.data_ptr() and c.input.tensor.numel() == end.numel()]
-    return [call.output.tensor for call in same]
 
 
 def _patch(image_size: tuple[int, int], grid: Grid) -> tuple[int, int]:
@@ -246,13 +235,9 @@ def _strides(pixels: int, cells: int) -> list[int]:
     return [size for size in range(1, pixels + 1) if cells in (pixels // size, -(-pixels // size))]
 
 
-def _inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
-
-
 def _items_of(module: nn.Module, prefix: str = "") -> Iterator[_Item]:
     for name, child in module.named_children():
-        dotted = f"{prefix}{name}".replace("._orig_mod", "")
+        dotted = recorded_name(f"{prefix}{name}")
         kind = reader_of(child)
         if kind is not None:
             yield _Item(dotted, child, kind(child))
@@ -277,7 +262,7 @@ def _is_hierarchy(model: nn.Module) -> bool:
     if len({reader.width for reader in readers}) < 2 or any(_shifts(reader.block) for reader in readers):
         return False
     place = next(place for place, item in enumerate(items) if item.reader is not None)
-    return place > 0 and any(convolutions(item.module) or isinstance(item.module, nn.Conv2d) for item in items[:place])
+    return place > 0 and any(convolutions(item.module) for item in items[:place])
 
 
 def _shifts(block: nn.Module) -> bool:

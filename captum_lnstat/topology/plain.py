@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.layout import WholeImage
+from captum_lnstat.layout import Grid, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.embedding import check_prefix_first, convolutions, grid_of
+from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, is_residual_block
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block
+from captum_lnstat.topology.residual import block_taps, residual_block
 from captum_lnstat.trace.pooling import AttentionPooling, FixedPooling, Pooling
 from captum_lnstat.trace.trace import Trace
 
@@ -36,7 +37,7 @@ class PlainTopology(Topology):
             and (hasattr(embedding, "grid_size") or hasattr(embedding, "dynamic_feat_size"))
             and isinstance(blocks, nn.Sequential | nn.ModuleList)
             and len(blocks) > 0
-            and all(is_residual_block(block) for block in blocks)
+            and all(map(is_residual_block, blocks))
         )
 
     @property
@@ -77,8 +78,8 @@ class PlainTopology(Topology):
         pooling = self._pooling(recording, prefix, tokens)
         return Trace(self.family, blocks, tokens, prefix, grid, self._patch(), pooling)
 
-    def _grid(self, recording: Recording, image_size: tuple[int, int]) -> tuple[int, int]:
-        """What the last convolution returned; without one, what the embedding says of an image of this size."""
+    def _grid(self, recording: Recording, image_size: tuple[int, int]) -> Grid:
+        """What the last convolution returned; without one, what the embedding makes of an image of this size."""
         last = list(convolutions(self._embed))[-1:]
         if last:
             return grid_of(recording, f"{self.entrance}.{last[0]}")
@@ -107,7 +108,7 @@ class PlainTopology(Topology):
             return FixedPooling("mean of the tokens" if skipped < prefix else "mean of the patches", weights)
         if model.global_pool == "map":
             site = recording.site("attn_pool")
-            # Some of timm's models pool their prefix tokens too, whether they say so or not: the keys tell.
+            # Some of timm's models pool their prefix tokens too, whatever their options are: the keys show it.
             skipped = count - site.shape[3]
             if skipped not in (0, prefix):
                 raise RecordingError(

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.layout import Groups, Layout, WholeImage
+from captum_lnstat.layout import Grid, Groups, Layout, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.affine import pull_by_autograd
-from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, patch_of, reads_images
-from captum_lnstat.topology.anatomy.geometry import Grid, channels_last
-from captum_lnstat.topology.anatomy.parts import BlockParts, find_parts
+from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
+from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, outside, patch_of, reads_images
+from captum_lnstat.topology.anatomy.geometry import channels_last
+from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, BlockParts, is_residual_block, layers, parts_of
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.unfolding import cut
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, residual_block
+from captum_lnstat.topology.residual import block_taps, residual_block
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
@@ -46,7 +46,7 @@ class PooledTopology(Topology):
 
     @cached_property
     def _blocks(self) -> dict[str, nn.Module]:
-        return {name: part for name, part in named(self.model).items() if find_parts(part) is not None}
+        return {name: part for name, part in named(self.model).items() if is_residual_block(part)}
 
     @cached_property
     def _convolutions(self) -> dict[str, nn.Conv2d]:
@@ -64,7 +64,7 @@ class PooledTopology(Topology):
         yield from self._others.values()
         for block in self._blocks.values():
             yield from block_taps(block)
-            parts = _parts(block)
+            parts = parts_of(block)
             yield getattr(block, parts.norms[0])
             yield from _linears(block).values()
 
@@ -83,13 +83,12 @@ class PooledTopology(Topology):
             steps.append(_block(name, block, recording, grid))
             grid = steps[-1].grid or grid
         tokens = steps[0].before
-        pools = len({_parts(block).out.out_features for block in self._blocks.values()}) - 1
+        pools = len({parts_of(block).out.out_features for block in self._blocks.values()}) - 1
         order = _pooling_order(first_grid, pools, tokens.device)
         self._check_order(recording, order, tokens)
-        sites = [site for site in recording.sites if not any(_inside(site.module, name) for name in self._blocks)]
         patch = patch_of({self.entrance: self._convolutions[self.entrance]}, recording, first_grid, image_size)
-        normed = self._normed(recording)
-        pooling = pooling_as_read(recording, 0, normed, sites)
+        norms = outside(self.model, self._blocks.values(), nn.LayerNorm)
+        pooling = pooling_as_read(recording, 0, norms, self._blocks)
         place = order.argsort()
         return Trace(self.family, tuple(steps), tokens, 0, first_grid, patch, pooling, place=place, covers=COVERS)
 
@@ -105,17 +104,9 @@ class PooledTopology(Topology):
                 "the image's rows that pooling would have put so; expected them in the order in which they are pooled"
             )
 
-    def _normed(self, recording: Recording) -> list[Tensor]:
-        end = recording.stream_end
-        if end is None:
-            return []
-        norms = [name for name, part in self._others.items() if isinstance(part, nn.LayerNorm)]
-        calls = [call for name in norms for call in recording.calls.get(name, ())]
-        return [c.output.tensor for c in calls if c.input.tensor.data_ptr() == end.data_ptr()]
-
 
 def _block(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Block:
-    parts = _parts(block)
+    parts = parts_of(block)
     site = cut(recording.site(f"{name}.{parts.attention}"))
     call = recording.call(name)
     batch, before, after = len(call.input.tensor), call.input.tensor.shape[1], call.output.tensor.shape[1]
@@ -141,9 +132,9 @@ def _block(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Blo
     with torch.no_grad():
         carried = stream(shortcut(call.input.read()))
     layouts = channels_last, channels_last
-    pull = pull_by_autograd(name, shortcut, call.input.read(), layouts, read.before, carried, block.training)
+    pull_back = pull_back_by_autograd(name, shortcut, call.input.read(), layouts, read.before, carried, block.training)
     below = grid[0] // stride, grid[1] // stride
-    return replace(read, keys=others, skip=under, carried=carried, grid=below, pull=pull)
+    return replace(read, keys=others, below=under, carried=carried, grid=below, pull_back=pull_back)
 
 
 def _every(windows: int, members: int, device: torch.device) -> Layout:
@@ -185,29 +176,19 @@ def _pooling_order(grid: Grid, pools: int, device: torch.device) -> Tensor:
     return ids.flatten()
 
 
-def _parts(block: nn.Module) -> BlockParts:
-    parts = find_parts(block)
-    assert parts is not None
-    return parts
-
-
 def _linears(block: nn.Module) -> dict[str, nn.Linear]:
     """Linears that are children of the block itself."""
     return {name: child for name, child in block.named_children() if isinstance(child, nn.Linear)}
 
 
-def _inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
-
-
 def _widens(block: nn.Module) -> bool:
-    first, second, *_ = (getattr(block, norm).normalized_shape for norm in _parts(block).norms)
+    first, second, *_ = (getattr(block, norm).normalized_shape for norm in parts_of(block).norms)
     return bool(first != second)
 
 
 def _is_pooled(model: nn.Module) -> bool:
-    blocks = [part for part in model.modules() if find_parts(part) is not None]
-    if not any(map(_widens, blocks)) or any(isinstance(part, nn.Conv2d) for b in blocks for part in b.modules()):
+    blocks = [part for part in model.modules() if is_residual_block(part)]
+    if not any(map(_widens, blocks)) or any(layers(block, nn.Conv2d) for block in blocks):
         return False
-    outside = convolutions(model, blocks)
-    return len(outside) == 1 and reads_images(outside)
+    found = convolutions(model, blocks)
+    return len(found) == 1 and reads_images(found)

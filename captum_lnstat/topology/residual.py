@@ -6,27 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.layout import Groups, Layout
+from captum_lnstat.layout import Grid, Layout
 from captum_lnstat.recording.recording import NormCall, Recording
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.parts import BlockParts, find_parts
+from captum_lnstat.topology.anatomy.parts import BlockParts, parts_of
+from captum_lnstat.topology.anatomy.parts import is_residual_block as is_residual_block
 from captum_lnstat.topology.anatomy.unfolding import unfolded
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.topology.anatomy.units import norm_step
 from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale
 from captum_lnstat.trace.steps import Block, Transition
-
-BLOCK_PARTS = "two LayerNorms, one attention with heads and a Linear after it, and an MLP"
-
-
-def is_residual_block(block: nn.Module) -> bool:
-    """Whether a module has the parts of a residual block."""
-    return find_parts(block) is not None
 
 
 def block_taps(block: nn.Module) -> list[nn.Module]:
     """The modules whose calls ``residual_block`` reads."""
-    gate = _parts(type(block).__name__, block).gate
+    gate = parts_of(block).gate
     return [block] if gate is None else [block, gate[1]]
 
 
@@ -56,7 +50,7 @@ def residual_block(
         RecordingError: The block's norms, attention and updates do not fit together.
         UnsupportedModelError: The block lacks a part.
     """
-    parts = _parts(name, block)
+    parts = parts_of(block, name)
     call = recording.call(name)
     if site is None:
         site = unfolded(recording.site(f"{name}.{parts.attention}"), parts.out.in_features)
@@ -72,9 +66,7 @@ def residual_block(
         path = path_to_update(name, parts, site, recording, joined_norm)
     else:
         attended, mlp, norms = _output(first), _output(second), None
-        norm = FrozenNorm.of(first)
-        flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
-        path = (*path_to_update(name, parts, site, recording, joined_norm), flat)
+        path = (*path_to_update(name, parts, site, recording, joined_norm), FrozenNorm.of(first))
         if block.training:
             kept, mlp_kept = _kept(after - before, attended, mlp)
             attended, mlp = kept * attended, mlp_kept * mlp
@@ -84,14 +76,7 @@ def residual_block(
     return Block(name, site, layout, before, between, after, path, norms=norms, post_norm=norms is None)
 
 
-def _parts(name: str, block: nn.Module) -> BlockParts:
-    parts = find_parts(block)
-    if parts is None:
-        raise UnsupportedModelError(f"{name!r} is not a residual block; expected {BLOCK_PARTS}")
-    return parts
-
-
-def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: tuple[int, int]) -> Transition | None:
+def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Transition | None:
     """The norm through which a block's stream leaves it, if there is one: a map of each token, its deviation frozen.
 
     Args:
@@ -100,19 +85,12 @@ def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: tuple
         recording: The pass.
         grid: Rows and columns of patch tokens.
     """
-    *_, last = norms = norms_in_order(name, _parts(name, block), recording)
+    *_, last = norms = norms_in_order(name, parts_of(block, name), recording)
     if len(norms) < 3:
         return None
-    before, after, norm = stream(last.input.read()), stream(recording.call(name).output.read()), FrozenNorm.of(last)
-    flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
-    itself = Groups(torch.arange(before.shape[1], device=before.device)[:, None])
-
-    def pull(u: Covector) -> tuple[Covector, Tensor]:
-        below, constant = flat.pull(u)
-        return below, constant.sum(1)
-
+    before, after = stream(last.input.read()), stream(recording.call(name).output.read())
     _check_sum(name, _output(last), after)
-    return Transition(last.module, itself, before, after, grid, pull)
+    return norm_step(last.module, last, before, after, grid)
 
 
 def norms_in_order(name: str, parts: BlockParts, recording: Recording) -> list[NormCall]:
@@ -158,7 +136,7 @@ def _norm_of_heads(attention: str, parts: BlockParts, site: AttentionSite, recor
 
 
 def _output(norm: NormCall) -> Tensor:
-    """What the norm returned, computed again rather than kept."""
+    """What the norm returned, computed again rather than stored."""
     x = norm.input.read()
     with torch.no_grad():
         return stream(nn.functional.layer_norm(x, x.shape[-norm.dims :], norm.weight, norm.bias, norm.eps))

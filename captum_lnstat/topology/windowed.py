@@ -7,27 +7,27 @@ with a norm and a reduction, a last LayerNorm. Tokens may be a map ``(batch, row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.layout import Groups, quads, windows
+from captum_lnstat.layout import Grid, Groups, quads, windows
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.recording import Recording
-from captum_lnstat.recording.statistics import accumulation_dtype, stream
-from captum_lnstat.topology.anatomy.parts import find_parts
+from captum_lnstat.recording.statistics import stream
+from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, outside
+from captum_lnstat.topology.anatomy.geometry import pair
+from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, find_parts, is_residual_block
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.residual import BLOCK_PARTS, block_taps, is_residual_block, residual_block, trailing_norm
+from captum_lnstat.topology.residual import block_taps, residual_block, trailing_norm
 from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm
 from captum_lnstat.trace.pooling import FixedPooling, Pooling
 from captum_lnstat.trace.steps import Merging, Step
 from captum_lnstat.trace.trace import Trace
-
-Grid = tuple[int, int]
 
 
 @register_topology
@@ -43,10 +43,10 @@ class WindowedTopology(Topology):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._steps = _steps_of(model)
-        self._names = {id(module): name.replace("._orig_mod", "") for name, module in model.named_modules()}
-        self._patches: Any = _patch_convolution(model, {id(step) for _, step in self._steps})
+        self._names = {id(module): name for name, module in named(model).items()}
+        self._patches: Any = _patch_convolution(model, self._steps)
         self._last_norm = _last_norm(model)
-        if self._last_norm is None and not _ends_in_a_norm(self._steps[-1][1]):
+        if self._last_norm is None and not _ends_in_a_norm(self._steps[-1]):
             raise UnsupportedModelError(
                 f"{type(model).__name__} ends without a LayerNorm: it gives features, not scores; expected a model "
                 "with its last LayerNorm and its classifier"
@@ -57,7 +57,7 @@ class WindowedTopology(Topology):
         steps = _steps_of(model)
         if not _is_swin(model, steps):
             return False
-        inner = _outside(model, {id(step) for _, step in steps})
+        inner = _outside(model, steps)
         return not any(_is_swin(module, _steps_in(module, steps)) for module in inner if module._modules)
 
     @property
@@ -65,7 +65,7 @@ class WindowedTopology(Topology):
         yield from (self._patches, self._entrance)
         if self._last_norm is not None:
             yield self._last_norm
-        for _, step in self._steps:
+        for step in self._steps:
             yield from [step] if _is_merging(step) else block_taps(step)
 
     @property
@@ -89,19 +89,18 @@ class WindowedTopology(Topology):
     @property
     def head_follows(self) -> nn.Module | None:
         """The last block, if its own last norm is the last one of the model."""
-        return None if self._last_norm is not None else self._steps[-1][1]
+        return None if self._last_norm is not None else self._steps[-1]
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
-        rows, columns = recording.call(self._names[id(self._patches)]).output.tensor.shape[-2:]
-        grid = first_grid = (int(rows), int(columns))
+        grid = first_grid = grid_of(recording, self._names[id(self._patches)])
         steps: list[Step] = []
-        for dotted, module in self._steps:
-            name = dotted.replace("._orig_mod", "")
+        for module in self._steps:
+            name = self._names[id(module)]
             tokens = recording.call(name).input.read()
             _check_grid(name, tokens, grid)
             if _is_merging(module):
                 steps.append(_merging(name, module, recording, grid))
-                grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+                grid = steps[-1].grid_after(grid)
             else:
                 steps.append(residual_block(name, module, recording, _layout(module, tokens, grid)))
                 last = trailing_norm(name, module, recording, grid)
@@ -111,46 +110,38 @@ class WindowedTopology(Topology):
         return Trace(self.family, tuple(steps), tokens, 0, first_grid, patch, self._pooling(recording))
 
     def _pooling(self, recording: Recording) -> Pooling:
-        normed = recording.stream_end
-        if self._last_norm is not None:
-            normed = recording.call(self._names[id(self._last_norm)]).output.tensor
-        assert normed is not None
         if recording.scores is not None and recording.scores.requires_grad:
-            return pooling_as_read(recording, 0, [normed], [])
+            norms = [] if self._last_norm is None else [self._names[id(self._last_norm)]]
+            return pooling_as_read(recording, 0, norms)
         # A class-agnostic rule has no need of the scores' graph.
-        if not _pools_by_mean(self.model, {id(step) for _, step in self._steps}):
+        if not _pools_by_mean(self.model, self._steps):
             raise UnsupportedModelError(
                 f"how {type(self.model).__name__} reads its tokens cannot be seen: it has no average pooling, and "
                 "forward_func leaves the graph after it; expected one or the other"
             )
-        count = normed.shape[1:-1].numel()
-        weights = normed.new_full((count,), 1 / count, dtype=accumulation_dtype(normed))
+        assert recording.stream_end is not None
+        tokens = stream(recording.stream_end.detach())
+        weights = tokens.new_full((tokens.shape[1],), 1 / tokens.shape[1])
         return FixedPooling("mean of the tokens", weights)
 
 
-Steps = list[tuple[str, Any]]
-
-
-def _steps_of(model: nn.Module, prefix: str = "") -> Steps:
-    """The blocks and mergings inside ``model``, by name and in order, without looking for more inside them."""
-    found: Steps = []
-    for name, child in model.named_children():
-        found += [(prefix + name, child)] if _is_step(child) else _steps_of(child, f"{prefix}{name}.")
+def _steps_of(model: nn.Module) -> list[Any]:
+    """The blocks and mergings inside ``model``, in order, without looking for more inside them."""
+    found: list[Any] = []
+    for child in model.children():
+        found += [child] if _is_step(child) else _steps_of(child)
     return found
 
 
-def _steps_in(module: nn.Module, steps: Steps) -> Steps:
+def _steps_in(module: nn.Module, steps: list[Any]) -> list[Any]:
     """Those of ``steps`` that are inside ``module``."""
-    inside = {id(part) for part in module.modules()}
-    return [(name, step) for name, step in steps if id(step) in inside]
+    inside = set(module.modules())
+    return [step for step in steps if step in inside]
 
 
-def _outside(model: nn.Module, steps: set[int]) -> Iterator[nn.Module]:
+def _outside(model: nn.Module, steps: list[Any]) -> list[nn.Module]:
     """The modules inside ``model`` that are no part of a step, in order."""
-    for child in model.children():
-        if id(child) not in steps:
-            yield child
-            yield from _outside(child, steps)
+    return [module for module in outside(model, steps, nn.Module).values() if module is not model]
 
 
 def _is_step(module: nn.Module) -> bool:
@@ -175,9 +166,9 @@ def _is_merging(module: object) -> bool:
     return isinstance(reduction, nn.Linear) and isinstance(norm, nn.Module) and not reduction.in_features % 4
 
 
-def _patch_convolution(model: nn.Module, steps: set[int]) -> nn.Conv2d | None:
+def _patch_convolution(model: nn.Module, steps: list[Any]) -> nn.Conv2d | None:
     """The first convolution outside the steps, if it cuts the image into patches that do not overlap."""
-    first = next((module for module in _outside(model, steps) if isinstance(module, nn.Conv2d)), None)
+    first = next(iter(convolutions(model, steps).values()), None)
     return first if first is not None and first.kernel_size == first.stride else None
 
 
@@ -190,20 +181,21 @@ def _ends_in_a_norm(block: nn.Module) -> bool:
     return parts is not None and len(parts.norms) > 2
 
 
-def _is_swin(model: nn.Module, steps: Steps) -> bool:
+def _is_swin(model: nn.Module, steps: list[Any]) -> bool:
     """Whether all the parts are in ``model``, its own last norm among them (or missing, in a model of features)."""
-    if all(_is_merging(step) for _, step in steps):
+    if all(map(_is_merging, steps)):
         return False
-    if _patch_convolution(model, {id(step) for _, step in steps}) is None:
+    if _patch_convolution(model, steps) is None:
         return False
     return _last_norm(model) is not None or not isinstance(model, nn.Sequential)
 
 
-def _pools_by_mean(model: nn.Module, steps: set[int]) -> bool:
-    """Whether there is an average pooling (torch's own, or one that is told its kind) and nothing else is asked for."""
-    kinds = (getattr(module, "pool_type", None) for module in _outside(model, steps))
-    torchs = (isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d) for module in _outside(model, steps))
-    return getattr(model, "global_pool", "avg") == "avg" and ("avg" in kinds or any(torchs))
+def _pools_by_mean(model: nn.Module, steps: list[Any]) -> bool:
+    """Whether an average pooling is all that the head is set to: torch's own, or one of several kinds of pooling."""
+    pools = _outside(model, steps)
+    average = any(isinstance(pool, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d) for pool in pools)
+    average = average or any(getattr(pool, "pool_type", None) == "avg" for pool in pools)
+    return average and getattr(model, "global_pool", "avg") == "avg"
 
 
 def _check_grid(name: str, tokens: Tensor, grid: Grid) -> None:
@@ -215,19 +207,14 @@ def _check_grid(name: str, tokens: Tensor, grid: Grid) -> None:
         )
 
 
-def _pair(size: Any) -> Grid:
-    rows, columns = size if isinstance(size, tuple | list) else (size, size)
-    return int(rows), int(columns)
-
-
 def _layout(block: Any, tokens: Tensor, grid: Grid) -> Groups:
-    """The windows of a block. Who cuts them tells what is done where a grid is not whole windows.
+    """The windows of a block. Who cuts them decides what is done where a grid is not whole windows.
 
     A block that is given a map rolls it, then pads. A block that is given a sequence pads, then rolls; so does an
     attention that cuts its own windows, and it drops the shift of an axis that one window covers.
     """
     owner = _window_owner(block)
-    window, shift = _pair(owner.window_size), _pair(owner.shift_size)
+    window, shift = pair(owner.window_size), pair(owner.shift_size)
     if owner is not block:
         covered = [size <= side for size, side in zip(grid, window, strict=True)]
         shift = (0 if covered[0] else shift[0], 0 if covered[1] else shift[1])
@@ -241,9 +228,8 @@ def _merging(name: str, module: Any, recording: Recording, grid: Grid) -> Mergin
     children = recording.call(name).input.read()
     reduction: nn.Linear = module.reduction
     linear = FrozenLinear(reduction.weight, reduction.bias)
-    flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
     norm_first = recording.norm(f"{name}.norm").input.tensor.shape[-1] == reduction.in_features
-    path: tuple[FrozenMap, ...] = (flat, linear) if norm_first else (linear, flat)
+    path: tuple[FrozenMap, ...] = (norm, linear) if norm_first else (linear, norm)
     if reduction.in_features == reduction.out_features:
         raise UnsupportedModelError(
             f"{name} keeps its width of {reduction.in_features} channels, so it cannot be told whether its norm comes "

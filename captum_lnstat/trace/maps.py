@@ -1,8 +1,8 @@
-"""Affine maps of the residual stream once LayerNorm statistics are frozen, and how a covector is pulled through them.
+"""Affine maps of the residual stream once LayerNorm statistics are frozen; how a cotangent is pulled back through them.
 
 With its statistics frozen, ``LN(x) = gamma * (x - mean(x)) / sigma + beta`` is affine, and so is every other step
 between an attention's output and the residual stream. For an affine ``f(x) = M x + b``,
-``<u, f(x)> = <M^T u, x> + <u, b>``: ``pull(u)`` returns ``M^T u`` and ``<u, b>``.
+``<u, f(x)> = <M^T u, x> + <u, b>``: ``pull_back(u)`` returns ``M^T u`` and ``<u, b>``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from captum_lnstat.recording.recording import NormCall
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent, PullBack
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 class FrozenMap(Protocol):
     """An affine map on the channels of each token."""
 
-    def pull(self, u: Covector) -> tuple[Covector, Float[Tensor, "batch place score"]]:
+    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Float[Tensor, "batch place score"]]:
         """Return ``M^T u`` and ``<u_i, b>`` of every token that ``u`` is at."""
         ...
 
 
-def _nothing(u: Covector) -> Tensor:
+def _nothing(u: Cotangent) -> Tensor:
     return u.scale.new_zeros(*u.scale.shape, u.scores)
 
 
@@ -39,7 +39,7 @@ class FrozenLinear:
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None = None
 
-    def pull(self, u: Covector) -> tuple[Covector, Tensor]:
+    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Tensor]:
         constant = _nothing(u) if self.bias is None else u.read_vector(self.bias)
         return u.with_directions(u.directions @ self.weight.detach().to(u.directions.dtype)), constant
 
@@ -50,7 +50,7 @@ class FrozenScale:
 
     gamma: Float[Tensor, "*batch_tokens channel"]
 
-    def pull(self, u: Covector) -> tuple[Covector, Tensor]:
+    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Tensor]:
         gamma = self.gamma.detach().to(u.directions.dtype)
         scaled = u.with_directions(u.directions * gamma) if gamma.dim() <= 1 else u.times(gamma.flatten(1, -2))
         return scaled, _nothing(u)
@@ -72,17 +72,27 @@ class FrozenNorm:
         """A recorded norm as an affine map, its standard deviation held constant."""
         return cls((norm.statistics.variance + norm.eps).sqrt(), norm.weight, norm.bias)
 
-    def pull(self, u: Covector) -> tuple[Covector, Tensor]:
+    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Tensor]:
         constant = _nothing(u) if self.beta is None else u.read_vector(self.beta)
         scaled = u.directions if self.gamma is None else u.directions * self.gamma.detach().to(u.directions.dtype)
         centred = u.with_directions(scaled - scaled.mean(-1, keepdim=True))
         return centred.scaled(1 / self.deviation.flatten(1).to(u.scale.dtype)), constant
 
 
-def pull_through(path: Iterable[FrozenMap], u: Covector) -> tuple[Covector, Float[Tensor, "batch place score"]]:
+def pull_back(path: Iterable[FrozenMap], u: Cotangent) -> tuple[Cotangent, Float[Tensor, "batch place score"]]:
     """Pull ``u`` from the end of a path of maps to its beginning, collecting the constants of every token."""
     constant = _nothing(u)
     for step in reversed(list(path)):
-        u, offset = step.pull(u)
+        u, offset = step.pull_back(u)
         constant = constant + offset
     return u, constant
+
+
+def pulled_through(*path: FrozenMap) -> PullBack:
+    """The pull-back of a step that is a path of maps, with the constants of all tokens added up."""
+
+    def pull(u: Cotangent) -> tuple[Cotangent, Tensor]:
+        before, constant = pull_back(path, u)
+        return before, constant.sum(1)
+
+    return pull

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Union
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Union
 import torch
 from torch import Tensor
 
-from captum_lnstat.layout import Groups, Layout
+from captum_lnstat.layout import Grid, Groups, Layout, even_shares
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import (
     ResidualShare,
@@ -21,8 +20,8 @@ from captum_lnstat.recording.statistics import (
     token_statistics,
     token_variance,
 )
-from captum_lnstat.trace.covector import Covector
-from captum_lnstat.trace.maps import FrozenMap
+from captum_lnstat.trace.cotangent import Cotangent, PullBack, to_children
+from captum_lnstat.trace.maps import FrozenMap, pull_back
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,8 +29,30 @@ if TYPE_CHECKING:
     from captum_lnstat.recording.recording import NormCall
 
 
+MergingShare = Literal["uniform", "variance"]
+
+
+class _Step:
+    """What every step is: a change of the residual stream from ``before`` to ``after``."""
+
+    name: str
+    before: Float[Tensor, "batch token channel"]
+    after: Float[Tensor, "batch token_after out_channel"]
+    below: Groups | None  # the tokens before it that lie under each token after it, if not each under itself
+    grid: Grid | None  # rows and columns of patch tokens after it, where it may change them
+
+    def shares(self, merging: MergingShare) -> Float[Tensor, "batch parent child"]:
+        """Share of a token after it that each of the tokens ``below`` gets; ``merging`` is for patch mergings."""
+        assert self.below is not None
+        return even_shares(self.below, self.before.dtype)[None]
+
+    def grid_after(self, grid: Grid) -> Grid:
+        """Rows and columns of patch tokens after it."""
+        return self.grid or grid
+
+
 @dataclass(frozen=True)
-class Block:
+class Block(_Step):
     """One transformer block: ``between = x + attention update``, ``after = between + mlp update``.
 
     Attributes:
@@ -43,11 +64,11 @@ class Block:
         after: The stream with the MLP's update; ``between`` itself if no MLP follows.
         path: The affine maps from the site's output, heads joined, to the attention update.
         keys: How the tokens of ``before`` became the site's keys, if not as the queries.
-        skip: For an attention that pools its queries: the tokens of ``before`` under each token after it.
+        below: For an attention that pools its queries: the tokens of ``before`` under each token after it.
         carried: For such a block: what of ``before`` the update is added to, after the pooling.
         grid: For such a block: rows and columns of tokens after it.
         norms: The calls of the LayerNorms that read ``base`` and ``between``, if they did; their statistics are known.
-        pull: For such a block: from the covector of ``carried`` to that of ``before``, as in a ``Transition``.
+        pull_back: For such a block: from the cotangent of ``carried`` to that of ``before``, as in a ``Transition``.
         post_norm: The update was normalised before it was added, and no LayerNorm reads the stream.
     """
 
@@ -59,11 +80,11 @@ class Block:
     after: Float[Tensor, "batch query_token out_channel"]
     path: tuple[FrozenMap, ...]
     keys: Layout | None = None
-    skip: Groups | None = None
+    below: Groups | None = None
     carried: Float[Tensor, "batch query_token out_channel"] | None = None
-    grid: tuple[int, int] | None = None
+    grid: Grid | None = None
     norms: tuple[NormCall, NormCall] | None = None
-    pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
+    pull_back: PullBack | None = None
     post_norm: bool = False
 
     @property
@@ -91,7 +112,7 @@ class Block:
         """Share of each token after the attention that is the token before it; 1 where it takes no part.
 
         ``"ratio"`` is a ratio of what two LayerNorms read. In a post-norm block they do not read the stream: the
-        update was given its variance by the norm, and ``var(x) / (var(x) + var(d))`` is what the statistics say.
+        update was given its variance by the norm, and ``var(x) / (var(x) + var(d))`` is what the statistics give.
         """
         if form == "half":
             share = self.base.new_full(self.base.shape[:2], 0.5)
@@ -114,13 +135,13 @@ def _statistics(tokens: Tensor, norm: NormCall | None) -> TokenStatistics:
 
 
 @dataclass(frozen=True)
-class Merging:
+class Merging(_Step):
     """A patch merging: the children of each parent are joined along the channels and mapped to it.
 
     Attributes:
         name: Dotted name of the merging.
-        groups: The children of each parent; padding where the grid was odd.
-        children: The residual stream before the merging.
+        below: The children of each parent; padding where the grid was odd.
+        before: The residual stream before the merging: the children.
         path: The affine maps from the joined children to the parent.
         norm_first: True if the LayerNorm reads the joined children, False if it reads the parent.
         reduction: Weight of the linear map, ``(parent channels, joined channels)``.
@@ -128,21 +149,56 @@ class Merging:
     """
 
     name: str
-    groups: Groups
-    children: Float[Tensor, "batch child channel"]
+    below: Groups
+    before: Float[Tensor, "batch child channel"]
     path: tuple[FrozenMap, ...]
     norm_first: bool
     reduction: Float[Tensor, "out in"]
     after: Float[Tensor, "batch parent out"]
+    grid = None  # half of that before
 
-    @property
-    def before(self) -> Float[Tensor, "batch child channel"]:
-        """The stream before the merging."""
-        return self.children
+    def grid_after(self, grid: Grid) -> Grid:
+        return (grid[0] + 1) // 2, (grid[1] + 1) // 2
+
+    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Float[Tensor, "batch score"]]:
+        """From the cotangent of the parents to that of the children, and the constant."""
+        joined, constant = pull_back(self.path, u)
+        # A padded child is a token of zeros: whatever its cotangent is, it contributes nothing.
+        return to_children(joined, self.below), constant.sum(1)
+
+    def shares(self, merging: MergingShare) -> Float[Tensor, "batch parent child"]:
+        """Share of a merged token that each of its four children gets; padded children get none.
+
+        Args:
+            merging: ``"uniform"``: the same for every child. ``"variance"``: the child's share of the variance that
+                the merging's LayerNorm divides by. Where the norm reads the joined children (Swin v1) that is the sum
+                of ``(x_kc - mean)^2`` over the child's channels; where it reads the parent (Swin v2), the variance of
+                the child's part ``W_k x_k`` of it.
+        """
+        real = (self.below.index >= 0).to(accumulation_dtype(self.before))
+        if merging == "uniform":
+            weight = real.expand(len(self.before), -1, -1)
+        elif merging == "variance":
+            weight = self._variances() * real
+            weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, real)
+        else:
+            raise ValueError(f"merging is {merging!r}; expected 'uniform' or 'variance'")
+        return weight / weight.sum(-1, keepdim=True)
+
+    def _variances(self) -> Float[Tensor, "batch parent child"]:
+        """What each child adds to the variance that the LayerNorm divides by."""
+        gathered = self.below.gather(self.before)
+        children = gathered.reshape(len(self.before), -1, *gathered.shape[1:])
+        if self.norm_first:
+            centred = children - children.mean((-2, -1), keepdim=True)
+            variances: Tensor = torch.linalg.vecdot(centred, centred)
+            return variances
+        weights = self.reduction.to(children.dtype).reshape(len(self.reduction), children.shape[2], -1)
+        return token_variance(torch.einsum("bpkc,okc->bpko", children, weights))
 
 
 @dataclass(frozen=True)
-class Update:
+class Update(_Step):
     """Something added to each token in place: an MLP of its own, a positional or depthwise convolution.
 
     Evidence: ``<u, after - before>`` is put on the token. Relevance stays where it is.
@@ -156,63 +212,34 @@ class Update:
     name: str
     before: Float[Tensor, "batch token channel"]
     after: Float[Tensor, "batch token channel"]
+    below = None
+    grid = None
 
 
 @dataclass(frozen=True)
-class Transition:
+class Transition(_Step):
     """A change of the tokens that is no attention: a convolutional stage, a pooling, tokens put in another order.
 
-    A token's relevance is shared evenly among the tokens that lie under it. Where ``pull`` is not known, the evidence
-    ``<u, after>`` is put on the tokens after it, and what was said below is not told apart.
+    A token's relevance is shared evenly among the tokens that lie under it. Where ``pull_back`` is not known, the
+    evidence ``<u, after>`` is put on the tokens after it, and what lies below is not told apart.
 
     Attributes:
         name: Dotted name of the module.
-        groups: The tokens before it under each token after it. A token with none (a class token that joins here)
+        below: The tokens before it under each token after it. A token with none (a class token that joins here)
             gives its relevance to padding.
         before: The residual stream before it.
         after: The residual stream after it.
         grid: Rows and columns of patch tokens after it.
-        pull: From the covector after it to the covector before it and the constant, ``(batch, score)``, if it is
+        pull_back: From the cotangent after it to the cotangent before it and the constant, ``(batch, score)``, if it is
             affine.
     """
 
     name: str
-    groups: Groups
+    below: Groups
     before: Float[Tensor, "batch token channel"]
     after: Float[Tensor, "batch token_after out_channel"]
-    grid: tuple[int, int]
-    pull: Callable[[Covector], tuple[Covector, Tensor]] | None = None
+    grid: Grid
+    pull_back: PullBack | None = None
 
 
 Step = Union[Block, Merging, Update, Transition]
-MergingShare = Literal["uniform", "variance"]
-
-
-def merging_share(merging: Merging, form: MergingShare) -> Float[Tensor, "batch parent child"]:
-    """Share of a merged token that each of its four children gets; padded children get none.
-
-    Args:
-        merging: The patch merging.
-        form: ``"uniform"``: the same for every child. ``"variance"``: the child's share of the variance that the
-            merging's LayerNorm divides by. Where the norm reads the joined children (Swin v1) that is the sum of
-            ``(x_kc - mean)^2`` over the child's channels; where it reads the parent (Swin v2), the variance of the
-            child's part ``W_k x_k`` of it.
-    """
-    index = merging.groups.index
-    real = (index >= 0).to(accumulation_dtype(merging.children))
-    batch = len(merging.children)
-    if form == "uniform":
-        weight = real.expand(batch, -1, -1)
-    elif form == "variance":
-        gathered = merging.groups.gather(merging.children)
-        children = gathered.reshape(batch, -1, *gathered.shape[1:])
-        if merging.norm_first:
-            centred = children - children.mean((-2, -1), keepdim=True)
-            weight = torch.linalg.vecdot(centred, centred) * real
-        else:
-            weights = merging.reduction.to(children.dtype).reshape(len(merging.reduction), index.shape[1], -1)
-            weight = token_variance(torch.einsum("bpkc,okc->bpko", children, weights)) * real
-        weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, real)
-    else:
-        raise ValueError(f"merging is {form!r}; expected 'uniform' or 'variance'")
-    return weight / weight.sum(-1, keepdim=True)

@@ -7,19 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from captum_lnstat.layout import Grid, Groups
 from captum_lnstat.recording.fusion import HeadFusion
-from captum_lnstat.recording.statistics import (
-    accumulation_dtype,
-)
+from captum_lnstat.recording.statistics import accumulation_dtype
 from captum_lnstat.trace.pooling import Pooling
-from captum_lnstat.trace.steps import Block, Merging, Step, Update
+from captum_lnstat.trace.steps import Block, Step
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-
-# Every rule there is.
-RULES = ("lnstat", "evidence", "rollout", "gradient")
 
 
 @dataclass(frozen=True)
@@ -37,20 +32,20 @@ class Trace:
         training: The model was in train mode, so that dropout may stand between what was recorded and what came of it.
         place: Which patch token is at each place of the grid, row by row, if they are not in that order.
         covers: What the map leaves out, in words: stages that attention cannot see through.
-        rules: The rules that are defined for the model.
+        gradients: Every attention has an output that a gradient can be taken at.
     """
 
     family: str
     steps: tuple[Step, ...]
     tokens: Float[Tensor, "batch token channel"]
     prefix: int
-    grid: tuple[int, int]
+    grid: Grid
     patch: tuple[int, int]
     pooling: Pooling
     training: bool = False
     place: Int[Tensor, " patch"] | None = None
     covers: str = ""
-    rules: tuple[str, ...] = RULES
+    gradients: bool = True
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -64,8 +59,7 @@ class Trace:
             block: One of ``blocks``.
             into: Begin with the block, at its input. False begins after it, at its output.
         """
-        index = next(i for i, step in enumerate(self.steps) if step is block)
-        first = index if into else index + 1
+        first = self._place_of(block) + (0 if into else 1)
         grid = self._grid_after(first)
         tokens = block.before if into else block.after
         return replace(self, steps=self.steps[first:], tokens=tokens, grid=grid, place=None)
@@ -76,15 +70,26 @@ class Trace:
         last = self._grid_after(len(self.steps))
         return self.grid[0] / last[0], self.grid[1] / last[1]
 
-    def _grid_after(self, count: int) -> tuple[int, int]:
+    def _grid_after(self, count: int) -> Grid:
         """Rows and columns of patch tokens after the first ``count`` steps."""
         grid = self.grid
         for step in self.steps[:count]:
-            if isinstance(step, Merging):
-                grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
-            elif not isinstance(step, Update) and step.grid is not None:
-                grid = step.grid
+            grid = step.grid_after(grid)
         return grid
+
+    def _place_of(self, block: Block) -> int:
+        return next(place for place, step in enumerate(self.steps) if step is block)
+
+    def below(self, block: Block | None = None) -> list[Groups]:
+        """From ``block``, or from the head, to the image: the tokens under each token, wherever they become fewer."""
+        steps = self.steps if block is None else self.steps[: self._place_of(block)]
+        return [step.below for step in reversed(steps) if step.below is not None]
+
+    def on_grid(self, values: Float[Tensor, "batch token *rest"]) -> Float[Tensor, "batch row column *rest"]:
+        """Values of the tokens before the first step at their places on the grid; prefix tokens, if any, left out."""
+        patches = values[:, values.shape[1] - self.grid[0] * self.grid[1] :]
+        patches = patches if self.place is None else patches[:, self.place]
+        return patches.reshape(len(patches), *self.grid, *patches.shape[2:])
 
     def start(self, fusion: HeadFusion) -> Float[Tensor, "batch token"]:
         """The row vector with which class-agnostic relevance starts at the head."""

@@ -52,7 +52,7 @@ def class_sheet(
         raise ValueError(f"both classes are {targets[0]}; expected two different ones")
     rows: list[Row] = []
     for rule, label in (("lnstat", "LNStat"), ("evidence", "evidence")):
-        method = LNStatAttribution(model, rule=rule, output=output)  # type: ignore[arg-type]
+        method = LNStatAttribution(model, rule=rule, output=output)
         one, other = (to_map(method.attribute(inputs, target)[0]) for target in targets)
         scale = Scale.of([one, other], signed=rule == "evidence")
         apart = one - other

@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.lnstat import Rule
 from captum_lnstat.attribution.methods import METHODS, Method, method_of_rule
 from captum_lnstat.recording.forward import Output
 from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
@@ -38,7 +37,7 @@ def comparison(
     inputs: Float[Tensor, "1 3 height width"],
     target: int,
     *,
-    rule: Rule = "lnstat",
+    rule: str = "lnstat",
     output: Output = None,
     during: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> tuple[Panel, ...]:

@@ -83,7 +83,7 @@ def test_weights_are_told_apart(tmp_path):
 
 
 def test_random_weights_come_from_the_seed():
-    name = "slow_method:tiny_model"
+    name = "helpers.slow_method:tiny_model"
     assert read(name, seed=1).digest == read(name, seed=1).digest != read(name, seed=2).digest
     assert read(name).classes == 3
     frames = read(name).frame, read(name, fit="squash").frame

@@ -3,11 +3,11 @@
 import pickle
 import sys
 
-import metric_process
 import pytest
 import torch
 import torch.multiprocessing
-from metric_harness import CASES, expected, maps, masks
+from helpers import metric_process
+from helpers.metric_harness import CASES, expected, maps, masks
 
 from captum_lnstat import metrics
 from captum_lnstat.metrics import _CLASSES

@@ -1,4 +1,4 @@
-"""Modules that are affine once LayerNorm statistics are frozen, and how a covector is pulled through them.
+"""Modules that are affine once LayerNorm statistics are frozen, and how a cotangent is pulled back through them.
 
 A strided convolution, a pooling, a patch embedding, the shortcut around a convolution block. The transpose is
 autograd's: the module, a small part of the model, runs once more on what it was given, with its norms frozen.
@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.freezing import LAYER_NORMS, FrozenLayerNorm
-from captum_lnstat.trace.covector import Covector
+from captum_lnstat.trace.cotangent import Cotangent, PullBack
 
-# A pooling by the maximum takes the same tokens however the covector is, so it is a linear map of what it was given.
+# A pooling by the maximum takes the same tokens however the cotangent is, so it is a linear map of what it was given.
 _AFFINE = (
     nn.Conv2d,
     nn.Linear,
@@ -34,7 +34,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 HALF_TOLERANCE = 0.05
 
 Layout = Callable[[Tensor], Tensor]
-Pull = Callable[[Covector], tuple[Covector, Tensor]]
 
 
 def is_affine(module: nn.Module) -> bool:
@@ -80,7 +79,7 @@ def _layer_norm(
     return FrozenLayerNorm.apply(input, tuple(normalized_shape), weight, bias, float(eps))  # type: ignore[no-any-return]
 
 
-def pull_by_autograd(
+def pull_back_by_autograd(
     name: str,
     function: Callable[[Tensor], Any],
     given: Tensor,
@@ -88,8 +87,8 @@ def pull_by_autograd(
     before: Tensor,
     after: Tensor,
     training: bool,
-) -> Pull:
-    """The pull of a step whose ``after`` is an affine function of what it was given.
+) -> PullBack:
+    """The pull-back of a step whose ``after`` is an affine function of what it was given.
 
     ``<u, f(x)> = <J^T u, x> + constant`` with ``J`` the Jacobian of ``f`` at ``x``, norms frozen.
 
@@ -103,10 +102,10 @@ def pull_by_autograd(
         training: The function may do something else now than it did.
 
     Returns:
-        From the covector after it to the covector before it and the constant, ``(batch, score)``.
+        From the cotangent after it to the cotangent before it and the constant, ``(batch, score)``.
     """
 
-    def pull(u: Covector) -> tuple[Covector, Tensor]:
+    def pull_back(u: Cotangent) -> tuple[Cotangent, Tensor]:
         leaf = given.detach().requires_grad_()
         with torch.enable_grad(), _FrozenNorms():
             returned = function(leaf)
@@ -120,10 +119,10 @@ def pull_by_autograd(
             for score in range(u.scores)
         ]
         slope = torch.stack([layouts[0](one) for one in slopes], 2)
-        said = torch.einsum("bnc,bnsc->bs", before, slope)
-        return Covector.of(slope), u.read(after).sum(1) - said
+        linear = torch.einsum("bnc,bnsc->bs", before, slope)
+        return Cotangent.of(slope), u.read(after).sum(1) - linear
 
-    return pull
+    return pull_back
 
 
 def _check_same(name: str, made: Tensor, after: Tensor, dtype: torch.dtype) -> None:

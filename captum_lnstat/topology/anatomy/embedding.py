@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from captum_lnstat.errors import UnsupportedModelError
+from captum_lnstat.layout import Grid
+from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.recording import Recording
-from captum_lnstat.topology.anatomy.parts import find_parts
+from captum_lnstat.topology.anatomy.parts import Layer, is_residual_block
 
 LISTS = (nn.ModuleList, nn.Sequential)
 # A convolution that reads images has few input channels; one between two stages reads features, which are more.
@@ -17,7 +19,7 @@ IMAGE_CHANNELS = 16
 
 def named(model: nn.Module) -> dict[str, nn.Module]:
     """All modules by the names that a recording has for them."""
-    return {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
+    return {recorded_name(name): module for name, module in model.named_modules()}
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.Module]:
@@ -25,8 +27,14 @@ def block_lists(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in named(model).items()
-        if isinstance(module, LISTS) and len(module) > 0 and all(find_parts(block) is not None for block in module)
+        if isinstance(module, LISTS) and len(module) > 0 and all(map(is_residual_block, module))
     }
+
+
+def outside(model: nn.Module, blocks: Iterable[nn.Module], kind: type[Layer]) -> dict[str, Layer]:
+    """Modules of a kind by name, in the order in which they are defined; those in ``blocks`` are left out."""
+    inside = {id(part) for block in blocks for part in block.modules()}
+    return {name: part for name, part in named(model).items() if isinstance(part, kind) and id(part) not in inside}
 
 
 def convolutions(model: nn.Module, but_in: Iterable[nn.Module] = ()) -> dict[str, nn.Conv2d]:
@@ -36,12 +44,7 @@ def convolutions(model: nn.Module, but_in: Iterable[nn.Module] = ()) -> dict[str
         >>> list(convolutions(nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Conv2d(4, 8, 2))))
         ['0', '2']
     """
-    left_out = {id(part) for module in but_in for part in module.modules()}
-    return {
-        name: module
-        for name, module in named(model).items()
-        if isinstance(module, nn.Conv2d) and id(module) not in left_out
-    }
+    return outside(model, but_in, nn.Conv2d)
 
 
 def reads_images(found: Mapping[str, nn.Conv2d]) -> bool:
@@ -49,14 +52,14 @@ def reads_images(found: Mapping[str, nn.Conv2d]) -> bool:
     return bool(found) and next(iter(found.values())).in_channels < IMAGE_CHANNELS
 
 
-def grid_of(recording: Recording, convolution: str) -> tuple[int, int]:
+def grid_of(recording: Recording, convolution: str) -> Grid:
     """Rows and columns of what a convolution returned."""
     rows, columns = recording.call(convolution).output.tensor.shape[-2:]
     return int(rows), int(columns)
 
 
 def patch_of(
-    found: Mapping[str, nn.Conv2d], recording: Recording, grid: tuple[int, int], image_size: tuple[int, int]
+    found: Mapping[str, nn.Conv2d], recording: Recording, grid: Grid, image_size: tuple[int, int]
 ) -> tuple[int, int]:
     """Height and width of a patch in pixels: the strides of convolutions that ran one after another.
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.layout import PADDING, Groups, windows
+from captum_lnstat.layout import PADDING, Grid, Groups, windows
 from captum_lnstat.recording.statistics import stream
-
-Grid = tuple[int, int]
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -23,6 +23,18 @@ def channels_last(tensor: Tensor) -> Tensor:
 def channels_first(tensor: Tensor) -> Tensor:
     """A stream as ``(batch, token, channel)``, its channels being the first after the batch."""
     return stream(tensor.movedim(1, -1))
+
+
+def pair(size: Any) -> Grid:
+    """Rows and columns of a size that may be one number for both."""
+    rows, columns = size if isinstance(size, tuple | list) else (size, size)
+    return int(rows), int(columns)
+
+
+def squares(grid: Grid, members: int, device: torch.device | None = None) -> Groups:
+    """Square windows of so many tokens that do not shift."""
+    side = math.isqrt(members)
+    return windows(grid, (side, side), (0, 0), device)
 
 
 def cells(grid: Grid, after: Grid, stride: Grid, device: torch.device | None = None) -> Groups:
@@ -68,8 +80,8 @@ def strides_of(module: nn.Module) -> Grid:
     rows, columns = 1, 1
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d):
-            stride = part.stride if isinstance(part.stride, tuple | list) else (part.stride, part.stride)
-            rows, columns = rows * int(stride[0]), columns * int(stride[1])
+            stride = pair(part.stride)
+            rows, columns = rows * stride[0], columns * stride[1]
     return rows, columns
 
 

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.eager import eager
 
-# An attention module says how many heads it has; libraries differ in the word.
+BLOCK_PARTS = "two LayerNorms, one attention with heads and a Linear after it, and an MLP"
+
+# An attention module knows how many heads it has; libraries differ in the word.
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")
 # A Linear that reads so few numbers makes a position bias from coordinates; no heads are joined there.
 _COORDINATES = 3
@@ -38,13 +41,14 @@ class BlockParts:
     gate: tuple[str, nn.Linear] | None
 
 
+Layer = TypeVar("Layer", bound=nn.Module)
 Known = dict[tuple[str, int], Any]
 _known: ContextVar[Known | None] = ContextVar("parts found while the structure of a model cannot change", default=None)
 
 
 @contextmanager
 def looked_up_once() -> Iterator[None]:
-    """Inside, what was found in a module holds: every family asks the same of the same modules."""
+    """Inside, what was found in a module holds: every family looks for the same in the same modules."""
     token = _known.set({} if _known.get() is None else _known.get())
     try:
         yield
@@ -89,6 +93,23 @@ def find_parts(block: nn.Module) -> BlockParts | None:
     return found
 
 
+def is_residual_block(block: nn.Module) -> bool:
+    """Whether a module has the parts of a residual block."""
+    return find_parts(block) is not None
+
+
+def parts_of(block: nn.Module, name: str = "") -> BlockParts:
+    """The parts of a residual block that goes by ``name``.
+
+    Raises:
+        UnsupportedModelError: It lacks one.
+    """
+    parts = find_parts(block)
+    if parts is None:
+        raise UnsupportedModelError(f"{name or type(block).__name__!r} is not a residual block; expected {BLOCK_PARTS}")
+    return parts
+
+
 def _find_parts(block: nn.Module) -> BlockParts | None:
     children = dict(block.named_children())
     norms = [name for name, child in children.items() if _channels(child) is not None]
@@ -101,24 +122,29 @@ def _find_parts(block: nn.Module) -> BlockParts | None:
         return None
     attention: Any = children[attending[0]]
     gate = getattr(attention, "gate", None)
-    linears = [m for m in attention.modules() if isinstance(m, nn.Linear) and m.out_features == width and m is not gate]
-    linears = [m for m in linears if m.in_features > _COORDINATES]
+    linears = [linear for linear in layers(attention, nn.Linear) if linear.out_features == width and linear is not gate]
+    linears = [linear for linear in linears if linear.in_features > _COORDINATES]
     if not linears:
         return None
     named_gate = (f"{attending[0]}.gate", gate) if isinstance(gate, nn.Linear) else None
     return BlockParts(tuple(norms), attending[0], linears[-1], next(_scales(block, width), None), named_gate)
 
 
+def layers(module: nn.Module, kind: type[Layer]) -> list[Layer]:
+    """The layers of a kind in a module, itself among them, in the order in which they are defined."""
+    return [part for part in module.modules() if isinstance(part, kind)]
+
+
 def has_heads(module: nn.Module) -> bool:
-    """Whether a module, or one inside it, says how many heads it has."""
+    """Whether a module, or one inside it, has a number of heads."""
     found: bool = _once("heads", module, _has_heads)
     return found
 
 
 def _has_heads(module: nn.Module) -> bool:
     own, kind = vars(module), type(module)  # a Module looks long for an attribute that it does not have
-    says = any(isinstance(own.get(name, getattr(kind, name, None)), int) for name in _HEAD_COUNTS)
-    return says or any(has_heads(child) for child in module.children())
+    named = any(isinstance(own.get(name, getattr(kind, name, None)), int) for name in _HEAD_COUNTS)
+    return named or any(has_heads(child) for child in module.children())
 
 
 def _channels(module: nn.Module) -> int | None:
@@ -130,12 +156,12 @@ def _channels(module: nn.Module) -> int | None:
 def _attends(module: nn.Module) -> bool:
     if not has_heads(module) or _holds_block(module):
         return False  # a whole encoder
-    return any(isinstance(part, nn.Linear) for part in module.modules())
+    return bool(layers(module, nn.Linear))
 
 
 def _holds_block(module: nn.Module) -> bool:
     def holds(module: nn.Module) -> bool:
-        return any(find_parts(child) is not None or _holds_block(child) for child in module.children())
+        return any(is_residual_block(child) or _holds_block(child) for child in module.children())
 
     found: bool = _once("block inside", module, holds)
     return found

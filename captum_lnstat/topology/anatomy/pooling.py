@@ -8,7 +8,7 @@ token and half spread over the patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,27 +24,28 @@ SAME = 1e-3
 
 
 def pooling_as_read(
-    recording: Recording, prefix: int, normed: Sequence[Tensor], sites: Sequence[AttentionSite], *, neck: bool = False
+    recording: Recording, prefix: int, norms: Iterable[str], blocks: Iterable[str] | None = None, *, neck: bool = False
 ) -> Pooling:
     """The pooling of the head of one recorded pass.
 
     Args:
         recording: The pass, with its scores.
         prefix: Number of prefix tokens.
-        normed: Outputs of norms that read the whole stream where it ends. Behind them a mean is one functional for all
-            tokens; before them each has its own, through its own statistics.
-        sites: Attentions outside the blocks.
+        norms: Names of norms outside the blocks. Behind one that reads the whole stream where it ends, a mean is one
+            functional for all tokens; before it each has its own, through its own statistics.
+        blocks: Names of the blocks, where an attention outside them may pool the tokens.
         neck: Convolutions lie between the blocks and the head. What they make of the tokens is no longer one token
             each, so where all are read, relevance starts on all of them in equal parts.
 
     Returns:
-        Fixed weights, or the weights of the one attention in ``sites`` that reads every patch.
+        Fixed weights, or the weights of the one attention outside the blocks that reads every patch.
 
     Raises:
         RecordingError: The scores have no gradient at the end of the stream.
         UnsupportedModelError: The patches are read in another way than as their mean or by one attention.
     """
-    slope = _slope(recording, normed)
+    slope = _slope(recording, _normed(recording, norms))
+    sites = [] if blocks is None else _outside(recording, tuple(blocks))
     read = slope.ne(0).any(-1).any(0)
     patches = slope[:, prefix:]
     groups = [[token] for token in range(prefix) if bool(read[token])]
@@ -69,6 +70,22 @@ def pooling_as_read(
     for group in groups:
         weights[group] = 1 / (len(groups) * len(group))
     return FixedPooling(_name(groups, prefix), weights, seen=True)
+
+
+def _normed(recording: Recording, norms: Iterable[str]) -> list[Tensor]:
+    """Outputs of the norms that read the whole stream where it ends, its channels last, or first as in LayerNorm2d."""
+    end = recording.stream_end
+    if end is None:
+        return []
+    calls = [call for name in norms for call in recording.calls.get(name, ())]
+    read = [call for call in calls if call.input.tensor.data_ptr() == end.data_ptr()]
+    first, last = end.movedim(-1, 1).shape, end.shape[-1]
+    whole = [call for call in read if call.input.tensor.numel() == end.numel()]
+    return [c.output.tensor for c in whole if c.input.tensor.shape[-1] == last or c.input.tensor.shape == first]
+
+
+def _outside(recording: Recording, blocks: Sequence[str]) -> list[AttentionSite]:
+    return [site for site in recording.sites if not any(f"{site.module}.".startswith(f"{name}.") for name in blocks)]
 
 
 def _slope(recording: Recording, normed: Sequence[Tensor]) -> Tensor:

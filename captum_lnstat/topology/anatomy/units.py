@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.layout import PADDING, Groups
-from captum_lnstat.recording.recording import ModuleCall, Recording
-from captum_lnstat.topology.anatomy.affine import Layout, is_affine, pull_by_autograd
-from captum_lnstat.topology.anatomy.geometry import Grid, cells, channels_first, channels_last, strides_of
-from captum_lnstat.trace.covector import Covector
-from captum_lnstat.trace.maps import FrozenNorm
+from captum_lnstat.layout import PADDING, Grid, Groups
+from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
+from captum_lnstat.topology.anatomy.affine import Layout, is_affine, pull_back_by_autograd
+from captum_lnstat.topology.anatomy.geometry import cells, channels_first, channels_last, strides_of
+from captum_lnstat.topology.anatomy.parts import layers
+from captum_lnstat.trace.maps import FrozenNorm, pulled_through
 from captum_lnstat.trace.steps import Transition, Update
 
 
@@ -55,25 +54,26 @@ def unit_taps(unit: nn.Module) -> Iterator[nn.Module]:
     yield unit
     for _, child in shortcuts(unit):
         yield child
-    yield from (part for part in unit.modules() if is_affine(unit) and isinstance(part, nn.Conv2d) and part is not unit)
+    if is_affine(unit):
+        yield from (part for part in layers(unit, nn.Conv2d) if part is not unit)
 
 
 def shortcuts(unit: nn.Module) -> list[tuple[str, nn.Module]]:
     """The children that can lead around the rest: affine, and from the channels of the whole to those of the whole."""
-    layers = [part for part in unit.modules() if isinstance(part, nn.Conv2d)]
-    if is_affine(unit) or not layers:
+    found = layers(unit, nn.Conv2d)
+    if is_affine(unit) or not found:
         return []
-    reads, gives = layers[0].in_channels, layers[-1].out_channels
+    reads, gives = found[0].in_channels, found[-1].out_channels
     return [(name, child) for name, child in unit.named_children() if _leads(child, reads, gives)]
 
 
 def _leads(child: nn.Module, reads: int, gives: int) -> bool:
     if not is_affine(child):
         return False
-    layers = [part for part in child.modules() if isinstance(part, nn.Conv2d)]
-    if not layers:
+    found = layers(child, nn.Conv2d)
+    if not found:
         return not list(child.parameters())
-    return layers[0].in_channels == reads and layers[-1].out_channels == gives
+    return found[0].in_channels == reads and found[-1].out_channels == gives
 
 
 def reads_channels_first(unit: nn.Module, recording: Recording, name: str) -> bool:
@@ -83,7 +83,7 @@ def reads_channels_first(unit: nn.Module, recording: Recording, name: str) -> bo
         return False
     if isinstance(unit, nn.LayerNorm):
         return norm_reads_channels_first(recording, name)
-    return any(isinstance(part, nn.Conv2d) for part in unit.modules())
+    return bool(layers(unit, nn.Conv2d))
 
 
 def norm_reads_channels_first(recording: Recording, name: str) -> bool:
@@ -122,9 +122,7 @@ def unit_steps(
         return [*unit_steps(name, unit, recording, before, reached), added]
     layout = layout_of(name, call.output.read(), after)
     if isinstance(unit, nn.LayerNorm):
-        pull = partial(_through_norm, FrozenNorm.of(recording.norm(name)))
-        same = Groups(torch.arange(before.tokens.shape[1], device=after.tokens.device)[:, None])
-        return [Transition(name, same, before.tokens, after.tokens, after.grid, pull)]
+        return [norm_step(name, recording.norm(name), before.tokens, after.tokens, after.grid)]
     if after.grid == before.grid and after.tokens.shape == before.tokens.shape:
         return [Update(name, before.tokens, after.tokens)]
     for child_name, child in shortcuts(unit):
@@ -137,6 +135,12 @@ def unit_steps(
             past = Stream(layout(around.output.read()), after.grid, after.order)
             return [_transition(dotted, child, around, before, past, layout), Update(name, past.tokens, after.tokens)]
     return [_transition(name, unit, call, before, after, layout)]
+
+
+def norm_step(name: str, norm: NormCall, before: Tensor, after: Tensor, grid: Grid) -> Transition:
+    """A norm that the stream goes through: a map of each token, its deviation frozen."""
+    itself = Groups(torch.arange(before.shape[1], device=before.device)[:, None])
+    return Transition(name, itself, before, after, grid, pulled_through(FrozenNorm.of(norm)))
 
 
 def layout_of(name: str, seen: Tensor, stream: Stream) -> Layout:
@@ -180,11 +184,13 @@ def _transition(
     strides = (1, 1) if before.grid == after.grid else strides_of(module)
     groups = cells(before.grid, after.grid, strides, after.tokens.device)
     groups = _in_order(groups, before.order, after.order)
-    pull = None
+    pull_back = None
     if is_affine(module):
         given = call.input.read()
         into = layout_of(name, given, before)
-        pull = pull_by_autograd(name, module, given, (into, layout), before.tokens, after.tokens, module.training)
+        pull_back = pull_back_by_autograd(
+            name, module, given, (into, layout), before.tokens, after.tokens, module.training
+        )
     if before.prefix or after.prefix:
         if before.prefix:
             raise UnsupportedModelError(
@@ -192,7 +198,7 @@ def _transition(
             )
         nothing = groups.index.new_full((after.prefix, groups.index.shape[1]), PADDING)
         groups = Groups(torch.cat([nothing, groups.index]), groups.count)
-    return Transition(name, groups, before.tokens, after.tokens, after.grid, pull)
+    return Transition(name, groups, before.tokens, after.tokens, after.grid, pull_back)
 
 
 def _in_order(groups: Groups, before: Tensor | None, after: Tensor | None) -> Groups:
@@ -201,9 +207,3 @@ def _in_order(groups: Groups, before: Tensor | None, after: Tensor | None) -> Gr
     if before is not None:
         index = torch.where(index == PADDING, PADDING, before.argsort()[index])
     return Groups(index, groups.count)
-
-
-def _through_norm(norm: FrozenNorm, u: Covector) -> tuple[Covector, Tensor]:
-    flat = FrozenNorm(norm.deviation.flatten(1), norm.gamma, norm.beta)
-    pulled, constant = flat.pull(u)
-    return pulled, constant.sum(1)

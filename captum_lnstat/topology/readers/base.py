@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.layout import Groups
+from captum_lnstat.layout import Grid, Groups
 from captum_lnstat.recording.recording import Recording
-from captum_lnstat.topology.anatomy.geometry import Grid, cells, strides_of
+from captum_lnstat.topology.anatomy.geometry import cells, strides_of
+from captum_lnstat.topology.anatomy.parts import parts_of
 from captum_lnstat.topology.anatomy.units import Stream
+from captum_lnstat.topology.residual import block_taps
 from captum_lnstat.trace.steps import Block, Update
-from captum_lnstat.trace.trace import RULES
 
 # What makes tokens of several tokens.
 SPATIAL = (nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d)
@@ -26,12 +27,12 @@ class Reader(ABC):
     Attributes:
         block: The module.
         channels_first: Whether a map that it is given has its channels before its rows.
-        rules: The rules that are defined for it.
-        covers: What has to be said of maps that are made with it.
+        gradients: Its attention has an output that a gradient can be taken at.
+        covers: What maps that are made with it leave out, in words.
     """
 
     channels_first: ClassVar[bool] = False
-    rules: ClassVar[tuple[str, ...]] = RULES
+    gradients: ClassVar[bool] = True
     covers: ClassVar[str] = ""
 
     def __init__(self, block: nn.Module) -> None:
@@ -62,6 +63,22 @@ class Reader(ABC):
     @abstractmethod
     def steps(self, name: str, recording: Recording, before: Stream) -> list[Block | Update]:
         """The block, and what is added after it, from the stream that it was given."""
+
+
+class PartsReader(Reader):
+    """A block whose parts are found by ``find_parts``: two norms, an attention and an MLP."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.parts = parts_of(block)
+        self.attention: Any = getattr(block, self.parts.attention)
+
+    @property
+    def width(self) -> int:
+        return self.parts.out.out_features
+
+    def taps(self) -> Iterator[nn.Module]:
+        yield from block_taps(self.block)
 
 
 def under(module: nn.Module, grid: Grid, after: Grid, device: torch.device) -> Groups:

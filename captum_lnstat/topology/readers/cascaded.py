@@ -6,18 +6,17 @@ brought there; evidence and relevance count that as the token's own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.layout import windows
 from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.sites import SoftmaxSite
-from captum_lnstat.topology.anatomy.geometry import channels_first
+from captum_lnstat.topology.anatomy.geometry import channels_first, squares
+from captum_lnstat.topology.anatomy.parts import layers
 from captum_lnstat.topology.anatomy.units import Stream
 from captum_lnstat.topology.readers.base import Reader
 from captum_lnstat.trace.maps import FrozenLinear, FrozenScale
@@ -28,7 +27,7 @@ class CascadedReader(Reader):
     """A residual around windows of heads that each have convolutions of their own, then a ReLU and a convolution."""
 
     channels_first = True
-    rules = ("lnstat", "evidence", "rollout")
+    gradients = False
     covers = (
         "No LayerNorm reads the stream: residual shares are those of its tokens' variances all the same. Heads run one "
         "after another; what one brings to a token counts as the token's own in the next."
@@ -38,7 +37,7 @@ class CascadedReader(Reader):
     def reads(cls, module: nn.Module) -> bool:
         found = _attention(module) if len(list(module.children())) == 1 else None
         # Nothing else is in it: what holds a whole block has other convolutions.
-        return found is not None and _convolutions(module) == _convolutions(found[1])
+        return found is not None and layers(module, nn.Conv2d) == layers(found[1], nn.Conv2d)
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
@@ -51,7 +50,7 @@ class CascadedReader(Reader):
 
     @property
     def width(self) -> int:
-        return _convolution(self.out).out_channels
+        return layers(self.out, nn.Conv2d)[0].out_channels
 
     def taps(self) -> Iterator[nn.Module]:
         yield self.block
@@ -72,8 +71,7 @@ class CascadedReader(Reader):
         # In the dtype of the model: how closely an update can be known depends on it.
         values = torch.stack([channels_first(part)[..., -width:].to(part.dtype) for part in seen], 1)
         site = SoftmaxSite(attention, Kept.of(torch.stack(maps, 1)), Kept.of(values), None)
-        side = math.isqrt(site.shape[2])
-        layout = windows(before.grid, (side, side), (0, 0), before.tokens.device)
+        layout = squares(before.grid, site.shape[2], before.tokens.device)
         gate, _ = layout.scatter((joined > 0).to(joined.dtype), len(before.tokens))
         after = channels_first(recording.call(name).output.read())
         return [Block(name, site, layout, before.tokens, after, after, (FrozenScale(gate), _folded(name, self.out)))]
@@ -84,31 +82,19 @@ def _attention(module: nn.Module) -> tuple[str, nn.Module] | None:
     for name, part in module.named_modules():
         heads = getattr(part, "num_heads", None)
         lists = [child for child in part.children() if isinstance(child, nn.ModuleList)]
-        own = lists and all(len(one) == heads and all(map(_has_convolution, one)) for one in lists)
+        own = lists and all(len(one) == heads and all(layers(part, nn.Conv2d) for part in one) for one in lists)
         if own and any(_is_out(child) for child in part.children()):
             return name, part
     return None
-
-
-def _convolutions(module: nn.Module) -> set[nn.Module]:
-    return {part for part in module.modules() if isinstance(part, nn.Conv2d)}
-
-
-def _has_convolution(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.Conv2d) for part in module.modules())
 
 
 def _is_out(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and len(module) == 2 and isinstance(module[0], nn.ReLU)
 
 
-def _convolution(out: nn.Module) -> nn.Conv2d:
-    return next(part for part in out.modules() if isinstance(part, nn.Conv2d))
-
-
 def _folded(name: str, out: nn.Module) -> FrozenLinear:
     """A 1 x 1 convolution and the BatchNorm behind it as one linear map."""
-    convolution, norms = _convolution(out), [part for part in out.modules() if isinstance(part, nn.BatchNorm2d)]
+    convolution, norms = layers(out, nn.Conv2d)[0], layers(out, nn.BatchNorm2d)
     if convolution.kernel_size != (1, 1) or convolution.groups != 1 or len(norms) > 1:
         raise UnsupportedModelError(
             f"the heads of {name!r} are joined by {convolution}; expected 1 x 1, and a BatchNorm"

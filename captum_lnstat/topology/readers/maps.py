@@ -9,12 +9,12 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from captum_lnstat.errors import UnsupportedModelError
-from captum_lnstat.layout import Cells, WholeImage, windows
+from captum_lnstat.layout import Cells, Grid, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.affine import is_affine, pull_by_autograd
-from captum_lnstat.topology.anatomy.geometry import Grid, channels_first, partition
-from captum_lnstat.topology.anatomy.parts import has_heads
+from captum_lnstat.topology.anatomy.affine import is_affine, pull_back_by_autograd
+from captum_lnstat.topology.anatomy.geometry import channels_first, partition, squares
+from captum_lnstat.topology.anatomy.parts import has_heads, layers
 from captum_lnstat.topology.anatomy.unfolding import cut
 from captum_lnstat.topology.anatomy.units import Stream, layout_of
 from captum_lnstat.topology.readers.base import SPATIAL, Reader, under
@@ -30,13 +30,14 @@ class SequentialReader(Reader):
     @classmethod
     def reads(cls, module: nn.Module) -> bool:
         chains = _chains(module)
-        return len(chains) == 2 and has_heads(chains[0]) and not has_heads(chains[1]) and bool(_linears(chains[0]))
+        attending = [chain for chain in chains if has_heads(chain)]
+        return len(chains) == 2 and attending == chains[:1] and bool(layers(chains[0], nn.Linear))
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
         self._names = [name for name, child in block.named_children() if child in _chains(block)]
         self._attending, self._mlp = _chains(block)
-        self._out = _linears(self._attending)[-1]
+        self._out = layers(self._attending, nn.Linear)[-1]
 
     @property
     def width(self) -> int:
@@ -68,10 +69,6 @@ def _chains(module: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _linears(module: nn.Module) -> list[nn.Linear]:
-    return [part for part in module.modules() if isinstance(part, nn.Linear)]
-
-
 class MapReader(Reader):
     """Attention and MLP of 1 x 1 convolutions on a map with channels first, behind a shortcut that may coarsen it."""
 
@@ -88,7 +85,7 @@ class MapReader(Reader):
         children = dict(block.named_children())
         ((self._attention_name, self._attention),) = ((n, c) for n, c in children.items() if has_heads(c))
         self._norms = [n for n, c in children.items() if _first_norm(c) is not None and not has_heads(c)]
-        self._out = [part for part in self._attention.modules() if isinstance(part, nn.Conv2d)][-1]
+        self._out = layers(self._attention, nn.Conv2d)[-1]
         self._shortcuts = [n for n, c in children.items() if _is_shortcut(c) and n not in self._norms]
 
     @property
@@ -127,7 +124,7 @@ class MapReader(Reader):
         shortcut: nn.Module = getattr(self.block, around)
         carried = channels_first(recording.call(f"{name}.{around}").output.read())
         below = under(shortcut, before.grid, grid, before.tokens.device)
-        pull = pull_by_autograd(
+        pull_back = pull_back_by_autograd(
             f"{name}.{around}",
             shortcut,
             given.read(),
@@ -136,7 +133,7 @@ class MapReader(Reader):
             carried,
             shortcut.training,
         )
-        return replace(block, keys=Cells(below), skip=below, carried=carried, grid=grid, pull=pull)
+        return replace(block, keys=Cells(below), below=below, carried=carried, grid=grid, pull_back=pull_back)
 
 
 def _around(recording: Recording, name: str, given: Tensor, after: Tensor) -> bool:
@@ -153,14 +150,12 @@ def _first_norm(module: nn.Module) -> nn.LayerNorm | None:
 
 
 def _is_pointwise(attention: nn.Module) -> bool:
-    layers = [part for part in attention.modules() if isinstance(part, nn.Conv2d)]
-    return len(layers) >= 2 and all(layer.kernel_size == (1, 1) for layer in layers) and not _linears_of(attention)
-
-
-def _linears_of(attention: nn.Module) -> list[nn.Linear]:
-    """Linears of the attention that are as wide as its tokens; those of a position bias are not."""
-    widths = {part.in_channels for part in attention.modules() if isinstance(part, nn.Conv2d)}
-    return [linear for linear in _linears(attention) if linear.in_features in widths and linear.out_features in widths]
+    """Whether convolutions of 1 x 1 stand for its Linears; those of a position bias are not as wide as its tokens."""
+    found = layers(attention, nn.Conv2d)
+    widths = {convolution.in_channels for convolution in found}
+    linears = [(linear.in_features, linear.out_features) for linear in layers(attention, nn.Linear)]
+    pointwise = len(found) >= 2 and all(convolution.kernel_size == (1, 1) for convolution in found)
+    return pointwise and not any(widths.issuperset(linear) for linear in linears)
 
 
 def _is_shortcut(module: nn.Module) -> bool:
@@ -183,19 +178,16 @@ class LocalReader(Reader):
     def reads(cls, module: nn.Module) -> bool:
         children = list(module.children())
         attending = [child for child in children if has_heads(child)]
-        inner = [child for child in children if len(_norms_of(child)) == 1]
-        return len(attending) == 1 and len(inner) == 2 and inner[0] is attending[0] and not _norms_in(children)
+        inner = [child for child in children if len(layers(child, nn.LayerNorm)) == 1]
+        normed = any(isinstance(child, nn.LayerNorm) for child in children)
+        return len(inner) == 2 and attending == inner[:1] and not normed
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
         children = dict(block.named_children())
-        self._attention, self._mlp = (name for name, child in children.items() if len(_norms_of(child)) == 1)
-        self._out = _linears(children[self._attention])[-1]
-        self._local = [
-            name
-            for name, child in children.items()
-            if is_affine(child) and any(isinstance(part, nn.Conv2d) for part in child.modules())
-        ]
+        self._attention, self._mlp = (name for name, child in children.items() if len(layers(child, nn.LayerNorm)) == 1)
+        self._out = layers(children[self._attention], nn.Linear)[-1]
+        self._local = [name for name, child in children.items() if is_affine(child) and layers(child, nn.Conv2d)]
 
     @property
     def width(self) -> int:
@@ -211,8 +203,7 @@ class LocalReader(Reader):
         site = cut(recording.site(f"{name}.{self._attention}"))
         after, read = stream(recording.call(name).output.read()), recording.call(f"{name}.{self._mlp}").input.read()
         path = (FrozenLinear(self._out.weight, self._out.bias),)
-        side = math.isqrt(site.shape[2])
-        layout = windows(before.grid, (side, side), (0, 0), before.tokens.device)
+        layout = squares(before.grid, site.shape[2], before.tokens.device)
         mixed = stream(read)
         if not self._local:
             return [Block(name, site, layout, before.tokens, mixed, after, path)]
@@ -222,11 +213,3 @@ class LocalReader(Reader):
         between = way(call.input.read())
         block = Block(name, site, layout, before.tokens, between, between, path)
         return [block, Update(f"{name}.{local}", between, mixed), Update(f"{name}.{self._mlp}", mixed, after)]
-
-
-def _norms_of(module: nn.Module) -> list[nn.LayerNorm]:
-    return [part for part in module.modules() if isinstance(part, nn.LayerNorm)]
-
-
-def _norms_in(children: list[nn.Module]) -> bool:
-    return any(isinstance(child, nn.LayerNorm) for child in children)

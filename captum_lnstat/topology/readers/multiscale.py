@@ -1,6 +1,6 @@
 """Blocks whose attention pools queries, keys and values, each to its own grid: MViT v2 and its relatives.
 
-What a query says of itself, where the pooled queries are added to the attention's output, counts with the MLP: it is
+What a query adds to itself, where the pooled queries are added to the attention's output, counts with the MLP: it is
 put on the token after the attention.
 """
 
@@ -15,19 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import UnsupportedModelError
-from captum_lnstat.layout import PADDING, Cells, Groups, WholeImage
+from captum_lnstat.layout import PADDING, Cells, Grid, Groups, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.affine import pull_by_autograd
-from captum_lnstat.topology.anatomy.geometry import Grid, channels_last
+from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
+from captum_lnstat.topology.anatomy.embedding import grid_of
+from captum_lnstat.topology.anatomy.geometry import channels_last
 from captum_lnstat.topology.anatomy.parts import find_parts
 from captum_lnstat.topology.anatomy.units import Stream
-from captum_lnstat.topology.readers.base import Reader, under
-from captum_lnstat.topology.residual import block_taps, residual_block
+from captum_lnstat.topology.readers.base import PartsReader, under
+from captum_lnstat.topology.residual import residual_block
 from captum_lnstat.trace.steps import Block, Update
 
 
-class MultiscaleReader(Reader):
+class MultiscaleReader(PartsReader):
     """An attention with one pooling each for queries, keys and values, and a shortcut that pools where they do."""
 
     @classmethod
@@ -37,27 +38,18 @@ class MultiscaleReader(Reader):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
-        parts = find_parts(block)
-        assert parts is not None
-        self.parts = parts
-        self.attention: Any = getattr(block, parts.attention)
         self.poolings = _poolings(self.attention)
         self.pooled_shortcut = next((c for c in block.children() if isinstance(c, nn.MaxPool2d | nn.AvgPool2d)), None)
         self.widened = next((c for c in block.children() if isinstance(c, nn.Linear)), None)
 
-    @property
-    def width(self) -> int:
-        return self.parts.out.out_features
-
     def taps(self) -> Iterator[nn.Module]:
-        yield from block_taps(self.block)
+        yield from super().taps()
         yield from self.poolings.values()
         yield from (part for part in self.attention.children() if isinstance(part, nn.LayerNorm))
 
     def _grid_of(self, index: int, name: str, recording: Recording) -> Grid:
         pooling = f"{name}.{self.parts.attention}.{list(self.poolings)[index]}"
-        rows, columns = recording.call(pooling).output.tensor.shape[-2:]
-        return int(rows), int(columns)
+        return grid_of(recording, pooling)
 
     def grid_after(self, name: str, recording: Recording, grid: Grid) -> Grid:
         return self._grid_of(0, name, recording)
@@ -85,8 +77,8 @@ class MultiscaleReader(Reader):
             carried = stream(shortcut(given))
         below = _with_prefix(under(poolings[0], before.grid, grid, device), before.prefix)
         layouts = channels_last, channels_last
-        pull = pull_by_autograd(name, shortcut, given, layouts, before.tokens, carried, self.block.training)
-        return [replace(read, keys=over, skip=below, carried=carried, grid=grid, pull=pull)]
+        pull_back = pull_back_by_autograd(name, shortcut, given, layouts, before.tokens, carried, self.block.training)
+        return [replace(read, keys=over, below=below, carried=carried, grid=grid, pull_back=pull_back)]
 
     def _own(self, name: str, recording: Recording) -> Tensor | None:
         """What the pooled queries add to the attention's output, behind the Linear: ``W q``."""

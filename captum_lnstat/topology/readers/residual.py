@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import UnsupportedModelError
-from captum_lnstat.layout import Cells, Groups, Layout, WholeImage, windows
+from captum_lnstat.layout import Cells, Grid, Groups, Layout, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, SoftmaxSite
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.geometry import Grid, adaptive_cells, partition
-from captum_lnstat.topology.anatomy.parts import find_parts
+from captum_lnstat.topology.anatomy.geometry import adaptive_cells, partition, squares
+from captum_lnstat.topology.anatomy.parts import find_parts, layers
 from captum_lnstat.topology.anatomy.unfolding import cut
 from captum_lnstat.topology.anatomy.units import Stream
-from captum_lnstat.topology.readers.base import SPATIAL, Reader, under
+from captum_lnstat.topology.readers.base import SPATIAL, PartsReader, Reader, under
 from captum_lnstat.topology.readers.cascaded import CascadedReader
 from captum_lnstat.topology.readers.maps import LocalReader, MapReader, SequentialReader
 from captum_lnstat.topology.readers.multiscale import MultiscaleReader
-from captum_lnstat.topology.residual import block_taps, residual_block
+from captum_lnstat.topology.residual import residual_block
 from captum_lnstat.trace.maps import FrozenLinear, FrozenMap
 from captum_lnstat.trace.steps import Block, Update
 
@@ -32,7 +31,7 @@ def reader_of(module: nn.Module) -> type[Reader] | None:
     return next((reader for reader in READERS if reader.reads(module)), None)
 
 
-class ResidualReader(Reader):
+class ResidualReader(PartsReader):
     """Two norms, an attention and an MLP; windows, lattices, the whole image, or keys of a coarser grid."""
 
     @classmethod
@@ -42,25 +41,14 @@ class ResidualReader(Reader):
             return False
         # An MLP may hold a convolution; one more is something that is done to the stream before.
         others = [child for name, child in module.named_children() if name != parts.attention]
-        return sum(any(isinstance(part, nn.Conv2d) for part in child.modules()) for child in others) < 2
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__(block)
-        parts = find_parts(block)
-        assert parts is not None
-        self.parts = parts
-        self.attention: nn.Module = getattr(block, parts.attention)
-
-    @property
-    def width(self) -> int:
-        return self.parts.out.out_features
+        return sum(bool(layers(child, nn.Conv2d)) for child in others) < 2
 
     @property
     def _spatial(self) -> dict[str, nn.Module]:
         return {name: part for name, part in self.attention.named_modules() if isinstance(part, SPATIAL)}
 
     def taps(self) -> Iterator[nn.Module]:
-        yield from block_taps(self.block)
+        yield from super().taps()
         yield self.attention
         yield getattr(self.block, self.parts.norms[0])
         yield from self._spatial.values()
@@ -73,10 +61,9 @@ class ResidualReader(Reader):
         if value is None or value.dim() != 5 or given.dim() != 4 or grid is None:
             return None
         count, members = given.shape[1:3]
-        side = math.isqrt(members)
         if value.shape[3] != members or count * members != grid[0] * grid[1]:
             return None
-        return windows(grid, (side, side), (0, 0), given.device).index.flatten()
+        return squares(grid, members, given.device).index.flatten()
 
     def steps(self, name: str, recording: Recording, before: Stream) -> list[Block | Update]:
         site = cut(recording.site(f"{name}.{self.parts.attention}"))
@@ -102,12 +89,11 @@ class ResidualReader(Reader):
             return whole, reduced
         if before.order is not None:
             return Groups(torch.arange(tokens, device=device).reshape(-1, queries)), None
-        side = math.isqrt(queries)
         attended = recording.calls.get(f"{name}.{self.parts.attention}", ())
         parts = attended[0].input.read() if len(attended) == 1 else None
         if parts is None or len(parts) != groups or stream(parts).shape[1] != queries:
             # The attention cuts its windows itself. That they are these is checked with the update it makes.
-            return windows(before.grid, (side, side), (0, 0), device), None
+            return squares(before.grid, queries, device), None
         sizes = [(parts.shape[1], parts.shape[2])] if parts.dim() == 4 else _sides(queries)
         normed = stream(recording.call(f"{name}.{self.parts.norms[0]}").output.read())
         return partition(name, before.grid, sizes, normed, stream(parts), device), None
@@ -125,7 +111,7 @@ class ResidualReader(Reader):
 
 
 def _joined_as_seen(block: Block) -> tuple[FrozenMap, ...]:
-    """The block's path for heads that are joined one after another, or channel by channel: as the first token says."""
+    """The block's path for heads that are joined one after another, or channel by channel: as the first token shows."""
     (linear,) = block.path
     assert isinstance(linear, FrozenLinear)
     heads = slice(0, block.site.shape[1])
