@@ -17,6 +17,8 @@ from captum_lnstat.metrics.targets import Classes, class_indices, class_scores
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+    from captum_lnstat.metrics.shapes import Images, Maps, PerImage
+
 
 def patch_draws(
     height: int, width: int, *, patch: int, share: float, draws: int, seed: int
@@ -50,8 +52,8 @@ def patch_draws(
 
 def infidelity(
     forward: Callable[[Tensor], Any],
-    images: Float[Tensor, "batch channel height width"],
-    maps: Float[Tensor, "batch height width"],
+    images: Images,
+    maps: Maps,
     target: Classes,
     *,
     fill: Float[Tensor, "..."],
@@ -61,7 +63,7 @@ def infidelity(
     seed: int = 0,
     normalize: bool = True,
     max_examples_per_batch: int | None = None,
-) -> Float[Tensor, " batch"]:
+) -> PerImage:
     """Captum's infidelity when patches are replaced by ``fill``; lower is better.
 
     ``mean over draws of (sum of the map over the replaced pixels - (f(x) - f(x with them replaced)))^2``, f the
@@ -131,14 +133,14 @@ def infidelity(
 
 def sensitivity(
     explain: Callable[..., Tensor],
-    images: Float[Tensor, "batch channel height width"],
+    images: Images,
     target: Classes,
     *,
     radius: float = 0.02,
     draws: int = 10,
     seed: int = 0,
     max_examples_per_batch: int | None = None,
-) -> Float[Tensor, " batch"]:
+) -> PerImage:
     """Captum's maximal sensitivity: how far a map moves when faint noise is added to the image; lower is better.
 
     ``max over draws of |explain(x + noise) - explain(x)| / |explain(x)|`` in the Euclidean norm, with uniform noise in

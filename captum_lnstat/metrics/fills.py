@@ -13,6 +13,8 @@ from captum_lnstat.metrics.checks import check_batch
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from captum_lnstat.metrics.shapes import Images
+
 
 def black(mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "1 channel 1 1"]:
     """Black, which is 0 in RGB **before** the model's normalisation: ``(0 - mean) / std``.
@@ -36,7 +38,7 @@ def black(mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "1 chann
     return colour.float()[None, :, None, None]
 
 
-def mean_colour(images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch channel 1 1"]:
+def mean_colour(images: Images) -> Float[Tensor, "batch channel 1 1"]:
     """Each image's own mean colour.
 
     Example:
@@ -48,9 +50,7 @@ def mean_colour(images: Float[Tensor, "batch channel height width"]) -> Float[Te
     return images.double().mean((2, 3), keepdim=True).to(images.dtype)
 
 
-def blurred(
-    images: Float[Tensor, "batch channel height width"], kernel_size: int = 11, sigma: float = 5.0
-) -> Float[Tensor, "batch channel height width"]:
+def blurred(images: Images, kernel_size: int = 11, sigma: float = 5.0) -> Images:
     """Each image under a Gaussian blur; by default RISE's, 11 pixels and a deviation of 5 at 224 pixels.
 
     Args:

@@ -12,6 +12,8 @@ from captum_lnstat.metrics.targets import Classes, class_indices
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from captum_lnstat.metrics.shapes import Maps, PerImage
+
 
 def _check_grid(rows: int, cols: int) -> None:
     if rows < 1 or cols < 1 or rows * cols < 2:
@@ -48,9 +50,7 @@ def grid_mosaic(
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, rows * height, cols * width)
 
 
-def grid_share(
-    maps: Float[Tensor, "batch height width"], rows: int, cols: int, cell: Classes
-) -> Float[Tensor, " batch"]:
+def grid_share(maps: Maps, rows: int, cols: int, cell: Classes) -> PerImage:
     """Share of a map's positive relevance in the cell whose class was asked for; 1 / cells if there is none.
 
     The grid pointing game (Boehle et al. 2021), as a share. Higher is better, chance is 1 / cells.

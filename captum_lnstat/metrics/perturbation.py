@@ -21,6 +21,8 @@ from captum_lnstat.metrics.targets import Classes, class_indices, class_scores
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+    from captum_lnstat.metrics.shapes import Images, Maps, PerImage
+
 Order = Literal["positive", "negative"]
 NINE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -38,12 +40,12 @@ class Curve:
     values: Float[Tensor, "batch step"]
 
     @property
-    def area(self) -> Float[Tensor, " batch"]:
+    def area(self) -> PerImage:
         """Trapezoid area under the curve; at most .8 for the nine steps from .1 to .9."""
         return torch.trapezoid(self.values, self.steps, dim=1)
 
     @property
-    def auc(self) -> Float[Tensor, " batch"]:
+    def auc(self) -> PerImage:
         """Mean height of the curve, between 0 and 1: the area by the width of the steps.
 
         Example:
@@ -57,7 +59,7 @@ class Curve:
         return self.area / (self.steps[-1] - self.steps[0])
 
 
-def removal_ranks(maps: Float[Tensor, "batch height width"], order: Order) -> Int[Tensor, "batch height width"]:
+def removal_ranks(maps: Maps, order: Order) -> Int[Tensor, "batch height width"]:
     """For every pixel the place at which it is removed: 0 is first. Ties as said at the top of this file.
 
     Args:
@@ -113,8 +115,8 @@ def _path(begin: Tensor, end: Tensor, ranks: Tensor, steps: tuple[float, ...]) -
 
 def perturbation_curve(
     forward: Callable[[Tensor], Any],
-    images: Float[Tensor, "batch channel height width"],
-    maps: Float[Tensor, "batch height width"],
+    images: Images,
+    maps: Maps,
     target: Classes,
     *,
     order: Order = "positive",
@@ -161,8 +163,8 @@ def perturbation_curve(
 
 def deletion(
     forward: Callable[[Tensor], Any],
-    images: Float[Tensor, "batch channel height width"],
-    maps: Float[Tensor, "batch height width"],
+    images: Images,
+    maps: Maps,
     target: Classes,
     *,
     fill: Float[Tensor, "..."],
@@ -196,8 +198,8 @@ def deletion(
 
 def insertion(
     forward: Callable[[Tensor], Any],
-    images: Float[Tensor, "batch channel height width"],
-    maps: Float[Tensor, "batch height width"],
+    images: Images,
+    maps: Maps,
     target: Classes,
     *,
     fill: Float[Tensor, "..."],
