@@ -17,6 +17,7 @@ from captum_lnstat.attribution.baselines import AttentionRollout, FrozenLayerNor
 from captum_lnstat.attribution.gradcam import GradCam
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.recording.forward import Output, pick_output
+from captum_lnstat.rules import find_rule
 
 INTEGRATED_STEPS = 32
 # Steps of IntegratedGradients that are in memory at once; more is no faster on a CPU and large models need the room.
@@ -169,4 +170,7 @@ METHODS: dict[str, Method] = {
 
 def method_of_rule(rule: str) -> Method:
     """The method of a rule of ``LNStatAttribution``, also of one that is registered elsewhere."""
-    return METHODS.get(rule) or _ours(rule, "a pixel", "", rule=rule)
+    found = find_rule(rule)
+    return METHODS.get(found.name) or _ours(
+        found.name, "a pixel", "", signed=found.complete, per_class=found.class_specific, rule=found.name
+    )

@@ -46,7 +46,7 @@ Examples:
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New, or to go on with.")
 @click.option(
     "--class",
-    "asked",
+    "explained",
     type=click.Choice(["true", "predicted"]),
     help="Which class is explained.  [default: true if the data have classes]",
 )
@@ -72,7 +72,7 @@ def evaluate(
     pretrained: bool,
     checkpoint: Path | None,
     output: Path,
-    asked: str | None,
+    explained: str | None,
     fill: str | None,
     fit: Literal["squash"] | None,
     seed: int,
@@ -98,8 +98,8 @@ def evaluate(
             subject = subjects.read(
                 name, pretrained=pretrained, checkpoint=checkpoint, fit=fit, seed=seed, device=team.device
             )
-            chosen: Any = asked or ("true" if dataset.class_names else "predicted")
-            settings = Settings(data, name, asked=chosen, fill=fill or "", seed=seed, **rest)
+            chosen: Any = explained or ("true" if dataset.class_names else "predicted")
+            settings = Settings(data, name, explained=chosen, fill=fill or "", seed=seed, **rest)
 
             def say(text: str) -> None:
                 click.echo(text, err=True)

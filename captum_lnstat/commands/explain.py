@@ -139,12 +139,12 @@ def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str
             description = explainer.lnstat.describe(explainer.placed(prepared.inputs[None]))
         warn(explained.cautions)
         if not request.as_json:
-            _say("image", source)
-            _say("model", request.name)
-            _say("prediction", explained.outcome(explained.prediction))
-            _say("target", explained.outcome(explained.target))
+            _line("image", source)
+            _line("model", request.name)
+            _line("prediction", explained.outcome(explained.prediction))
+            _line("target", explained.outcome(explained.target))
             for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
-                _say(heading, line)
+                _line(heading, line)
         write_picture(output, kind, explainer, prepared, explained, against)
     except (UnsupportedModelError, RecordingError) as error:
         _refuse(request.name, error)
@@ -157,7 +157,7 @@ def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str
     if request.as_json:
         click.echo(json.dumps(_record(source, request.name, explained, output)))
     else:
-        _say("picture", str(output))
+        _line("picture", str(output))
 
 
 def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str | None, request: _Request) -> None:
@@ -194,5 +194,5 @@ def _record(source: str, model: str, explained: Explanation, output: Path) -> di
     return {"image": source, "model": model, "picture": str(output), **explained.to_dict()}
 
 
-def _say(heading: str, text: str) -> None:
+def _line(heading: str, text: str) -> None:
     click.echo(f"{heading:<12}{text}")

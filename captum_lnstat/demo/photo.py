@@ -1,4 +1,4 @@
-"""An image that somebody handed in: read within limits, and kept as the bytes of its file."""
+"""An image that somebody uploaded: read within limits, and kept as the bytes of its file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Photo:
     """The file of an image, checked once.
 
     Attributes:
-        data: The file as it was handed in.
+        data: The file as it was uploaded.
         title: Shown above the pictures.
         key: Digest of the file, by which results are kept.
     """

@@ -11,7 +11,7 @@ from captum.metrics import sensitivity_max
 from torch import Tensor
 
 from captum_lnstat.metrics.checks import check_batch, check_images, result_dtype
-from captum_lnstat.metrics.perturbation import _fitting
+from captum_lnstat.metrics.perturbation import fill_images
 from captum_lnstat.metrics.targets import Classes, class_indices, class_scores
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def infidelity(
         tensor([True, True])
     """
     check_images(images, maps)
-    classes, other = class_indices(target, images), _fitting(fill, images)
+    classes, other = class_indices(target, images), fill_images(fill, images)
     class_scores(forward, images, classes)  # says in plain words what is wrong with forward or target
     height, width = images.shape[2:]
     patch = max(1, min(height, width) // 14) if patch is None else patch

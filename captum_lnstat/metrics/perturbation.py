@@ -91,7 +91,7 @@ def _check_steps(steps: Sequence[float]) -> tuple[float, ...]:
     return chosen
 
 
-def _fitting(fill: Tensor, images: Tensor) -> Tensor:
+def fill_images(fill: Tensor, images: Tensor) -> Tensor:
     """``fill`` as images; raise where it is not one for every image or for all."""
     try:
         whole = fill.to(images).broadcast_to(images.shape)
@@ -156,7 +156,7 @@ def perturbation_curve(
     """
     check_images(images, maps)
     chosen, classes = _check_steps(steps), class_indices(target, images)
-    path = _path(images, _fitting(fill, images), removal_ranks(maps, order), chosen)
+    path = _path(images, fill_images(fill, images), removal_ranks(maps, order), chosen)
     right = [class_scores(forward, changed, classes).argmax(1) == classes for changed in path]
     return _curve(chosen, right, images)
 
@@ -234,7 +234,7 @@ def _probability(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; expected a whole number, 1 or above")
     chosen = tuple(index / steps for index in range(steps + 1))
-    classes, other = class_indices(target, images), _fitting(fill, images)
+    classes, other = class_indices(target, images), fill_images(fill, images)
     begin, end = (other, images) if insert else (images, other)
     path = _path(begin, end, removal_ranks(maps, "positive"), chosen)
     shares = [class_scores(forward, changed, classes).softmax(1).gather(1, classes[:, None])[:, 0] for changed in path]

@@ -94,8 +94,8 @@ def segmentation_counts(maps: Maps, truth: Int[Tensor, "batch height width"]) ->
     background = ~called & counted, ~on & counted
     thing = called & counted, on & counted
     correct = ((called == on) & counted).sum((1, 2))
-    intersection = torch.stack([(said & true).sum((1, 2)) for said, true in (background, thing)], 1)
-    union = torch.stack([(said | true).sum((1, 2)) for said, true in (background, thing)], 1)
+    intersection = torch.stack([(found & true).sum((1, 2)) for found, true in (background, thing)], 1)
+    union = torch.stack([(found | true).sum((1, 2)) for found, true in (background, thing)], 1)
     return SegmentationCounts(correct, counted.sum((1, 2)), intersection, union)
 
 
