@@ -24,6 +24,7 @@ from captum_lnstat.explanation.subject.images import Item
 from captum_lnstat.explanation.subject.subject import Subject
 from captum_lnstat.recording.forward import Output, pick_output
 from captum_lnstat.trace.trace import Trace
+from captum_lnstat.visualize.maps import to_picture
 
 Target = int | str | None
 
@@ -190,12 +191,10 @@ class Explainer:
 
 def _picture(inputs: Tensor, view: View) -> Image.Image:
     """The input with its normalisation undone; a single channel is shown as grey."""
-    pixels = inputs.detach().cpu().double().numpy()
-    if len(pixels) not in (1, 3) or len(view.mean) != len(pixels):
+    if len(inputs) not in (1, 3) or len(view.mean) != len(inputs):
         raise SourceError(
             f"the model's input has shape {tuple(inputs.shape)}, its transform {len(view.mean)} channels; expected an "
             "image of 3 channels or 1"
         )
-    pixels = pixels * np.reshape(view.std, (-1, 1, 1)) + np.reshape(view.mean, (-1, 1, 1))
-    pixels = (np.broadcast_to(pixels, (3, *pixels.shape[1:])).clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    pixels = to_picture(inputs.expand(3, -1, -1), view.mean, view.std)
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))

@@ -6,6 +6,8 @@ import io
 import re
 import threading
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, zoo
-from captum_lnstat.attribution import methods
 from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.cli import main
 from captum_lnstat.demo import depth, photo, report, server, studio
@@ -172,7 +173,8 @@ def own():
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    monkeypatch.setattr(methods, "INTEGRATED_STEPS", 2)
+    method = METHODS["ig"]
+    monkeypatch.setitem(METHODS, "ig", replace(method, make=partial(method.make, n_steps=2)))
 
 
 def test_a_case_is_what_the_model_says(own):
@@ -223,11 +225,12 @@ def test_what_was_computed_is_kept_and_another_rule_does_not_repeat_the_others(f
 
 
 def test_only_so_much_is_kept(monkeypatch):
-    kept = studio._Recent(2)
-    made = []
-    for key in "abacab":
-        kept.get(key, lambda key=key: made.append(key) or key)
-    assert made == ["a", "b", "c", "b"]
+    monkeypatch.setattr(studio, "_CASES", 2)
+    made, seen, explain = Studio(), [], Explainer.predict
+    monkeypatch.setattr(Explainer, "predict", lambda self, inputs: seen.append(1) or explain(self, inputs))
+    for number in (0, 1, 0, 2, 0, 1):
+        made.case(samples()[number], "vit-mini", pretrained=False)
+    assert len(seen) == 4  # the first, the second, the third, and the second again
 
 
 @pytest.mark.parametrize(
