@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract_helpers import METHODS, swin, vit
+from helpers.contract import METHODS, swin, vit
 from hypothesis import HealthCheck, Phase, settings
 from torch import nn
+
+# Scripts that measure: run by hand, and not imported for their examples.
+collect_ignore = ["benchmarks"]
 
 # The same examples on every run; see seeded() for others.
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]

@@ -9,13 +9,13 @@ import types
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from contract_helpers import CLASSES, images, registers, swin, vit
+from helpers.contract import CLASSES, images, registers, swin, vit
 from torch import nn
 
 from captum_lnstat import LNStatAttribution, UnsupportedModelError, cli, doctor
-from captum_lnstat import cli as _console
 from captum_lnstat.commands import doctor as doctor_command
 from captum_lnstat.doctor import examine
+from captum_lnstat.explanation.subject import progress
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _models(monkeypatch):
     mine.convolutions = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     mine.models = types.SimpleNamespace(registers=registers)
     monkeypatch.setitem(sys.modules, "mine", mine)
-    monkeypatch.setattr(_console, "FIRST_WORD", 600.0)
+    monkeypatch.setattr(progress, "FIRST_WORD", 600.0)
 
 
 def run(*arguments: object) -> Result:

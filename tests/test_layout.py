@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import merging_ids, window_ids
+from helpers.oracles import merging_ids, window_ids
 from timm.models import swin_transformer, swin_transformer_v2
 
 from captum_lnstat.layout import PADDING, Groups, WholeImage, quads, windows

@@ -25,7 +25,12 @@ OPTIONAL = (
 
 def _python(code: str, *options: str) -> str:
     run = subprocess.run(
-        [sys.executable, *options, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=240,
     )
     assert run.returncode == 0, run.stderr
     return run.stdout

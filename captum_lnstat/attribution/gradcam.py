@@ -57,8 +57,8 @@ class GradCam:
                 f"{type(model).__name__} has no module {self.layer!r}; the usual one is {last_first_norm(model)!r}"
             ) from None
 
-    def attribute(self, images: Tensor, target: Tensor) -> Float[Tensor, "batch 1 height width"]:
-        """The maps of the targets.
+    def attribute(self, images: Tensor, target: int | Tensor) -> Float[Tensor, "batch 1 height width"]:
+        """The maps of the targets, one for all images or one for each.
 
         Raises:
             ValueError: The layer ran not once, or its output cannot be placed on the image.
@@ -74,7 +74,8 @@ class GradCam:
                 scores = self.forward(images.detach().requires_grad_(True))
             finally:
                 handle.remove()
-            wanted = scores.gather(1, target.reshape(-1, 1)).sum()
+            classes = torch.as_tensor(target, device=scores.device).reshape(-1, 1).expand(len(scores), 1)
+            wanted = scores.gather(1, classes).sum()
         if len(seen) != 1 or not isinstance(seen[0], Tensor):
             raise ValueError(
                 f"layer {self.layer!r} ran {len(seen)} times, or does not return a tensor; expected one that runs once"

@@ -1,4 +1,7 @@
-"""Methods by name, for sheets that set them beside each other: this package's, its baselines and Captum's own."""
+"""The registry of methods: ``compare``, ``evaluate``, the demo and the sheets take them by their names from here.
+
+A new method is one entry in ``METHODS``.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from captum.attr import InputXGradient, IntegratedGradients, Saliency
+from captum.attr import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from torch import Tensor, nn
 
 from captum_lnstat.attribution.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
+from captum_lnstat.attribution.gradcam import GradCam
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.recording.forward import Output, pick_output
+from captum_lnstat.rules import find_rule
 
 INTEGRATED_STEPS = 32
 # Steps of IntegratedGradients that are in memory at once; more is no faster on a CPU and large models need the room.
@@ -20,23 +25,32 @@ INTEGRATED_BATCH = 8
 
 # From inputs and the class of each to the attributions.
 Attribute = Callable[[Tensor, Any], Tensor]
+# From the model, which of its outputs is explained, and options, to the function that attributes.
+Make = Callable[..., Attribute]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method as a sheet shows it.
+    """A method by which maps are made.
 
     Attributes:
         title: A few words, shown beside its maps.
-        make: From the model, and which of its outputs is explained, to the function that attributes.
+        make: From the model, and which of its outputs is explained, to the function that attributes; options go by
+            keyword.
         signed: Whether negative values mean "against the target".
         unit: What the values are, for the colour bar.
+        caption: What a map shows, in a few words.
+        per_class: Whether the map depends on the target.
+        options: The options of ``make``; None for those of a class of this package, which says itself what it takes.
     """
 
     title: str
-    make: Callable[[nn.Module, Output], Attribute]
+    make: Make
     signed: bool = False
     unit: str = ""
+    caption: str = ""
+    per_class: bool = True
+    options: tuple[str, ...] | None = ()
 
 
 def scores_of(model: nn.Module, output: Output) -> Callable[[Tensor], Tensor]:
@@ -44,54 +58,119 @@ def scores_of(model: nn.Module, output: Output) -> Callable[[Tensor], Tensor]:
     return lambda inputs: pick_output(model(inputs), output)
 
 
-def _lnstat(**options: Any) -> Callable[[nn.Module, Output], Attribute]:
-    return lambda model, output: LNStatAttribution(model, output=output, **options).attribute
+def _captum(kind: Callable[..., Any], *, alone: bool = False, **defaults: Any) -> Make:
+    """A method of Captum's; ``alone``: for one image at a time."""
 
-
-def _ours(kind: Callable[..., Any]) -> Callable[[nn.Module, Output], Attribute]:
-    return lambda model, output: kind(model, output=output).attribute
-
-
-def _captum(kind: Callable[..., Any]) -> Callable[[nn.Module, Output], Attribute]:
-    def make(model: nn.Module, output: Output) -> Attribute:
-        method = kind(scores_of(model, output))
+    def make(model: nn.Module, output: Output = None, **options: Any) -> Attribute:
+        method, options = kind(scores_of(model, output)), {**defaults, **options}
 
         def attribute(inputs: Tensor, target: Any) -> Tensor:
-            # These methods switch the gradients of their input on and warn that they do.
-            found: Tensor = method.attribute(inputs.detach().clone().requires_grad_(), target=target)
-            return found.detach()
+            targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
+            found, size = [], 1 if alone else len(inputs)
+            for start in range(0, len(inputs), size):
+                part = slice(start, start + size)
+                # These methods switch the gradients of their input on and warn that they do.
+                leaf = inputs[part].detach().clone().requires_grad_()
+                found.append(method.attribute(leaf, target=targets[part], **options).detach())
+            return torch.cat(found)
 
         return attribute
 
     return make
 
 
-def _integrated(model: nn.Module, output: Output) -> Attribute:
-    steps = IntegratedGradients(scores_of(model, output))
+def _gradcam(model: nn.Module, output: Output = None, *, layer: str | None = None) -> Attribute:
+    return GradCam(scores_of(model, output), model, layer).attribute
+
+
+def _occlusion(
+    model: nn.Module, output: Output = None, *, window: int | None = None, stride: int | None = None
+) -> Attribute:
+    """Grey windows an eighth of the image wide, half a window apart, unless others are given."""
+    method = Occlusion(scores_of(model, output))
+    given = [side for side in (stride, window) if side is not None]
+    if min(given, default=1) < 1 or given != sorted(given):
+        raise ValueError(f"window is {window} and stride {stride}; expected 1 <= stride <= window")
 
     def attribute(inputs: Tensor, target: Any) -> Tensor:
-        found = [
-            steps.attribute(
-                one[None], target=int(wanted), n_steps=INTEGRATED_STEPS, internal_batch_size=INTEGRATED_BATCH
+        least = min(inputs.shape[2:])
+        side = window or max(1, least // 8)
+        step = stride or max(1, side // 2)
+        if not step <= side <= least:
+            raise ValueError(f"window is {side} and stride {step}; expected 1 <= stride <= window <= {least}")
+        with torch.no_grad():
+            found: Tensor = method.attribute(
+                inputs, target=target, sliding_window_shapes=(3, side, side), strides=(3, step, step)
             )
-            for one, wanted in zip(inputs, torch.as_tensor(target).expand(len(inputs)), strict=True)
-        ]
-        return torch.cat(found).detach()
+        return found
 
     return attribute
 
 
+_SCORE = "of the score, a pixel"
+
+
+def _ours(
+    title: str,
+    unit: str,
+    caption: str,
+    kind: Callable[..., Any] = LNStatAttribution,
+    *,
+    signed: bool = False,
+    per_class: bool = True,
+    **fixed: Any,
+) -> Method:
+    def make(model: nn.Module, output: Output = None, **options: Any) -> Attribute:
+        attribute: Attribute = kind(model, output=output, **{**fixed, **options}).attribute
+        return attribute
+
+    return Method(title, make, signed, unit, caption, per_class, None)
+
+
 METHODS: dict[str, Method] = {
-    "lnstat": Method("LNStat", _lnstat(), unit="of the score, a pixel"),
-    "lnstat-contrastive": Method("LNStat, contrastive", _lnstat(contrastive=True), unit="of the contrast, a pixel"),
-    "evidence": Method("evidence", _lnstat(rule="evidence"), True, "of the score, a pixel"),
-    "rollout": Method("rollout with token statistics", _lnstat(rule="rollout"), unit="share, a pixel"),
-    "gradient": Method("Chefer's rule with token statistics", _lnstat(rule="gradient"), unit="a pixel"),
-    "chefer": Method("Chefer et al. 2021", _ours(GenericAttention), unit="a pixel"),
-    "attention-rollout": Method("attention rollout", _ours(AttentionRollout), unit="share, a pixel"),
-    "raw-attention": Method("attention of the last block", _ours(RawAttention), unit="share, a pixel"),
-    "frozen-layernorm": Method("frozen LayerNorm", _ours(FrozenLayerNorm), True, "of the score, a pixel"),
-    "ig": Method("Integrated Gradients", _integrated, True, "of the score, a pixel"),
-    "inputxgradient": Method("input x gradient", _captum(InputXGradient), True, "of the score, a pixel"),
-    "saliency": Method("gradient, absolute", _captum(Saliency), unit="a pixel"),
-}
+    "lnstat": _ours("LNStat", _SCORE, "looked at, and counted for the class"),
+    "lnstat-contrastive": _ours(
+        "LNStat, contrastive", "of the contrast, a pixel", "counted for the class, not for others", contrastive=True
+    ),
+    "evidence": _ours("evidence", _SCORE, "counted for the class, and against it", signed=True, rule="evidence"),
+    "rollout": _ours(
+        "rollout with token statistics", "share, a pixel", "looked at, whatever the class", per_class=False,
+        rule="rollout",
+    ),
+    "gradient": _ours(
+        "Chefer's rule with token statistics", "a pixel", "attention by the class's gradient", rule="gradient"
+    ),
+    "chefer": _ours("Chefer et al. 2021", "a pixel", "attention weighted by the class's gradient", GenericAttention),
+    "attention-rollout": _ours(
+        "attention rollout", "share, a pixel", "what attention alone carries, whatever the class", AttentionRollout,
+        per_class=False,
+    ),
+    "raw-attention": _ours(
+        "attention of the last block", "share, a pixel", "whatever the class", RawAttention, per_class=False
+    ),
+    "frozen-layernorm": _ours(
+        "frozen LayerNorm", _SCORE, "input x gradient, LayerNorm's statistics constant", FrozenLayerNorm, signed=True
+    ),
+    "gradcam": Method(
+        "Grad-CAM", _gradcam, unit="a pixel", caption="at the last block's first norm", options=("layer",)
+    ),
+    "ig": Method(
+        "Integrated Gradients",
+        _captum(IntegratedGradients, alone=True, n_steps=INTEGRATED_STEPS, internal_batch_size=INTEGRATED_BATCH),
+        True, _SCORE, f"Captum's, {INTEGRATED_STEPS} steps, signed", options=("n_steps", "method"),
+    ),
+    "inputxgradient": Method("input x gradient", _captum(InputXGradient), True, _SCORE, "Captum's, signed"),
+    "saliency": Method("gradient, absolute", _captum(Saliency), unit="a pixel", caption="Captum's", options=("abs",)),
+    "occlusion": Method(
+        "occlusion", _occlusion, True, "of the score", "what a grey window takes from the class",
+        options=("window", "stride"),
+    ),
+}  # fmt: skip
+
+
+def method_of_rule(rule: str) -> Method:
+    """The method of a rule of ``LNStatAttribution``, also of one that is registered elsewhere."""
+    found = find_rule(rule)
+    return METHODS.get(found.name) or _ours(
+        found.name, "a pixel", "", signed=found.complete, per_class=found.class_specific, rule=found.name
+    )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -14,7 +12,7 @@ from PIL import Image
 from captum_lnstat.attribution.descent import descend, descend_heads
 from captum_lnstat.errors import SourceError, UnsupportedModelError
 from captum_lnstat.explanation.explainer import Explainer, Prepared
-from captum_lnstat.explanation.explanation import Explanation, percent
+from captum_lnstat.explanation.explanation import Explanation
 from captum_lnstat.explanation.subject.classes import find_class
 from captum_lnstat.explanation.subject.progress import progress
 from captum_lnstat.rules import layer_rule_names
@@ -47,9 +45,9 @@ def _figure(
 ) -> Figure:
     model, output, rule = explainer.subject.model, explainer.output, explainer.lnstat.rule
     inputs = explainer.placed(prepared.inputs[None])
-    image = np.asarray(prepared.image, np.float64) / 255
-    likely = _likely(explained, explained.target)
-    title = f"predicted {_likely(explained, explained.prediction)}  |  target {likely}  |  rule {rule}"
+    image = prepared.pixels
+    likely = explained.likely(explained.target)
+    title = f"predicted {explained.likely(explained.prediction)}  |  target {likely}  |  rule {rule}"
     if kind == "sheet":
         panels = comparison(model, inputs, explained.target, rule=rule, output=output, during=progress)
         return draw_sheet(image, panels, title)
@@ -64,7 +62,7 @@ def _figure(
     if kind == "heads":
         with progress("descending"):
             heads = descend_heads(model, inputs, output=output)
-        return head_sheet(heads, image, f"predicted {_likely(explained, explained.prediction)}  |  attention heads")
+        return head_sheet(heads, image, f"predicted {explained.likely(explained.prediction)}  |  attention heads")
     other = _other(explained, against)
     with progress("contrasting"):
         return class_sheet(
@@ -72,8 +70,8 @@ def _figure(
             inputs,
             image,
             (explained.target, other),
-            (_likely(explained, explained.target), _likely(explained, other)),
-            f"{_likely(explained, explained.target)}  against  {_likely(explained, other)}",
+            (explained.likely(explained.target), explained.likely(other)),
+            f"{explained.likely(explained.target)}  against  {explained.likely(other)}",
             output=output,
         )
 
@@ -83,13 +81,8 @@ def _other(explained: Explanation, against: str | None) -> int:
     if explained.probabilities is None:
         raise SourceError("the model has one score alone, so there are no two classes to contrast")
     if against is None:
-        return int(np.argsort(-explained.probabilities)[int(explained.prediction == explained.target)])
-    other = find_class(against, explained.class_names, len(explained.probabilities))
+        return next(index for index in explained.ranked(2) if index != explained.target)
+    other = find_class(against, explained.class_names, explained.count)
     if other == explained.target:
         raise SourceError(f"--against is the target itself, {explained.label(other)}; expected another class")
     return other
-
-
-def _likely(explained: Explanation, index: int) -> str:
-    name = textwrap.shorten(explained.label(index).split(" (")[0], 28, placeholder="...")
-    return name if explained.probabilities is None else f"{name} {percent(explained.probabilities[index])}"

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from captum_lnstat import zoo
+from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.demo import report
 from captum_lnstat.demo.photo import DemoError, Photo, from_upload
 from captum_lnstat.demo.samples import samples
-from captum_lnstat.demo.studio import BESIDE, SUGGESTED, Look, Question, Shown, Studio
+from captum_lnstat.demo.studio import BESIDE, SUGGESTED, Case, Question, Shown, Studio
 from captum_lnstat.rules import layer_rule_names, rule_names
 
 _SWEEP, _AGE = 60, 600  # seconds: how often uploaded files are looked through, and how old they get
@@ -46,12 +47,12 @@ def build(studio: Studio, folder: Path) -> Any:
     """
     import gradio as gr
 
-    def explain(look: Look, question: Question) -> Iterator[str]:
+    def explain(case: Case, question: Question) -> Iterator[str]:
         shown: list[Shown] = []
-        yield report.results(look, question, shown, question.beside)
-        for one in studio.maps(look, question):
+        yield report.results(case, question, shown, question.beside)
+        for one in studio.maps(case, question):
             shown.append(one)
-            yield report.results(look, question, shown, question.beside[len(shown) - 1 :])
+            yield report.results(case, question, shown, question.beside[len(shown) - 1 :])
 
     def start(photo: Photo | None, name: str, weights: str, rule: Any, contrastive: bool, beside: list[str]) -> Any:
         """Another image or model: all there is to choose from changes."""
@@ -61,14 +62,11 @@ def build(studio: Studio, folder: Path) -> Any:
             yield *changes, report.idle()
             return
         try:
-            look = studio.look(photo, str(name), pretrained=weights == "pretrained")
-            choices = [
-                (f"{look.subject.label(index)}  {report.percent(look.confidence[index])}", index)
-                for index in look.ranked(_LISTED)
-            ]
-            scores = {look.subject.label(index): look.confidence[index] for index in look.ranked(_TOP)}
-            changes = scores, gr.update(choices=choices, value=look.best), _slider(gr, rule, look.depths), ours
-            for html in explain(look, Question(look.best, rule, 0, contrastive, tuple(beside))):
+            case = studio.case(photo, str(name), pretrained=weights == "pretrained")
+            choices = [(f"{case.label(index)}  {case.percent(index)}", index) for index in case.ranked(_LISTED)]
+            best = case.prediction
+            changes = dict(case.top(_TOP)), gr.update(choices=choices, value=best), _slider(gr, rule, case.depths), ours
+            for html in explain(case, Question(best, rule, 0, contrastive, tuple(beside))):
                 yield *changes, html
                 changes = gr.skip(), gr.skip(), gr.skip(), gr.skip()
         except DemoError as error:
@@ -89,11 +87,11 @@ def build(studio: Studio, folder: Path) -> Any:
             yield gr.skip(), report.idle()
             return
         try:
-            look = studio.look(photo, str(name), pretrained=weights == "pretrained")
+            case = studio.case(photo, str(name), pretrained=weights == "pretrained")
             depth = 0 if rule not in layer_rule_names() else int(depth)
-            target = look.best if target is None else int(target)
-            slider = _slider(gr, rule, look.depths, depth)
-            for html in explain(look, Question(target, rule, depth, contrastive, tuple(beside))):
+            target = case.prediction if target is None else int(target)
+            slider = _slider(gr, rule, case.depths, depth)
+            for html in explain(case, Question(target, rule, depth, contrastive, tuple(beside))):
                 yield slider, html
                 slider = gr.skip()
         except DemoError as error:
@@ -114,11 +112,10 @@ def build(studio: Studio, folder: Path) -> Any:
     def pick(event: gr.SelectData, photo: Photo | None, name: str, weights: str) -> Any:
         """A class, by a click on one of the predictions."""
         try:
-            look = studio.look(photo or samples()[0], str(name), pretrained=weights == "pretrained")
+            case = studio.case(photo or samples()[0], str(name), pretrained=weights == "pretrained")
         except DemoError:
             return gr.skip()
-        top = look.ranked(_TOP)
-        return next((index for index in top if look.subject.label(index) == event.value), look.best)
+        return next((index for index in case.ranked(_TOP) if case.label(index) == event.value), case.prediction)
 
     # Annotations are text here, and Gradio looks for its own type among the globals.
     choose.__annotations__["event"] = pick.__annotations__["event"] = gr.SelectData
@@ -181,7 +178,11 @@ def build(studio: Studio, folder: Path) -> Any:
                             label="contrastive: against the other classes", container=False, elem_id="contrastive"
                         )
                         beside = gr.CheckboxGroup(
-                            list(BESIDE), value=list(BESIDE), label="Beside it", container=False, elem_id="beside"
+                            [(METHODS[name].title, name) for name in BESIDE],
+                            value=list(BESIDE),
+                            label="Beside it",
+                            container=False,
+                            elem_id="beside",
                         )
                 results = gr.HTML(report.idle(), elem_id="results")
 

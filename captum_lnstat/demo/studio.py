@@ -5,25 +5,25 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import Any
 
-import numpy as np
-import torch
-from captum.attr import IntegratedGradients
 from torch import Tensor
 
 from captum_lnstat import zoo
-from captum_lnstat.attribution.baselines import AttentionRollout, GenericAttention
-from captum_lnstat.attribution.lnstat import LNStatAttribution
-from captum_lnstat.demo.depth import geometry, map_after
+from captum_lnstat.attribution.methods import METHODS, Method, method_of_rule
+from captum_lnstat.demo.depth import DepthExplainer
 from captum_lnstat.demo.photo import DemoError, Photo
 from captum_lnstat.errors import SourceError, one_line
+from captum_lnstat.explanation.explainer import Explainer, Prepared
+from captum_lnstat.explanation.prediction import Prediction
+from captum_lnstat.explanation.subject.images import Item
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
 from captum_lnstat.rules import layer_rule_names, rule_names
-from captum_lnstat.visualize import INTEGRATED_BATCH, INTEGRATED_STEPS, to_map, to_picture
+from captum_lnstat.visualize import Panel, to_map
 
 # Shown in the menu; any other name that timm knows can be typed.
 SUGGESTED = (
@@ -40,78 +40,46 @@ SUGGESTED = (
     "pvt_v2_b0",
     "hiera_tiny_224",
 )
-# Below this confidence a map of the target was seen to lie on background or on another object.
-FAINT_TARGET = 0.01
-_MODELS, _LOOKS, _MAPS = 3, 8, 128  # kept at a time
-
-Value = TypeVar("Value")
+_MODELS, _CASES, _MAPS = 3, 8, 128  # kept at a time
+# Seconds until a turn comes: a model may be on its way from a hub, for somebody else.
+_PATIENCE = 600.0
 
 
-class _Kept(Generic[Value]):
-    """The values that were used last."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Case(Prediction):
+    """An image, a model, and what the model makes of it.
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        if key not in self._values:
-            self._values[key] = make()
-        self._values.move_to_end(key)
-        while len(self._values) > self._size:
-            self._values.popitem(last=False)
-        return self._values[key]
-
-
-@dataclass(frozen=True)
-class Look:
-    """An image as a model saw it, and what the model made of it.
-
-    Attributes:
-        key: What it is kept by.
-        name: The model.
-        random: Its weights are random.
-        subject: The model itself.
-        inputs: ``(1, 3, height, width)``, normalised.
-        picture: ``(height, width, 3)``, values from 0 to 1.
-        confidence: Of every class.
+    Attributes, beside those of ``Prediction``:
+        explainer: The model.
+        prepared: The image as the model sees it.
         depths: How many depths there are to read a map at, the patches among them; 1 if the model is not understood.
     """
 
-    key: Hashable
-    name: str
-    random: bool
-    subject: Subject = field(repr=False)
-    inputs: Tensor = field(repr=False)
-    picture: Any = field(repr=False)
-    confidence: tuple[float, ...] = field(repr=False)
+    explainer: Explainer = field(repr=False)
+    prepared: Prepared = field(repr=False)
     depths: int
 
     @property
-    def best(self) -> int:
-        """The predicted class."""
-        return int(np.argmax(self.confidence))
+    def subject(self) -> Subject:
+        """The model with its preprocessing and classes."""
+        return self.explainer.subject
 
-    def label(self, index: int) -> str:
-        """A class by name, as far as its name is known."""
-        names = self.subject.class_names
-        return names[index].split(", ")[0] if names else f"class {index}"
-
-    def ranked(self, count: int) -> list[int]:
-        """The classes the model finds most probable, best first."""
-        return [int(index) for index in np.argsort(self.confidence)[::-1][:count]]
+    @property
+    def inputs(self) -> Tensor:
+        """``(1, 3, height, width)``, normalised."""
+        return self.explainer.placed(self.prepared.inputs[None])
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be shown of a look.
+    """What is to be shown of a case.
 
     Attributes:
         target: The class.
         rule: The rule of ``LNStatAttribution``.
         depth: 0 for the full map, else the number of blocks after which the tokens are read.
         contrastive: As for ``LNStatAttribution``.
-        beside: The titles of the methods to set beside it.
+        beside: The names of the methods to set beside it.
     """
 
     target: int
@@ -122,59 +90,23 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Shown(Panel):
     """One method's map.
 
     Attributes:
         title: The method.
-        caption: What its map means.
         relevance: ``(height, width)``.
         signed: Negative values argue against the class.
+        caption: What its map means.
         notes: What the method warned about.
     """
 
-    title: str
-    caption: str
-    relevance: Any = field(repr=False)
-    signed: bool
+    caption: str = ""
     notes: tuple[str, ...] = ()
 
 
-def _integrated(model: Any, inputs: Tensor, target: int) -> Tensor:
-    attribution: Tensor = IntegratedGradients(model).attribute(
-        inputs, target=target, n_steps=INTEGRATED_STEPS, internal_batch_size=INTEGRATED_BATCH
-    )
-    return attribution
-
-
-@dataclass(frozen=True)
-class _Method:
-    caption: str
-    attribute: Callable[[Any, Tensor, int], Tensor]
-    signed: bool = False
-    per_class: bool = True
-    ours: bool = True  # what it warns about is for those who look at the map
-
-
-BESIDE: dict[str, _Method] = {
-    "attention rollout": _Method(
-        "what attention alone carries, whatever the class",
-        lambda model, inputs, target: AttentionRollout(model).attribute(inputs, target),
-        per_class=False,
-    ),
-    "Chefer et al. 2021": _Method(
-        "attention weighted by the class's gradient",
-        lambda model, inputs, target: GenericAttention(model).attribute(inputs, target),
-    ),
-    "IntegratedGradients": _Method(f"Captum's, {INTEGRATED_STEPS} steps, signed", _integrated, signed=True, ours=False),
-}
-
-CAPTIONS: dict[str, str] = {
-    "lnstat": "looked at, and counted for the class",
-    "evidence": "counted for the class, and against it",
-    "rollout": "looked at, whatever the class",
-    "gradient": "Chefer's rule with token statistics",
-}
+# The methods that can be set beside a map.
+BESIDE = ("attention-rollout", "chefer", "ig")
 
 
 class Studio:
@@ -183,21 +115,21 @@ class Studio:
     Example:
         >>> from captum_lnstat.demo.samples import samples
         >>> studio = Studio()
-        >>> look = studio.look(samples()[0], "swin-mini", pretrained=False)
-        >>> look.label(look.best), look.depths
-        ('bag', 6)
-        >>> shown = next(studio.maps(look, Question(look.best)))
+        >>> case = studio.case(samples()[0], "swin-mini", pretrained=False)
+        >>> case.label(case.prediction), case.depths
+        ('bag (5)', 6)
+        >>> shown = next(studio.maps(case, Question(case.prediction)))
         >>> shown.title, shown.relevance.shape
         ('lnstat', (64, 64))
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._subjects: _Kept[Subject] = _Kept(_MODELS)
-        self._looks: _Kept[Look] = _Kept(_LOOKS)
-        self._maps: _Kept[Shown] = _Kept(_MAPS)
+        self._explainer = lru_cache(_MODELS)(_explainer)
+        self._case = lru_cache(_CASES)(_case)
+        self._own, self._beside = lru_cache(_MAPS)(_own), lru_cache(_MAPS)(_beside)
 
-    def look(self, photo: Photo, name: str, *, pretrained: bool) -> Look:
+    def case(self, photo: Photo, name: str, *, pretrained: bool) -> Case:
         """Show an image to a model.
 
         Args:
@@ -211,119 +143,104 @@ class Studio:
         name = name.strip()
         if not re.fullmatch(r"[\w.-]{1,120}", name):
             raise DemoError("That is no model's name; expected swin-mini, vit-mini or a name that timm knows.")
-        pretrained = pretrained and name not in zoo.names()
-        key = (photo.key, name, pretrained)
-        with self._lock:
-            subject = self._subjects.get((name, pretrained), lambda: _subject(name, pretrained))
-            return self._looks.get(key, lambda: _look(key, photo, name, pretrained, subject))
+        with self._turn():
+            return self._case(photo, self._explainer(name, pretrained and name not in zoo.names()))
 
-    def maps(self, look: Look, question: Question) -> Iterator[Shown]:
-        """The map that is asked for, then those beside it, each as soon as it is there.
+    def maps(self, case: Case, question: Question) -> Iterator[Shown]:
+        """The map of the rule, then those beside it, each as soon as it is there.
 
         Raises:
-            DemoError: What is asked for is not there, or the model cannot be explained.
+            DemoError: There is no such map, or the model cannot be explained.
         """
-        rule, depth = question.rule, question.depth
+        rule, depth, name = question.rule, question.depth, case.subject.name
         if rule not in rule_names():
             raise DemoError(f"There is no rule {rule!r}; expected one of {', '.join(rule_names())}.")
-        if not 0 <= question.target < len(look.confidence):
-            raise DemoError(f"{look.name} has no class {question.target}; expected 0 to {len(look.confidence) - 1}.")
+        if not 0 <= question.target < case.count:
+            raise DemoError(f"{name} has no class {question.target}; expected 0 to {case.count - 1}.")
         if depth and rule not in layer_rule_names():
             raise DemoError(f"The rule {rule} has the full map only; put the slider at 0.")
-        if not 0 <= depth < max(look.depths, 1):
-            raise DemoError(f"{look.name} has no depth {depth}; expected 0 to {look.depths - 1}.")
-        # Without a class to explain there is none to contrast it with.
-        contrastive = question.contrastive and rule != "rollout"
+        if not 0 <= depth < max(case.depths, 1):
+            raise DemoError(f"{name} has no depth {depth}; expected 0 to {case.depths - 1}.")
+        for beside in question.beside:
+            if beside not in BESIDE:
+                raise DemoError(f"There is no method {beside!r}; expected one of {', '.join(BESIDE)}.")
 
-        def own() -> Tensor:
-            model: Any = look.subject.model
-            if not depth:
-                lnstat = LNStatAttribution(model, rule=rule, contrastive=contrastive)
-                return lnstat.attribute(look.inputs, question.target)[0]
-            layered: Any = rule
-            found = map_after(model, look.inputs, question.target, depth=depth, rule=layered, contrastive=contrastive)
-            return found[None]
+        def target(method: Method) -> int:  # another class changes nothing where no class is explained
+            return question.target if method.per_class else case.prediction
 
-        # Another class changes nothing where no class is explained.
-        target = None if rule == "rollout" else question.target
-        caption = CAPTIONS[rule] + (f", read after block {depth}" if depth else "")
-        yield self._shown((look.key, rule, depth, contrastive, target), rule, caption, rule == "evidence", own)
-        for title in question.beside:
-            if title not in BESIDE:
-                raise DemoError(f"There is no method {title!r}; expected one of {', '.join(BESIDE)}.")
-            method = BESIDE[title]
+        method = method_of_rule(rule)
+        with self._turn():
+            # Without a class to explain there is none to contrast it with.
+            own = self._own(case, rule, target(method), depth, question.contrastive and method.per_class)
+        yield own
+        for beside in question.beside:
+            with self._turn():
+                other = self._beside(case, beside, target(METHODS[beside]))
+            yield other
 
-            def other(method: _Method = method) -> Tensor:
-                return method.attribute(look.subject.model, look.inputs, question.target)[0]
-
-            key = (look.key, title, question.target if method.per_class else None)
-            yield self._shown(key, title, method.caption, method.signed, other, heed=method.ours)
-
-    def _shown(
-        self,
-        key: Hashable,
-        title: str,
-        caption: str,
-        signed: bool,
-        attribute: Callable[[], Tensor],
-        heed: bool = True,
-    ) -> Shown:
-        def make() -> Shown:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                try:
-                    relevance = to_map(attribute())
-                except Exception as error:  # whatever a model of timm may raise by itself
-                    raise DemoError(f"{title} cannot be computed.\n{str(error).strip()}") from error
-            notes = tuple(one_line(entry.message) for entry in said if heed and entry.category is UserWarning)
-            return Shown(title, caption, relevance, signed, notes)
-
-        with self._lock:
-            return self._maps.get(key, make)
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if not self._lock.acquire(timeout=_PATIENCE):
+            raise DemoError("Something else has been computed here for ten minutes and is not done; try again later.")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
 
-def notes(look: Look, question: Question, shown: Sequence[Shown]) -> list[str]:
+def _own(case: Case, rule: str, target: int, depth: int, contrastive: bool) -> Shown:
+    method = method_of_rule(rule)
+    kind: Any = partial(DepthExplainer, depth=depth) if depth else Explainer
+
+    def relevance() -> Any:
+        explainer = kind(case.subject, rule=rule, contrastive=contrastive)
+        return explainer.explain([case.prepared], [target], [case])[0].relevance
+
+    caption = method.caption + (f", read after block {depth}" if depth else "")
+    return _shown(replace(method, title=rule, caption=caption), relevance)
+
+
+def _beside(case: Case, name: str, target: int) -> Shown:
+    method = METHODS[name]
+    return _shown(method, lambda: to_map(method.make(case.subject.model, None)(case.inputs, target)[0]))
+
+
+def _shown(method: Method, relevance: Callable[[], Any]) -> Shown:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = relevance()
+        except Exception as error:  # whatever a model of timm may raise by itself
+            raise DemoError(f"{method.title} cannot be computed.\n{str(error).strip()}") from error
+    notes = tuple(one_line(entry.message) for entry in caught if entry.category is UserWarning)
+    return Shown(method.title, found, method.signed, method.caption, notes)
+
+
+def notes(case: Case, question: Question, shown: Sequence[Shown]) -> list[str]:
     """What has to be known to read the maps right."""
-    said = []
-    if look.random:
-        said.append(
-            f"The weights of {look.name} are random. So is everything below: it shows how the method runs, not what a "
-            "trained model looks at."
-        )
-    elif look.confidence[question.target] < FAINT_TARGET:
-        said.append(
-            f"The model all but rules {look.label(question.target)} out. The map shows what little argued for it, "
-            "and may lie on background or on another object."
-        )
-    return said + list(dict.fromkeys(note for one in shown for note in one.notes))
+    cautions = case.explainer.cautions(case, question.target)
+    return list(dict.fromkeys([*cautions, *(note for one in shown for note in one.notes)]))
 
 
-def _subject(name: str, pretrained: bool) -> Subject:
+def _explainer(name: str, pretrained: bool) -> Explainer:
     try:
-        return read_subject(name, pretrained, None)
+        return Explainer(read_subject(name, pretrained, None))
     except SourceError as error:
         raise DemoError(f"{one_line(error)}.") from None
     except Exception as error:  # whatever building a model of timm may raise
         raise DemoError(f"{name} cannot be made, {type(error).__name__}: {one_line(error)}") from error
 
 
-def _look(key: Hashable, photo: Photo, name: str, pretrained: bool, subject: Subject) -> Look:
+def _case(photo: Photo, explainer: Explainer) -> Case:
     try:
-        inputs = subject.transform(photo.image())[None]
-        with torch.no_grad():
-            confidence = subject.model(inputs).softmax(-1)[0].tolist()
-        picture = to_picture(inputs[0], *_normalisation(subject.transform))
+        prepared = explainer.prepare(Item(photo.title, photo.image()))
+        inputs = explainer.placed(prepared.inputs[None])
+        (found,) = explainer.predict(inputs)
     except Exception as error:
+        name = explainer.subject.name
         raise DemoError(f"{name} fails on this image, {type(error).__name__}: {one_line(error)}") from error
     try:
-        depths = len(geometry(subject.model, inputs).blocks)
-    except Exception:  # said when a map is asked for
+        depths = sum(step.kind == "attention" for step in explainer.lnstat.describe(inputs).steps)
+    except Exception:  # its message comes with the map
         depths = 1
-    random = not pretrained and name not in zoo.names()
-    return Look(key, name, random, subject, inputs, picture, tuple(confidence), depths)
-
-
-def _normalisation(transform: Any) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the channels that the transform's last step takes away."""
-    step = next((step for step in getattr(transform, "transforms", ()) if hasattr(step, "std")), None)
-    return ([0.0] * 3, [1.0] * 3) if step is None else ([float(m) for m in step.mean], [float(d) for d in step.std])
+    return Case(**vars(found), explainer=explainer, prepared=prepared, depths=depths)

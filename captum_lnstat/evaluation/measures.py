@@ -1,10 +1,10 @@
-"""Metrics by name: whom they can be asked of, what they put into a record, and what becomes of it in the summary."""
+"""Metrics by name: what they apply to, what they put into a record, and what becomes of it in the summary."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from torch.nn.functional import interpolate
 
 from captum_lnstat import metrics
 from captum_lnstat.errors import near
-from captum_lnstat.evaluation.frame import Framed
+from captum_lnstat.evaluation.frame import Example
 from captum_lnstat.evaluation.methods import Method
-from captum_lnstat.evaluation.question import Asked, Measure, Quantity, Values
+from captum_lnstat.evaluation.question import Batch, Measure, Quantity, Values
 from captum_lnstat.evaluation.seeds import seed_of
 from captum_lnstat.evaluation.specs import Spec, parse
 
@@ -30,92 +30,90 @@ def _options(spec: Spec, **known: Any) -> dict[str, Any]:
     return {**known, **spec.options}
 
 
-def _one(spec: Spec, higher: bool) -> tuple[Quantity, ...]:
-    return (Quantity(spec.text, higher, ((spec.text, None),)),)
+def _single(
+    spec: Spec, value: Callable[[Batch, Tensor, Method], Tensor], higher: bool, applies: Callable[[Example, bool], bool]
+) -> Measure:
+    """A metric of one number an image."""
+
+    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+        return {spec.text: value(batch, maps, method)}
+
+    return Measure(spec.text, (Quantity(spec.text, higher, ((spec.text, None),)),), applies, compute)
 
 
-# Whom a metric can be asked of.
-def _image(one: Framed, asked_true: bool) -> bool:
+# What a metric applies to.
+def _image(one: Example, true_class: bool) -> bool:
     return not one.sample.only_two
 
 
-def _object(one: Framed, asked_true: bool) -> bool:
+def _object(one: Example, true_class: bool) -> bool:
     return not one.sample.only_two and (one.mask is not None or one.boxes is not None)
 
 
-def _masked(one: Framed, asked_true: bool) -> bool:
+def _masked(one: Example, true_class: bool) -> bool:
     return not one.sample.only_two and one.mask is not None
 
 
-def _boxed(one: Framed, asked_true: bool) -> bool:
+def _boxed(one: Example, true_class: bool) -> bool:
     return not one.sample.only_two and one.boxes is not None
 
 
-def _two_objects(one: Framed, asked_true: bool) -> bool:
-    return asked_true and one.mask is not None and one.other_mask is not None
+def _two_objects(one: Example, true_class: bool) -> bool:
+    return true_class and one.mask is not None and one.other_mask is not None
 
 
-def _in_grid(one: Framed, asked_true: bool) -> bool:
-    return asked_true and not one.sample.only_two and one.sample.target is not None
+def _in_grid(one: Example, true_class: bool) -> bool:
+    return true_class and not one.sample.only_two and one.sample.target is not None
 
 
-def _annotated(one: Framed, asked_true: bool) -> bool:
+def _annotated(one: Example, true_class: bool) -> bool:
     return one.human is not None and bool(one.human.max() > one.human.min())
 
 
 def _on_region(function: Callable[..., Tensor], spec: Spec, **defaults: Any) -> Measure:
     """A metric of maps and the object's region."""
     options = _options(spec, **defaults)
-
-    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
-        return {spec.text: function(maps, asked.region(), **options)}
-
-    return Measure(spec.text, _one(spec, higher=True), _object, compute)
+    return _single(spec, lambda batch, maps, method: function(maps, batch.region(), **options), True, _object)
 
 
-def _filled(asked: Asked, name: str | None, usual: str) -> Tensor:
+def _filled(batch: Batch, name: str | None, usual: str) -> Tensor:
     """What replaces pixels: the metric's own option, the run's, or what is usual for the metric."""
-    name = name or asked.fill or usual
+    name = name or batch.fill or usual
     if name == "black":
-        frame = asked.subject.frame
-        return metrics.black(frame.mean, frame.std).to(asked.images)
+        frame = batch.subject.frame
+        return metrics.black(frame.mean, frame.std).to(batch.images)
     if name == "mean":
-        return metrics.mean_colour(asked.images)
+        return metrics.mean_colour(batch.images)
     if name == "blur":
-        return metrics.blurred(asked.images)
+        return metrics.blurred(batch.images)
     raise ValueError(f"fill is {name!r}; expected one of {', '.join(FILLS)}")
 
 
-def _perturbation(spec: Spec, order: Literal["positive", "negative"]) -> Measure:
-    options = _options(spec, fill=None)
+def _removing(function: Callable[..., Any], spec: Spec, usual: str, higher: bool, **defaults: Any) -> Measure:
+    """A metric of what the model makes of images some of whose pixels are replaced."""
+    options = _options(spec, fill=None, **defaults)
+    rest = {key: value for key, value in options.items() if key != "fill"}
 
-    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
-        fill = _filled(asked, options["fill"], "black")
-        curve = metrics.perturbation_curve(asked.forward, asked.images, maps, asked.targets, order=order, fill=fill)
-        return {spec.text: curve.auc}
+    def value(batch: Batch, maps: Tensor, method: Method) -> Tensor:
+        fill = _filled(batch, options["fill"], usual)
+        found = function(batch.forward, batch.images, maps, batch.targets, fill=fill, **rest)
+        return found.auc if isinstance(found, metrics.Curve) else found
 
-    return Measure(spec.text, _one(spec, higher=order == "negative"), _image, compute)
+    return _single(spec, value, higher, _image)
 
 
-def _path(spec: Spec, function: Callable[..., Any], usual: str, higher: bool) -> Measure:
-    options = _options(spec, fill=None, steps=50)
-
-    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
-        fill = _filled(asked, options["fill"], usual)
-        curve = function(asked.forward, asked.images, maps, asked.targets, fill=fill, steps=options["steps"])
-        return {spec.text: curve.auc}
-
-    return Measure(spec.text, _one(spec, higher=higher), _image, compute)
+def _infidelity(forward: Any, images: Tensor, maps: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return metrics.infidelity(forward, images, maps, target, max_examples_per_batch=len(maps), **options)
 
 
 def _two(spec: Spec) -> Measure:
     _options(spec)
 
-    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
-        mine, other = asked.stack([one.mask for one in asked.framed]), asked.stack([o.other_mask for o in asked.framed])
-        return {spec.text: metrics.two_object(maps, mine, other)}
+    def value(batch: Batch, maps: Tensor, method: Method) -> Tensor:
+        mine, other = (batch.stack([getattr(one, of) for one in batch.examples]) for of in ("mask", "other_mask"))
+        return metrics.two_object(maps, mine, other)
 
-    return Measure(spec.text, _one(spec, higher=True), _two_objects, compute)
+    return _single(spec, value, True, _two_objects)
 
 
 def _grid(spec: Spec) -> Measure:
@@ -123,14 +121,14 @@ def _grid(spec: Spec) -> Measure:
     options = _options(spec, rows=2, cols=2)
     rows, cols = int(options["rows"]), int(options["cols"])
 
-    def mosaic(asked: Asked, one: Framed) -> tuple[Tensor, int] | None:
-        partners = asked.partners(one, rows * cols - 1)
+    def mosaic(batch: Batch, one: Example) -> tuple[Tensor, int] | None:
+        partners = batch.partners(one, rows * cols - 1)
         if partners is None:
             return None
         height, width = one.image.shape[1:]
         if height % rows or width % cols:
             raise ValueError(f"an input of {height} x {width} px cannot be cut into {rows} x {cols} equal cells")
-        place = seed_of(f"{one.sample.name}/cell", asked.seed) % (rows * cols)
+        place = seed_of(f"{one.sample.name}/cell", batch.seed) % (rows * cols)
         cells = [partner.image for partner in partners]
         cells.insert(place, one.image)
         small = interpolate(
@@ -138,27 +136,27 @@ def _grid(spec: Spec) -> Measure:
         )
         return metrics.grid_mosaic(small[None], rows, cols)[0], place
 
-    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
-        made = [mosaic(asked, one) for one in asked.framed]
+    def value(batch: Batch, maps: Tensor, method: Method) -> Tensor:
+        made = [mosaic(batch, one) for one in batch.examples]
         able = [row for row, found in enumerate(made) if found is not None]
         values = torch.full((len(made),), float("nan"))
         if able:
-            images = torch.stack([found[0] for found in made if found is not None]).to(asked.images)
+            images = torch.stack([found[0] for found in made if found is not None]).to(batch.images)
             cells = torch.tensor([found[1] for found in made if found is not None])
-            part = asked.of(able)
-            found = method.maps(images, part.targets, part.names, asked.seed)
+            part = batch.of(able)
+            found = method.maps(images, part.targets, part.names, batch.seed)
             values[able] = metrics.grid_share(found, rows, cols, cells.to(found.device)).float().cpu()
-        return {spec.text: values}
+        return values
 
-    return Measure(spec.text, _one(spec, higher=True), _in_grid, compute)
+    return _single(spec, value, True, _in_grid)
 
 
 def _segmentation(spec: Spec) -> Measure:
     _options(spec)
 
-    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
         truth = []
-        for one in asked.framed:
+        for one in batch.examples:
             assert one.mask is not None
             labels = one.mask.long()
             truth.append(labels if one.void is None else labels.masked_fill(one.void, -1))
@@ -189,15 +187,15 @@ def _segmentation(spec: Spec) -> Measure:
 def _box(spec: Spec) -> Measure:
     options = _options(spec, threshold=0.5)
 
-    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
-        boxes = [one.boxes.to(maps.device) for one in asked.framed if one.boxes is not None]
+    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+        boxes = [one.boxes.to(maps.device) for one in batch.examples if one.boxes is not None]
         found = {f"{spec.text}.iou": metrics.box_iou(maps, boxes, **options)}
-        labels = [one.sample.target for one in asked.framed]
+        labels = [one.sample.target for one in batch.examples]
         right = [row for row, label in enumerate(labels) if label is not None]
         values = torch.full((len(labels),), float("nan"))
         if right:
             known = torch.tensor([label for label in labels if label is not None])
-            predicted = asked.predicted.cpu()[right]
+            predicted = batch.predicted.cpu()[right]
             chosen = [boxes[row] for row in right]
             values[right] = metrics.top1_localisation(maps[right], chosen, predicted, known, **options).float().cpu()
         return {**found, f"{spec.text}.top1": values}
@@ -212,46 +210,32 @@ def _box(spec: Spec) -> Measure:
 def _spearman(spec: Spec) -> Measure:
     _options(spec)
 
-    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
-        human = asked.stack([one.human for one in asked.framed])
+    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+        human = batch.stack([one.human for one in batch.examples])
         return {spec.text: metrics.spearman(maps, human), f"{spec.text}.ceiling": metrics.spearman_ceiling(human)}
 
     quantities = (
-        *_one(spec, higher=True),
+        Quantity(spec.text, True, ((spec.text, None),)),
         Quantity(f"{spec.text} ceiling", None, ((f"{spec.text}.ceiling", None),)),
     )
     return Measure(spec.text, quantities, _annotated, compute)
 
 
-def _infidelity(spec: Spec) -> Measure:
-    options = _options(spec, fill=None, patch=None, share=0.2, draws=32, normalize=True)
-    rest = {key: value for key, value in options.items() if key != "fill"}
-
-    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
-        fill = _filled(asked, options["fill"], "black")
-        values = metrics.infidelity(
-            asked.forward, asked.images, maps, asked.targets, fill=fill, max_examples_per_batch=len(maps), **rest
-        )
-        return {spec.text: values}
-
-    return Measure(spec.text, _one(spec, higher=False), _image, compute)
-
-
 def _sensitivity(spec: Spec) -> Measure:
     options = _options(spec, radius=0.02, draws=10)
 
-    def compute(asked: Asked, maps: Tensor, method: Method) -> Values:
+    def value(batch: Batch, maps: Tensor, method: Method) -> Tensor:
         values = []
-        for row, name in enumerate(asked.names):  # one at a time: a method's randomness hangs on the image's name
+        for row, name in enumerate(batch.names):  # one at a time: a method's randomness hangs on the image's name
 
             def explain(images: Tensor, target: Tensor, name: str = name) -> Tensor:
-                return method.maps(images, target.expand(len(images)), [name] * len(images), asked.seed)
+                return method.maps(images, target.expand(len(images)), [name] * len(images), batch.seed)
 
             one = slice(row, row + 1)
-            values.append(metrics.sensitivity(explain, asked.images[one], asked.targets[one], **options))
-        return {spec.text: torch.cat(values)}
+            values.append(metrics.sensitivity(explain, batch.images[one], batch.targets[one], **options))
+        return torch.cat(values)
 
-    return Measure(spec.text, _one(spec, higher=False), _image, compute)
+    return _single(spec, value, False, _image)
 
 
 MEASURES: dict[str, Callable[[Spec], Measure]] = {
@@ -261,16 +245,18 @@ MEASURES: dict[str, Callable[[Spec], Measure]] = {
     "ap": partial(_on_region, metrics.average_precision),
     "f1": partial(_on_region, metrics.f1, threshold="mean"),
     "accuracy": partial(_on_region, metrics.pixel_accuracy, threshold="mean"),
-    "positive": partial(_perturbation, order="positive"),
-    "negative": partial(_perturbation, order="negative"),
-    "insertion": lambda spec: _path(spec, metrics.insertion, "blur", True),
-    "deletion": lambda spec: _path(spec, metrics.deletion, "black", False),
+    "positive": partial(_removing, partial(metrics.perturbation_curve, order="positive"), usual="black", higher=False),
+    "negative": partial(_removing, partial(metrics.perturbation_curve, order="negative"), usual="black", higher=True),
+    "insertion": partial(_removing, metrics.insertion, usual="blur", higher=True, steps=50),
+    "deletion": partial(_removing, metrics.deletion, usual="black", higher=False, steps=50),
     "two": _two,
     "grid": _grid,
     "segmentation": _segmentation,
     "box": _box,
     "spearman": _spearman,
-    "infidelity": _infidelity,
+    "infidelity": partial(
+        _removing, _infidelity, usual="black", higher=False, patch=None, share=0.2, draws=32, normalize=True
+    ),
     "sensitivity": _sensitivity,
 }
 

@@ -1,24 +1,21 @@
-"""Attribution methods by name, as functions from images and classes to one map an image."""
+"""Attribution methods by name and options, as functions from images and classes to one map an image."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
-from captum import attr
 from torch import Tensor, nn
 
-from captum_lnstat import AttentionRollout, FrozenLayerNorm, GenericAttention, LNStatAttribution, RawAttention
-from captum_lnstat.attribution.gradcam import GradCam
+from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.errors import near
 from captum_lnstat.evaluation.seeds import seeded
 from captum_lnstat.evaluation.specs import Spec, parse
 from captum_lnstat.evaluation.subject import Subject
+from captum_lnstat.explanation.subject.subject import resolve
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -31,7 +28,7 @@ class Method:
     """A method on one model.
 
     Attributes:
-        name: As it was asked for.
+        name: As it was given.
         attribute: From images and classes to attributions of the images' shape, or ``(batch, 1, height, width)``.
         alone: Explain one image at a time: for methods that draw random numbers, or that may mix the images of a batch.
     """
@@ -107,16 +104,11 @@ def build(text: str, subject: Subject, batch_size: int = 32) -> tuple[Method, ..
 
 def _method(spec: Spec, subject: Subject, batch_size: int) -> Method:
     base, colon, rest = spec.name.partition(":")
-    if spec.name in _ON_ENGINE:
-        make, fixed = _ON_ENGINE[spec.name]
-        method = make(subject.forward, subject.model, **{**fixed, **spec.options})
-        return Method(spec.text, lambda images, targets: method.attribute(images, target=targets))
-    if base == "gradcam":
+    if spec.name in METHODS or base == "gradcam":
+        return _registered(spec, subject, batch_size)
+    if spec.name == "random":
         _expect(spec, ())
-        cam = GradCam(subject.forward, subject.model, rest or None)
-        return Method(spec.text, cam.attribute)
-    if spec.name in _CAPTUM:
-        return _CAPTUM[spec.name](spec, subject, batch_size)
+        return Method(spec.text, _random, alone=True)
     if colon:
         return _imported(spec, subject, base, rest)
     raise ValueError(
@@ -125,22 +117,20 @@ def _method(spec: Spec, subject: Subject, batch_size: int) -> Method:
     )
 
 
-_ON_ENGINE: dict[str, tuple[Any, dict[str, Any]]] = {
-    "lnstat": (LNStatAttribution, {}),
-    "lnstat-contrastive": (LNStatAttribution, {"contrastive": True}),
-    "evidence": (LNStatAttribution, {"rule": "evidence"}),
-    "rollout": (LNStatAttribution, {"rule": "rollout"}),
-    "gradient": (LNStatAttribution, {"rule": "gradient"}),
-    "chefer": (GenericAttention, {}),
-    "attention-rollout": (AttentionRollout, {}),
-    "raw-attention": (RawAttention, {}),
-    "frozen-layernorm": (FrozenLayerNorm, {}),
-}
-
-
-def _leaf(images: Tensor) -> Tensor:
-    """A copy: Captum's gradient methods set requires_grad, with a warning, and grad of what they are given."""
-    return images.detach().clone().requires_grad_()
+def _registered(spec: Spec, subject: Subject, batch_size: int) -> Method:
+    name, _, layer = spec.name.partition(":")
+    method, options = METHODS[name], dict(spec.options)
+    if method.options is not None:
+        _expect(spec, (*method.options, *(["steps"] if name == "ig" else [])))
+    if layer:
+        options["layer"] = layer
+    if name == "ig":
+        options = {"n_steps": options.pop("steps", 50), "internal_batch_size": batch_size, **options}
+    try:
+        attribute = method.make(subject.model, None, **options)
+    except ValueError as error:
+        raise ValueError(f"method {spec.text!r}: {error}") from error
+    return Method(spec.text, attribute)
 
 
 def _expect(spec: Spec, known: tuple[str, ...]) -> None:
@@ -150,80 +140,21 @@ def _expect(spec: Spec, known: tuple[str, ...]) -> None:
             raise ValueError(f"method {spec.name!r} has no option {key!r}; {expected}")
 
 
-def _integrated(spec: Spec, subject: Subject, batch_size: int) -> Method:
-    _expect(spec, ("n_steps", "steps", "method"))
-    options = {"n_steps": spec.options.get("steps", 50), **spec.options}
-    options.pop("steps", None)
-    method = attr.IntegratedGradients(subject.forward)
-
-    def attribute(images: Tensor, targets: Tensor) -> Tensor:
-        return method.attribute(  # type: ignore[no-any-return]
-            images, target=targets, internal_batch_size=max(batch_size, len(images)), **options
-        )
-
-    return Method(spec.text, attribute)
-
-
-def _plain(make: Any, known: tuple[str, ...], spec: Spec, subject: Subject, batch_size: int) -> Method:
-    _expect(spec, known)
-    method = make(subject.forward)
-
-    def attribute(images: Tensor, targets: Tensor) -> Tensor:
-        return method.attribute(_leaf(images), target=targets, **spec.options)  # type: ignore[no-any-return]
-
-    return Method(spec.text, attribute)
-
-
-def _occlusion(spec: Spec, subject: Subject, batch_size: int) -> Method:
-    """Grey windows an eighth of the image wide, half a window apart, unless asked otherwise."""
-    _expect(spec, ("window", "stride"))
-    height, width = subject.frame.size
-    window = int(spec.options.get("window", max(1, min(height, width) // 8)))
-    stride = int(spec.options.get("stride", max(1, window // 2)))
-    if not 1 <= stride <= window <= min(height, width):
-        raise ValueError(f"method {spec.text!r}: expected 1 <= stride <= window <= {min(height, width)}")
-    method = attr.Occlusion(subject.forward)
-
-    def attribute(images: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            return method.attribute(  # type: ignore[no-any-return]
-                images, target=targets, sliding_window_shapes=(3, window, window), strides=(3, stride, stride)
-            )
-
-    return Method(spec.text, attribute)
-
-
-def _random(spec: Spec, subject: Subject, batch_size: int) -> Method:
+def _random(images: Tensor, targets: Tensor) -> Tensor:
     """A random value a patch of a 14 x 14 grid: what any method has to beat."""
-    _expect(spec, ())
-
-    def attribute(images: Tensor, targets: Tensor) -> Tensor:
-        grid = torch.rand(len(images), 1, 14, 14).to(images)
-        return nn.functional.interpolate(grid, images.shape[2:], mode="bilinear", align_corners=False)
-
-    return Method(spec.text, attribute, alone=True)
-
-
-_CAPTUM: dict[str, Callable[[Spec, Subject, int], Method]] = {
-    "ig": _integrated,
-    "saliency": partial(_plain, attr.Saliency, ("abs",)),
-    "inputxgradient": partial(_plain, attr.InputXGradient, ()),
-    "occlusion": _occlusion,
-    "random": _random,
-}
+    grid = torch.rand(len(images), 1, 14, 14).to(images)
+    return nn.functional.interpolate(grid, images.shape[2:], mode="bilinear", align_corners=False)
 
 
 def names() -> tuple[str, ...]:
     """The names that need no import path."""
-    return (*_ON_ENGINE, "gradcam", *_CAPTUM)
+    return (*METHODS, "random")
 
 
 def _imported(spec: Spec, subject: Subject, module: str, path: str) -> Method:
     """Any class with Captum's surface: options go to the constructor or to ``attribute``, whichever has them."""
     try:
-        found: Any = import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
+        found = resolve(module, path)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"method {spec.text!r} cannot be imported: {error}") from error
     is_class = inspect.isclass(found)
@@ -245,7 +176,8 @@ def _imported(spec: Spec, subject: Subject, module: str, path: str) -> Method:
 
     def attribute(images: Tensor, targets: Tensor) -> Any:
         target = {"target": targets} if "target" in called or _takes_any(called) else {}
-        return method.attribute(_leaf(images), **target, **options)
+        # A copy: Captum's gradient methods set requires_grad, with a warning, and grad of what they are given.
+        return method.attribute(images.detach().clone().requires_grad_(), **target, **options)
 
     return Method(spec.text, attribute, alone=True)
 

@@ -1,4 +1,4 @@
-"""What a measure is asked: one image, what is on it, and the maps of the methods."""
+"""What a metric is computed from: images, what is on them, and the model; and what becomes of it in the summary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from captum_lnstat.evaluation.frame import Framed
+from captum_lnstat.evaluation.frame import Example
 from captum_lnstat.evaluation.methods import Method
 from captum_lnstat.evaluation.subject import Subject
 
@@ -34,11 +34,11 @@ class Quantity:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A batch of questions: images, the class that is explained, and the truth.
+class Batch:
+    """Images, the class of each that is explained, and the truth.
 
     Attributes:
-        framed: The samples as the model sees them.
+        examples: The samples as the model sees them.
         images: The model's inputs.
         targets: The class explained.
         predicted: The class predicted.
@@ -48,28 +48,28 @@ class Asked:
         partners: So many other images, all of different classes, for the grid game; None if there are not as many.
     """
 
-    framed: tuple[Framed, ...]
+    examples: tuple[Example, ...]
     images: Float[Tensor, "batch channel height width"]
     targets: Int64[Tensor, " batch"]
     predicted: Int64[Tensor, " batch"]
     subject: Subject
     seed: int
     fill: str
-    partners: Callable[[Framed, int], list[Framed] | None]
+    partners: Callable[[Example, int], list[Example] | None]
 
     @property
     def names(self) -> list[str]:
         """The samples' names."""
-        return [one.sample.name for one in self.framed]
+        return [one.sample.name for one in self.examples]
 
-    def of(self, rows: list[int]) -> Asked:
-        """Some of the questions."""
-        if len(rows) == len(self.framed):
+    def of(self, rows: list[int]) -> Batch:
+        """Some of the images."""
+        if len(rows) == len(self.examples):
             return self
         chosen = torch.tensor(rows, device=self.images.device)
         return replace(
             self,
-            framed=tuple(self.framed[row] for row in rows),
+            examples=tuple(self.examples[row] for row in rows),
             images=self.images[chosen],
             targets=self.targets[chosen],
             predicted=self.predicted[chosen],
@@ -77,7 +77,7 @@ class Asked:
 
     def region(self) -> Bool[Tensor, "batch height width"]:
         """Where the object is: its mask, or the area of its boxes if there is no mask."""
-        return torch.stack([_region(one) for one in self.framed]).to(self.images.device)
+        return torch.stack([_region(one) for one in self.examples]).to(self.images.device)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores."""
@@ -90,7 +90,7 @@ class Asked:
         return torch.stack([value for value in values if value is not None]).to(self.images.device)
 
 
-def _region(one: Framed) -> Tensor:
+def _region(one: Example) -> Tensor:
     if one.mask is not None:
         return one.mask
     height, width = one.image.shape[1:]
@@ -102,7 +102,7 @@ def _region(one: Framed) -> Tensor:
 
 
 Values = dict[str, Tensor]
-Compute = Callable[[Asked, Tensor, Method], Values]
+Compute = Callable[[Batch, Tensor, Method], Values]
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,13 @@ class Measure:
     """A metric of a run.
 
     Attributes:
-        name: As it was asked for.
+        name: As it was given.
         quantities: What it puts into the summary.
-        applies: Whether it can be asked of a sample, given whether the true class is explained.
+        applies: Whether it can be computed for a sample, given whether the true class is explained.
         compute: Columns of the record, one value an image.
     """
 
     name: str
     quantities: tuple[Quantity, ...]
-    applies: Callable[[Framed, bool], bool]
+    applies: Callable[[Example, bool], bool]
     compute: Compute

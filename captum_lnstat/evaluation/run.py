@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from captum_lnstat._version import __version__
+from captum_lnstat.errors import one_line
 from captum_lnstat.evaluation import measures as measures_room
 from captum_lnstat.evaluation import methods as methods_room
 from captum_lnstat.evaluation.datasets import Dataset
@@ -22,6 +22,7 @@ from captum_lnstat.evaluation.settings import RunError, Settings
 from captum_lnstat.evaluation.subject import Subject
 from captum_lnstat.evaluation.team import Team
 from captum_lnstat.evaluation.worker import Worker
+from captum_lnstat.explanation.subject.progress import ProgressBar
 
 
 def evaluate(
@@ -70,9 +71,8 @@ def evaluate(
     team.wait()
 
     worker = Worker(settings, dataset, subject, methods, measures)
-    written, bar = 0, tqdm(total=sum(map(len, left[:: team.size])), unit="image", disable=not team.leads or not left)
-    with bar:
-        mine = left[team.rank :: team.size]
+    written, mine = 0, left[team.rank :: team.size]
+    with ProgressBar(total=sum(map(len, mine)), unit="image", disable=not team.leads or not left) as bar:
         for block, loaded in batches(dataset, subject.frame, mine, settings.workers):
             new = [record for record in worker.records(block, loaded) if record["index"] not in before]
             records.append(new)
@@ -95,23 +95,34 @@ def evaluate(
 
 
 def _together(team: Team, work: Callable[[], Any]) -> Any:
-    """Let the first process do something, and give what comes of it, an error too, to all."""
+    """Let the first process do something, and give what comes of it, an error of any kind too, to all."""
     outcome: Any = None
+    failure: Exception | None = None
     if team.leads:
         try:
             outcome = work()
-        except (ValueError, OSError, RuntimeError) as error:
-            outcome = error
-    outcome = team.lead(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
+        except Exception as error:
+            failure = error
+    outcome, told = team.lead((outcome, failure and _portable(failure)))
+    if told is not None:
+        raise failure or told
     return outcome
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as it can be sent to another process: itself, or else what it says."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:  # whatever an error that was not made for it may raise when it is copied
+        pass
+    return RunError(f"{type(error).__name__}: {one_line(error)}")
 
 
 def _check_classes(settings: Settings, dataset: Dataset, subject: Subject) -> None:
     if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
         raise ValueError(f"batch size is {settings.batch_size} and limit {settings.limit}; expected 1 or more")
-    if settings.asked == "predicted":
+    if settings.explained == "predicted":
         return
     known = len(dataset.class_names)
     if not known:
@@ -128,8 +139,6 @@ def _manifest(settings: Settings, dataset: Dataset, subject: Subject) -> dict[st
     names = hashlib.sha256()
     for index in range(len(dataset)):
         names.update(f"{dataset.name(index)}\n".encode())
-    frame = asdict(subject.frame)
-    frame["interpolation"] = subject.frame.interpolation.name
     return {
         "captum_lnstat": __version__,
         "torch": str(torch.__version__),
@@ -138,10 +147,10 @@ def _manifest(settings: Settings, dataset: Dataset, subject: Subject) -> dict[st
         "names": names.hexdigest(),
         "model": settings.model,
         "weights": subject.digest,
-        "frame": frame,
+        "frame": subject.frame.record(),
         "methods": settings.methods,
         "metrics": settings.metrics,
-        "class": settings.asked,
+        "class": settings.explained,
         "fill": settings.fill,
         "seed": settings.seed,
     }

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from PIL import Image
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from captum_lnstat import zoo
-from captum_lnstat.cli import fail
-from captum_lnstat.errors import one_line
-from captum_lnstat.evaluation.frame import Fit, Frame, timm_frame
-from captum_lnstat.explanation.subject.subject import read_model, read_subject
-from captum_lnstat.zoo.models import IMAGE_SIZE
+from captum_lnstat.errors import SourceError, one_line
+from captum_lnstat.evaluation.frame import Frame
+from captum_lnstat.explanation.subject.subject import read_subject
 
 
 class Scores(nn.Module):
@@ -97,7 +90,7 @@ def read(
     *,
     pretrained: bool = False,
     checkpoint: Path | None = None,
-    fit: Fit | None = None,
+    fit: Literal["squash"] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Subject:
@@ -110,67 +103,19 @@ def read(
         fit: ``"squash"`` for whole images whatever their proportions. Default: the library's own way.
         seed: Random weights, where there are no others, come from it.
         device: Where to put it.
+
+    Raises:
+        SourceError: There is no such model, or it cannot be evaluated; the message says why.
     """
     if checkpoint is not None and (pretrained or ":" in name):
-        fail("--checkpoint is for models of the zoo and of timm, without --pretrained")
+        raise SourceError("--checkpoint is for models of the zoo and of timm, without --pretrained")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        library, _, rest = name.partition(":")
-        model: Any
-        if not rest:
-            model = read_subject(name, pretrained, checkpoint).model
-            make: Callable[[], Frame] = lambda: _zoo_frame() if name in zoo.names() else _timm_frame(model)  # noqa: E731
-        else:
-            model, size = read_model(name, pretrained)
-            make = lambda: _frame_of(library, rest, pretrained, size, model)  # noqa: E731
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)  # no gradient of a weight is asked for
+        found = read_subject(name, pretrained, checkpoint)
+    for parameter in found.model.parameters():
+        parameter.requires_grad_(False)  # no gradient of a weight is needed
     try:
-        frame = make()
-        return Subject.of(model, frame.squashed() if fit == "squash" else frame, device)
+        preprocessing = found.preprocessing.whole() if fit == "squash" else found.preprocessing
+        return Subject.of(found.model, Frame(preprocessing.transform, preprocessing.source), device)
     except (ValueError, TypeError, RuntimeError) as error:
-        fail(f"{name} cannot be evaluated: {one_line(error)}")
-
-
-def _zoo_frame() -> Frame:
-    half = (0.5, 0.5, 0.5)
-    return Frame((IMAGE_SIZE, IMAGE_SIZE), (IMAGE_SIZE, IMAGE_SIZE), "center", half, half)
-
-
-def _timm_frame(model: Any) -> Frame:
-    return timm_frame(resolve_model_data_config(model))
-
-
-def _frame_of(library: str, name: str, pretrained: bool, size: tuple[int, int], model: Any) -> Frame:
-    if library == "torchvision":
-        return _torchvision_frame(name)
-    if library == "hf":
-        return _transformers_frame(name, pretrained, size)
-    config = resolve_model_data_config(model) if hasattr(model, "pretrained_cfg") else None
-    return timm_frame(config) if config else Frame(size, (round(size[0] / 0.875), round(size[1] / 0.875)))
-
-
-def _torchvision_frame(name: str) -> Frame:
-    preset = import_module("torchvision.models").get_model_weights(name).DEFAULT.transforms()
-    crop, scale = preset.crop_size[0], preset.resize_size[0]
-    interpolation = Image.Resampling[preset.interpolation.name]
-    return Frame((crop, crop), (scale, scale), "center", tuple(preset.mean), tuple(preset.std), interpolation)
-
-
-def _transformers_frame(name: str, pretrained: bool, size: tuple[int, int]) -> Frame:
-    """As the image processor says; a model without one gets whole images and ImageNet's mean and deviation."""
-    frame = Frame(size, size, "squash")
-    if not pretrained:
-        return frame
-    processor = import_module("transformers").AutoImageProcessor.from_pretrained(name)
-    given = dict(processor.size or {})
-    filters = Image.Resampling(int(processor.resample or Image.Resampling.BILINEAR))
-    frame = replace(frame, mean=tuple(processor.image_mean), std=tuple(processor.image_std), interpolation=filters)
-    if "shortest_edge" in given and getattr(processor, "do_center_crop", False):
-        cut = dict(processor.crop_size)
-        edge = int(given["shortest_edge"])
-        return replace(frame, size=(int(cut["height"]), int(cut["width"])), scale=(edge, edge), fit="center")
-    if set(given) == {"height", "width"} and not getattr(processor, "do_center_crop", False):
-        whole = (int(given["height"]), int(given["width"]))
-        return replace(frame, size=whole, scale=whole)
-    raise ValueError(f"the image processor resizes to {given}; take --fit squash")
+        raise SourceError(f"{name} cannot be evaluated: {one_line(error)}") from error

@@ -14,8 +14,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-# A process may wait for another that has more, or larger, images to do.
-_PATIENCE = timedelta(days=7)
+# Until all processes are there, which were started together.
+_GATHERING = timedelta(minutes=30)
+# A process may wait for another that has more, or larger, images to do. One that has ended is noticed at once, one
+# whose host is gone not before; the run can be gone on with.
+_PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def team(device: str = "auto") -> Iterator[Team]:
         torch.cuda.set_device(chosen)
     # Control, sums and barriers go over gloo; nccl is there for tensors that are on a GPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    store, rank, size = next(iter(rendezvous("env://", rank, size, timeout=_PATIENCE)))
+    store, rank, size = next(iter(rendezvous("env://", rank, size, timeout=_GATHERING)))
     # After a restart the store may still hold the addresses of the processes before it.
     store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)

@@ -133,13 +133,8 @@ def explain(
         subject = subject_of(model)
     subject = _adjusted(subject, transform, class_names, whole)
     items, single = read_items(images)
-    if subject.random:
-        warn_caller(f"the weights of {subject.name} are random, and so is the explanation; give pretrained=True")
-    if subject.preprocessing.assumed and any(item.picture is not None for item in items):
-        warn_caller(
-            f"{type(subject.model).__name__} does not say how its images were prepared; {subject.preprocessing.source} "
-            "is taken. Give transform= to be right"
-        )
+    for caution in subject.cautions(pictures=any(item.picture is not None for item in items)):
+        warn_caller(caution)
     if subject.model.training:
         warn_caller("the model is in train mode, in which dropout changes its scores; call model.eval() first")
     found = list(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,15 @@ from captum_lnstat.attribution.base import explain_batch
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.attribution.pixels import to_pixels
 from captum_lnstat.errors import SourceError
-from captum_lnstat.explanation.explanation import Explanation
+from captum_lnstat.explanation.explanation import Explanation, pixels_of
+from captum_lnstat.explanation.prediction import Prediction
 from captum_lnstat.explanation.subject.classes import find_class
 from captum_lnstat.explanation.subject.crop import View, measure
 from captum_lnstat.explanation.subject.images import Item
 from captum_lnstat.explanation.subject.subject import Subject
 from captum_lnstat.recording.forward import Output, pick_output
+from captum_lnstat.trace.trace import Trace
+from captum_lnstat.visualize.maps import to_picture
 
 Target = int | str | None
 
@@ -40,6 +44,11 @@ class Prepared:
     inputs: Tensor
     image: Image.Image
     view: View
+
+    @cached_property
+    def pixels(self) -> np.ndarray[Any, Any]:
+        """``image`` as values from 0 to 1."""
+        return pixels_of(self.image)
 
 
 class Explainer:
@@ -72,7 +81,7 @@ class Explainer:
         if item.picture is None:
             assert item.inputs is not None
             # The probe says what the transform subtracts; the input is taken to have gone through it.
-            view = replace(self._view((item.inputs.shape[2], item.inputs.shape[1])), box=None)
+            view = replace(self._view((item.inputs.shape[2], item.inputs.shape[1])), measured=None)
             return Prepared(item, item.inputs, _picture(item.inputs, view), view)
         inputs = self.subject.transform(item.picture)
         view = self._view(item.picture.size)
@@ -99,39 +108,64 @@ class Explainer:
         parameter = next(self.subject.model.parameters(), inputs)
         return inputs.to(device=parameter.device, dtype=parameter.dtype if parameter.is_floating_point() else None)
 
-    def explain(self, prepared: Sequence[Prepared], targets: Sequence[Target]) -> list[Explanation]:
-        """Explain images of one size in one pass, each for a class of its own, or, for None, the predicted one."""
-        inputs = self.placed(torch.stack([each.inputs for each in prepared]))
+    def predict(self, inputs: Tensor) -> list[Prediction]:
+        """What the model makes of every image."""
         scores = self.scores(inputs)
-        best = [int(row.argmax()) for row in scores]
         # A head that was replaced tells apart other classes than those that the model was made for.
         names = self.subject.class_names if len(self.subject.class_names) == scores.shape[1] else ()
-        wanted = [
-            top if target is None else find_class(target, names, scores.shape[1])
-            for target, top in zip(targets, best, strict=True)
-        ]
-        outcome, relevance = explain_batch(self.lnstat, inputs, [wanted])
-        height, width = inputs.shape[-2:]
-        maps = to_pixels(relevance.grid, (height, width), outcome.trace.patch, self.lnstat.interpolation)
         likely = self._probabilities(scores)
         return [
+            Prediction(int(row.argmax()), None if likely is None else likely[place], names)
+            for place, row in enumerate(scores)
+        ]
+
+    def relevance(self, inputs: Tensor, targets: list[int] | None) -> tuple[Trace, Tensor]:
+        """The trace of the images' pass, and their relevance on the patch grid."""
+        outcome, relevance = explain_batch(self.lnstat, inputs, [targets])
+        return outcome.trace, relevance.grid
+
+    def explain(
+        self, prepared: Sequence[Prepared], targets: Sequence[Target], predictions: Sequence[Prediction] | None = None
+    ) -> list[Explanation]:
+        """Explain images of one size in one pass, each for a class of its own, or, for None, the predicted one.
+
+        Args:
+            prepared: The images.
+            targets: The class of each.
+            predictions: Those of ``predict``, if they are there already.
+        """
+        inputs = self.placed(torch.stack([each.inputs for each in prepared]))
+        predictions = self.predict(inputs) if predictions is None else predictions
+        classes = [
+            each.prediction if target is None else find_class(target, each.class_names, each.count)
+            for target, each in zip(targets, predictions, strict=True)
+        ]
+        trace, grid = self.relevance(inputs, classes)
+        maps = to_pixels(grid, (inputs.shape[-2], inputs.shape[-1]), trace.patch, self.lnstat.interpolation)
+        return [
             Explanation(
+                prediction=prediction.prediction,
+                probabilities=prediction.probabilities,
+                class_names=prediction.class_names,
                 name=each.item.name,
                 rule=self.lnstat.rule,
-                target=wanted[i],
-                prediction=best[i],
-                probabilities=None if likely is None else likely[i],
-                class_names=names,
-                grid=relevance.grid[i].cpu().double().numpy(),
-                relevance=maps[i].cpu().double().numpy(),
+                target=target,
+                grid=grid[place].cpu().double().numpy(),
+                relevance=maps[place].cpu().double().numpy(),
                 image=each.image,
                 original=each.item.picture,
                 box=each.view.box,
-                patch=outcome.trace.patch,
-                covers=outcome.trace.covers,
+                patch=trace.patch,
+                covers=trace.covers,
+                cautions=self.cautions(prediction, target, picture=each.item.picture is not None),
             )
-            for i, each in enumerate(prepared)
+            for place, (each, prediction, target) in enumerate(zip(prepared, predictions, classes, strict=True))
         ]
+
+    def cautions(self, prediction: Prediction, target: int, *, picture: bool = True) -> tuple[str, ...]:
+        """What has to be known to read the map of a class right."""
+        own = self.subject.cautions(pictures=picture)
+        return own if self.subject.random else own + prediction.faint(target)
 
     def _probabilities(self, scores: Tensor) -> np.ndarray[Any, Any] | None:
         if scores.shape[1] == 1:  # the one score may be anything: softmax would say 100 %
@@ -157,12 +191,10 @@ class Explainer:
 
 def _picture(inputs: Tensor, view: View) -> Image.Image:
     """The input with its normalisation undone; a single channel is shown as grey."""
-    pixels = inputs.detach().cpu().double().numpy()
-    if len(pixels) not in (1, 3) or len(view.mean) != len(pixels):
+    if len(inputs) not in (1, 3) or len(view.mean) != len(inputs):
         raise SourceError(
             f"the model's input has shape {tuple(inputs.shape)}, its transform {len(view.mean)} channels; expected an "
             "image of 3 channels or 1"
         )
-    pixels = pixels * np.reshape(view.std, (-1, 1, 1)) + np.reshape(view.mean, (-1, 1, 1))
-    pixels = (np.broadcast_to(pixels, (3, *pixels.shape[1:])).clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    pixels = to_picture(inputs.expand(3, -1, -1), view.mean, view.std)
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from captum_lnstat.attribution.methods import method_of_rule
 from captum_lnstat.errors import SourceError
-from captum_lnstat.explanation.subject.classes import label
+from captum_lnstat.explanation.prediction import Prediction, percent
 from captum_lnstat.explanation.subject.crop import Box, on_image
 from captum_lnstat.visualize.colors import Scale, faded, overlay
 from captum_lnstat.visualize.writing import write_image
@@ -26,17 +27,14 @@ _STRIP, _SHOWN = 224, 12
 _PIXELS = 1 << 20
 
 
-@dataclass(frozen=True, eq=False)
-class Explanation:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Explanation(Prediction):
     """The explanation of one image.
 
-    Attributes:
+    Attributes, beside those of ``Prediction``:
         name: Of the image: its file's name without the suffix, or ``"image"``.
         rule: The rule of ``LNStatAttribution``.
         target: The class that is explained.
-        prediction: The class with the highest score.
-        probabilities: Of every class; nothing for a model with one score alone.
-        class_names: Of every class, or none.
         grid: Relevance on the model's patch grid.
         relevance: The same on the pixels of ``image``, the sum kept.
         image: The image as the model saw it: cut, resized, 8-bit RGB.
@@ -45,14 +43,12 @@ class Explanation:
             no resizing and cropping.
         patch: Height and width of a patch, in pixels of ``image``.
         covers: What the map leaves out, in words.
+        cautions: What has to be known to read the map right, in words.
     """
 
     name: str
     rule: str
     target: int
-    prediction: int
-    probabilities: Float[np.ndarray, " class"] | None
-    class_names: tuple[str, ...] = field(repr=False)
     grid: Float[np.ndarray, "row column"] = field(repr=False)
     relevance: Float[np.ndarray, "height width"] = field(repr=False)
     image: Image.Image = field(repr=False)
@@ -60,33 +56,22 @@ class Explanation:
     box: Box | None = field(repr=False)
     patch: tuple[int, int] = field(repr=False)
     covers: str = field(default="", repr=False)
+    cautions: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def signed(self) -> bool:
         """Whether negative relevance argues against the target."""
-        return self.rule == "evidence"
+        return method_of_rule(self.rule).signed
 
     @property
     def confidence(self) -> float | None:
         """The probability of the target."""
         return None if self.probabilities is None else float(self.probabilities[self.target])
 
-    def label(self, index: int) -> str:
-        """A class in words."""
-        return label(self.class_names, index)
-
-    def top(self, count: int = 5) -> tuple[tuple[str, float], ...]:
-        """The likeliest classes with their probabilities, the first first."""
-        if self.probabilities is None:
-            return ()
-        order = np.argsort(-self.probabilities, kind="stable")[:count]
-        return tuple((self.label(int(index)), float(self.probabilities[index])) for index in order)
-
     @cached_property
     def overlay(self) -> Image.Image:
         """The map laid over ``image``, of its size."""
-        pixels = np.asarray(self.image.convert("RGB")) / 255
-        return Image.fromarray(_eight_bits(overlay(pixels, self.relevance, signed=self.signed)))
+        return Image.fromarray(_eight_bits(overlay(pixels_of(self.image), self.relevance, signed=self.signed)))
 
     @cached_property
     def on_original(self) -> Image.Image:
@@ -195,16 +180,6 @@ class Explanations(tuple[Explanation, ...]):
         return _png(strip)
 
 
-def percent(probability: float) -> str:
-    """A probability for people; a tiny one is not printed as zero.
-
-    Example:
-        >>> percent(0.5), percent(0.0004)
-        ('50.0%', 'below 0.1%')
-    """
-    return f"{float(probability):.1%}" if probability >= 0.001 else "below 0.1%"
-
-
 def unique_names(names: list[str]) -> list[str]:
     """The same names, with a number behind those that were there before.
 
@@ -222,6 +197,11 @@ def unique_names(names: list[str]) -> list[str]:
         taken.add(unique)
         found.append(unique)
     return found
+
+
+def pixels_of(image: Image.Image) -> Float[np.ndarray, "height width 3"]:
+    """An image as values from 0 to 1."""
+    return np.asarray(image.convert("RGB"), np.float64) / 255
 
 
 def _eight_bits(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -42,10 +42,10 @@ _CLASSES = dict.fromkeys(
         "Top1Localisation",
         "TwoObject",
     ),
-    "modular",
+    "classes",
 ) | dict.fromkeys(
     ("Deletion", "Infidelity", "Insertion", "NegativePerturbation", "PositivePerturbation", "Sensitivity"),
-    "modular_model",
+    "model_classes",
 )
 
 # The classes are left out, so that ``from captum_lnstat.metrics import *`` needs no extra.

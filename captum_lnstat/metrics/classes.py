@@ -6,7 +6,7 @@ float64 and returned as float32, so a figure is the same for any split of the im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,26 +26,37 @@ except ModuleNotFoundError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, Num
+    from jaxtyping import Float, Int, Shaped
+
+    from captum_lnstat.metrics.shapes import Maps, PerImage
 
 
-class ImageSums(Metric):  # type: ignore[misc]
-    """Base of all these metrics: the sum of one value an image, and how many images there were."""
+class ImageMean(Metric):  # type: ignore[misc]
+    """Base of all these metrics: the mean of one value an image, kept as a sum and a count.
+
+    A subclass says which function gives the values, ``measure``, and the ``options`` that it is called with.
+    """
 
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
     plot_lower_bound: float | None = 0.0
     plot_upper_bound: float | None = 1.0
+    measure: Callable[..., Any]
     total: Tensor
     images: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.options: dict[str, Any] = {}
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def add(self, values: Float[Tensor, " batch"]) -> None:
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Count a batch: what ``measure`` takes before its options."""
+        self.add(self.measure(*args, **kwargs, **self.options))
+
+    def add(self, values: PerImage) -> None:
         """Count one value for every image of a batch."""
         self.total += values.double().sum()
         self.images += len(values)
@@ -60,11 +71,7 @@ class ImageSums(Metric):  # type: ignore[misc]
             raise ValueError(f"{type(self).__name__} has seen no image; call update first")
         return ((self.total if total is None else total) / self.images).float()
 
-
-class ImageMean(ImageSums):
-    """Base of the metrics that are the mean of one value an image."""
-
-    def compute(self) -> Float[Tensor, ""]:
+    def compute(self) -> Any:
         """The mean over all images seen, on all processes.
 
         Raises:
@@ -85,8 +92,7 @@ class Pointing(ImageMean):
         tensor(0.5000)
     """
 
-    def update(self, maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]) -> None:
-        self.add(localisation.pointing(maps, masks))
+    measure = staticmethod(localisation.pointing)
 
 
 class Energy(ImageMean):
@@ -98,18 +104,17 @@ class Energy(ImageMean):
         tensor(0.7500)
     """
 
-    def update(self, maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]) -> None:
-        self.add(localisation.energy(maps, masks))
+    measure = staticmethod(localisation.energy)
 
 
 class _Cut(ImageMean):
     """Base of the metrics of a map cut at a threshold."""
 
     def __init__(self, threshold: Threshold = "mean", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         if threshold not in ("mean", "best"):
             raise ValueError(f"threshold is {threshold!r}; expected 'mean' or 'best'")
-        self.threshold: Threshold = threshold
+        super().__init__(**kwargs)
+        self.options = {"threshold": threshold}
 
 
 class IoU(_Cut):
@@ -121,8 +126,7 @@ class IoU(_Cut):
         tensor(1.)
     """
 
-    def update(self, maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]) -> None:
-        self.add(overlap.iou(maps, masks, self.threshold))
+    measure = staticmethod(overlap.iou)
 
 
 class F1(_Cut):
@@ -134,8 +138,7 @@ class F1(_Cut):
         tensor(0.6667)
     """
 
-    def update(self, maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]) -> None:
-        self.add(overlap.f1(maps, masks, self.threshold))
+    measure = staticmethod(overlap.f1)
 
 
 class PixelAccuracy(_Cut):
@@ -147,8 +150,7 @@ class PixelAccuracy(_Cut):
         tensor(0.6667)
     """
 
-    def update(self, maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]) -> None:
-        self.add(overlap.pixel_accuracy(maps, masks, self.threshold))
+    measure = staticmethod(overlap.pixel_accuracy)
 
 
 class AveragePrecision(ImageMean):
@@ -160,8 +162,7 @@ class AveragePrecision(ImageMean):
         tensor(0.5000)
     """
 
-    def update(self, maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]) -> None:
-        self.add(overlap.average_precision(maps, masks))
+    measure = staticmethod(overlap.average_precision)
 
 
 class AskedShare(ImageMean):
@@ -174,13 +175,7 @@ class AskedShare(ImageMean):
         tensor(0.2500)
     """
 
-    def update(
-        self,
-        maps: Float[Tensor, "batch height width"],
-        asked: Bool[Tensor, "batch height width"],
-        other: Bool[Tensor, "batch height width"],
-    ) -> None:
-        self.add(localisation.asked_share(maps, asked, other))
+    measure = staticmethod(localisation.asked_share)
 
 
 class TwoObject(ImageMean):
@@ -193,13 +188,7 @@ class TwoObject(ImageMean):
         tensor(0.5000)
     """
 
-    def update(
-        self,
-        maps: Float[Tensor, "batch height width"],
-        asked: Bool[Tensor, "batch height width"],
-        other: Bool[Tensor, "batch height width"],
-    ) -> None:
-        self.add(localisation.two_object(maps, asked, other))
+    measure = staticmethod(localisation.two_object)
 
 
 class _Box(ImageMean):
@@ -207,7 +196,7 @@ class _Box(ImageMean):
 
     def __init__(self, threshold: float = 0.5, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.threshold = threshold
+        self.options = {"threshold": threshold}
 
 
 class BoxIoU(_Box):
@@ -219,8 +208,7 @@ class BoxIoU(_Box):
         tensor(1.)
     """
 
-    def update(self, maps: Float[Tensor, "batch height width"], boxes: Sequence[Num[Tensor, "boxes 4"]]) -> None:
-        self.add(_boxes.box_iou(maps, boxes, self.threshold))
+    measure = staticmethod(_boxes.box_iou)
 
 
 class Top1Localisation(_Box):
@@ -232,14 +220,7 @@ class Top1Localisation(_Box):
         tensor(0.)
     """
 
-    def update(
-        self,
-        maps: Float[Tensor, "batch height width"],
-        boxes: Sequence[Num[Tensor, "boxes 4"]],
-        predicted: Classes,
-        target: Classes,
-    ) -> None:
-        self.add(_boxes.top1_localisation(maps, boxes, predicted, target, self.threshold))
+    measure = staticmethod(_boxes.top1_localisation)
 
 
 class GridShare(ImageMean):
@@ -255,7 +236,7 @@ class GridShare(ImageMean):
         super().__init__(**kwargs)
         self.rows, self.cols = rows, cols
 
-    def update(self, maps: Float[Tensor, "batch height width"], cell: Classes) -> None:
+    def update(self, maps: Maps, cell: Classes) -> None:
         self.add(games.grid_share(maps, self.rows, self.cols, cell))
 
 
@@ -268,18 +249,16 @@ class MapCorrelation(ImageMean):
         tensor(1.)
     """
 
+    measure = staticmethod(agreement.map_correlation)
     higher_is_better = False
     plot_lower_bound = -1.0
 
     def __init__(self, absolute: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.absolute = absolute
-
-    def update(self, a: Float[Tensor, "batch height width"], b: Float[Tensor, "batch height width"]) -> None:
-        self.add(agreement.map_correlation(a, b, absolute=self.absolute))
+        self.options = {"absolute": absolute}
 
 
-class Spearman(ImageSums):
+class Spearman(ImageMean):
     """Means of ``spearman`` and, beside it, of ``spearman_ceiling``: a dictionary ``spearman``, ``ceiling``.
 
     Example:
@@ -295,11 +274,7 @@ class Spearman(ImageSums):
         super().__init__(**kwargs)
         self.add_state("ceilings", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(
-        self,
-        maps: Float[Tensor, "batch height width"],
-        human: Float[Tensor, "batch height width"] | Bool[Tensor, "batch height width"],
-    ) -> None:
+    def update(self, maps: Maps, human: Shaped[Tensor, "batch height width"]) -> None:
         self.add(agreement.spearman(maps, human))
         self.ceilings += agreement.spearman_ceiling(human).double().sum()
 
@@ -312,7 +287,7 @@ class Spearman(ImageSums):
         return {"spearman": self.mean(), "ceiling": self.mean(self.ceilings)}
 
 
-class Segmentation(ImageSums):
+class Segmentation(ImageMean):
     """ImageNet-Segmentation's three figures: a dictionary ``pixel_accuracy``, ``mean_iou``, ``average_precision``.
 
     Pixel accuracy and mean IoU are accumulated over the set, average precision is the mean over the images.
@@ -335,10 +310,9 @@ class Segmentation(ImageSums):
         for name, shape in (("correct", ()), ("labelled", ()), ("intersection", (2,)), ("union", (2,))):
             self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, maps: Float[Tensor, "batch height width"], truth: Int[Tensor, "batch height width"]) -> None:
-        precision = segmentation.segmentation_average_precision(maps, truth)
+    def update(self, maps: Maps, truth: Int[Tensor, "batch height width"]) -> None:
         counts = segmentation.segmentation_counts(maps, truth)
-        self.add(precision)
+        self.add(segmentation.segmentation_average_precision(maps, truth))
         for name in ("correct", "labelled", "intersection", "union"):
             setattr(self, name, getattr(self, name) + getattr(counts, name).sum(0))
 
@@ -348,8 +322,7 @@ class Segmentation(ImageSums):
         Raises:
             ValueError: No image was seen.
         """
-        precision = self.mean()
         counts = segmentation.SegmentationCounts(self.correct, self.labelled, self.intersection[None], self.union[None])
-        summary = segmentation.segmentation_summary(counts)
+        precision, summary = self.mean(), segmentation.segmentation_summary(counts)
         figures = {"pixel_accuracy": summary.pixel_accuracy, "mean_iou": summary.mean_iou}
         return {name: precision.new_tensor(value) for name, value in figures.items()} | {"average_precision": precision}

@@ -1,4 +1,4 @@
-"""The measures that run the model, as torchmetrics classes; see ``modular`` for what they have in common.
+"""The measures that run the model, as torchmetrics classes; see ``classes`` for what they have in common.
 
 The model is given to ``update`` and not kept: a metric is a module, and would move, copy and save the model with
 itself.
@@ -13,38 +13,51 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.metrics import captum_measures, perturbation
-from captum_lnstat.metrics.classes import ImageMean, ImageSums
+from captum_lnstat.metrics.classes import ImageMean
 from captum_lnstat.metrics.perturbation import NINE, Curve, Order
 from captum_lnstat.metrics.targets import Classes
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from captum_lnstat.metrics.shapes import Images, Maps
+
 Forward = Callable[[Tensor], Any]
 Fill = Tensor | Callable[[Tensor], Tensor]
 
 
-class _Path(ImageSums):
-    """Base of the metrics along a path of changed images; the figure is the curves' mean height, ``Curve.auc``.
+class _OnModel(ImageMean):
+    """Base of the metrics for which a model runs on images with removed pixels.
 
     Args:
         fill: What removed pixels become: ``black(mean, std)``, or a function of the images such as ``blurred``.
         kwargs: torchmetrics' own.
     """
 
+    def __init__(self, fill: Fill, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._filling = fill
+
+    def update(self, forward: Forward, images: Images, maps: Maps, target: Classes) -> None:
+        fill = self._filling if isinstance(self._filling, Tensor) else self._filling(images)
+        self._take(self.measure(forward, images, maps, target, fill=fill, **self.options))
+
+    def _take(self, found: Any) -> None:
+        self.add(found)
+
+
+class _Path(_OnModel):
+    """Base of the metrics along a path of changed images; the figure is the curves' mean height, ``Curve.auc``."""
+
     curve: Tensor
 
     def __init__(self, fill: Fill, length: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._filling = fill
+        super().__init__(fill, **kwargs)
         self.add_state("curve", torch.zeros(length, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def _fill(self, images: Tensor) -> Tensor:
-        return self._filling if isinstance(self._filling, Tensor) else self._filling(images)
-
-    def _add_curve(self, curve: Curve) -> None:
-        self.add(curve.auc)
-        self.curve += curve.values.double().sum(0)
+    def _take(self, found: Curve) -> None:
+        self.add(found.auc)
+        self.curve += found.values.double().sum(0)
 
     def compute(self) -> dict[str, Float[Tensor, "..."]]:
         """``auc``, the mean height of the curves, and ``curve``, their mean at every step.
@@ -56,25 +69,12 @@ class _Path(ImageSums):
 
 
 class _Perturbation(_Path):
+    measure = staticmethod(perturbation.perturbation_curve)
     order: Order
 
     def __init__(self, fill: Fill, steps: Sequence[float] = NINE, **kwargs: Any) -> None:
         super().__init__(fill, len(steps), **kwargs)
-        self.steps = tuple(steps)
-
-    def update(
-        self,
-        forward: Forward,
-        images: Float[Tensor, "batch channel height width"],
-        maps: Float[Tensor, "batch height width"],
-        target: Classes,
-    ) -> None:
-        fill = self._fill(images)
-        self._add_curve(
-            perturbation.perturbation_curve(
-                forward, images, maps, target, order=self.order, fill=fill, steps=self.steps
-            )
-        )
+        self.options = {"order": self.order, "steps": tuple(steps)}
 
 
 class PositivePerturbation(_Perturbation):
@@ -109,7 +109,7 @@ class NegativePerturbation(_Perturbation):
 class _Game(_Path):
     def __init__(self, fill: Fill, steps: int = 50, **kwargs: Any) -> None:
         super().__init__(fill, steps + 1, **kwargs)
-        self.steps = steps
+        self.options = {"steps": steps}
 
 
 class Deletion(_Game):
@@ -125,15 +125,7 @@ class Deletion(_Game):
 
     higher_is_better = False
 
-    def update(
-        self,
-        forward: Forward,
-        images: Float[Tensor, "batch channel height width"],
-        maps: Float[Tensor, "batch height width"],
-        target: Classes,
-    ) -> None:
-        fill = self._fill(images)
-        self._add_curve(perturbation.deletion(forward, images, maps, target, fill=fill, steps=self.steps))
+    measure = staticmethod(perturbation.deletion)
 
 
 class Insertion(_Game):
@@ -147,18 +139,10 @@ class Insertion(_Game):
         tensor([0.5000, 0.8808])
     """
 
-    def update(
-        self,
-        forward: Forward,
-        images: Float[Tensor, "batch channel height width"],
-        maps: Float[Tensor, "batch height width"],
-        target: Classes,
-    ) -> None:
-        fill = self._fill(images)
-        self._add_curve(perturbation.insertion(forward, images, maps, target, fill=fill, steps=self.steps))
+    measure = staticmethod(perturbation.insertion)
 
 
-class Infidelity(ImageMean):
+class Infidelity(_OnModel):
     """Mean of ``infidelity``, whose options are keywords here; lower is better.
 
     Example:
@@ -169,6 +153,7 @@ class Infidelity(ImageMean):
         True
     """
 
+    measure = staticmethod(captum_measures.infidelity)
     higher_is_better = False
     plot_upper_bound = None
 
@@ -183,25 +168,8 @@ class Infidelity(ImageMean):
         normalize: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self._filling = fill
-        self.options: dict[str, Any] = {
-            "patch": patch,
-            "share": share,
-            "draws": draws,
-            "seed": seed,
-            "normalize": normalize,
-        }
-
-    def update(
-        self,
-        forward: Forward,
-        images: Float[Tensor, "batch channel height width"],
-        maps: Float[Tensor, "batch height width"],
-        target: Classes,
-    ) -> None:
-        fill = self._filling if isinstance(self._filling, Tensor) else self._filling(images)
-        self.add(captum_measures.infidelity(forward, images, maps, target, fill=fill, **self.options))
+        super().__init__(fill, **kwargs)
+        self.options = {"patch": patch, "share": share, "draws": draws, "seed": seed, "normalize": normalize}
 
 
 class Sensitivity(ImageMean):
@@ -213,17 +181,10 @@ class Sensitivity(ImageMean):
         tensor(0.)
     """
 
+    measure = staticmethod(captum_measures.sensitivity)
     higher_is_better = False
     plot_upper_bound = None
 
     def __init__(self, *, radius: float = 0.02, draws: int = 10, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.options: dict[str, Any] = {"radius": radius, "draws": draws, "seed": seed}
-
-    def update(
-        self,
-        explain: Callable[..., Tensor],
-        images: Float[Tensor, "batch channel height width"],
-        target: Classes,
-    ) -> None:
-        self.add(captum_measures.sensitivity(explain, images, target, **self.options))
+        self.options = {"radius": radius, "draws": draws, "seed": seed}

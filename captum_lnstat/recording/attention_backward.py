@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_lnstat.recording.constant_weights import either, few_rows, plain
+from captum_lnstat.recording.constant_weights import either, few_rows, plain, writable
 from captum_lnstat.recording.sites import FusedSite, Queries, SoftmaxSite
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class ObservedAttention(torch.autograd.Function):
         ctx.site, ctx.observer = site, None
         # Detached, as without a graph: which kernel runs hangs on what requires a gradient.
         q, k, v = query.detach(), key.detach(), value.detach()
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=site.is_causal, scale=site.scale)
+        output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=site.is_causal, scale=site.scale)
+        return writable(output)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
@@ -133,7 +134,7 @@ class ObservedProduct(torch.autograd.Function):
     def forward(ctx: Any, attention: Tensor, value: Tensor, site: SoftmaxSite) -> Tensor:
         ctx.save_for_backward(attention, value)
         ctx.site, ctx.observer = site, None
-        return attention @ value
+        return writable(attention @ value)
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, None]:

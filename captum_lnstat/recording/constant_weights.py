@@ -65,6 +65,19 @@ def with_constant_weights(
     return (args[:1] + tuple(map(constant, args[1:]))), {name: constant(value) for name, value in kwargs.items()}
 
 
+def writable(output: Tensor) -> Tensor:
+    """What a forward pass of one's own returns, as a tensor that the model may go on to change in place.
+
+    Some kernels, by version and device, return a view of a tensor that nobody else holds (``F.linear`` from torch 2.14
+    on). Autograd forbids writing into a view that an ``autograd.Function`` returned; without its base it is no view.
+
+    Example:
+        >>> writable(torch.zeros(4).view(2, 2))._is_view()
+        False
+    """
+    return output.data
+
+
 class ConstantLinear(torch.autograd.Function):
     """``F.linear`` with constant weights; only rows of the gradient that are not zero are multiplied, if they are few.
 
@@ -74,7 +87,7 @@ class ConstantLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return F.linear(input, weight, bias)
+        return writable(F.linear(input, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

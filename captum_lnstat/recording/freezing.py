@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.recording.constant_weights import writable
 from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.sites import FusedSite
 from captum_lnstat.recording.statistics import accumulation_dtype
@@ -68,7 +69,7 @@ class FrozenGate(torch.autograd.Function):
         step = wide.new_tensor([-(2.0**-40), 2.0**-40])
         gate = torch.where(wide == 0, (function(step) / step).mean(), gate)
         ctx.save_for_backward(gate)
-        return output
+        return writable(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -85,7 +86,7 @@ class FrozenRMSNorm(torch.autograd.Function):
         wide = x.to(accumulation_dtype(x))
         added = torch.finfo(x.dtype).eps if eps is None else eps
         ctx.save_for_backward((wide.square().mean(dims, keepdim=True) + added).sqrt(), weight)
-        return F.rms_norm(x, list(shape), weight, eps)
+        return writable(F.rms_norm(x, list(shape), weight, eps))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
@@ -108,7 +109,8 @@ class FrozenAttention(torch.autograd.Function):
         ctx.options = options
         # Detached, as without a graph: which kernel runs hangs on what requires a gradient.
         q, k, v = query.detach(), key.detach(), value.detach()
-        return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.detach(), **options)
+        output = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.detach(), **options)
+        return writable(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor, None, None]:
@@ -257,7 +259,7 @@ class FrozenLayerNorm(torch.autograd.Function):
             normed = F.layer_norm(x, list(shape), weight, bias, eps)
             inverse = (x.detach().to(accumulation_dtype(x)).var(dims, correction=0, keepdim=True) + eps).rsqrt()
         ctx.save_for_backward(inverse, weight)
-        return normed
+        return writable(normed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.lnstat import LNStatAttribution
-from captum_lnstat.attribution.methods import METHODS, Method
+from captum_lnstat.attribution.methods import METHODS, Method, method_of_rule
 from captum_lnstat.recording.forward import Output
 from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
 from captum_lnstat.visualize.colors import Scale, overlay
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 ScaleOf = Literal["method", "map", "shared"]
 SCALES: tuple[ScaleOf, ...] = get_args(ScaleOf)
-_SAID = {
+_NOTES = {
     "method": "one scale a row",
     "map": "every map on a scale of its own",
     "shared": "one scale: relevance in multiples of the mean size of its map",
@@ -55,13 +54,12 @@ def comparison(
     Raises:
         UnsupportedModelError, RecordingError, ValueError: As for ``LNStatAttribution.attribute``.
     """
-    own = Method(f"rule {rule}", lambda model, output: LNStatAttribution(model, rule=rule, output=output).attribute)
+    own = replace(method_of_rule(rule), title=f"rule {rule}")
     panels = []
     for method in (own, METHODS["attention-rollout"], METHODS["chefer"], METHODS["ig"]):
         with during(method.title):
             attribution = method.make(model, output)(inputs, target)
-        signed = method.signed or (method is own and rule == "evidence")
-        panels.append(Panel(method.title, to_map(attribution[0]), signed))
+        panels.append(Panel(method.title, to_map(attribution[0]), method.signed))
     return tuple(panels)
 
 
@@ -125,4 +123,4 @@ def compare_sheet(
         )
         unit = method.unit if scale == "method" else ""
         rows.append(Row(method.title, cells, Bar.of(None if scale == "map" else shown[0], signed=method.signed), unit))
-    return draw_rows(rows, title, titles=[image.title for image in images], note=_SAID[scale])
+    return draw_rows(rows, title, titles=[image.title for image in images], note=_NOTES[scale])

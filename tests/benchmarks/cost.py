@@ -372,8 +372,8 @@ def page(record: dict) -> str:
         "values, the stream before and after the attention), 9 for `gradient` (and the hidden layer of the MLP). The "
         "backward pass of `gradient` makes a piece of a map and of its gradient once, for the queries, keys and values "
         "below and for the row vector, and rolls relevance as it goes. No map of all tokens against all tokens is "
-        "kept: maps are made again in pieces of a megabyte. `tests/test_memory.py` holds that in place, "
-        "`tests/test_flops.py` the arithmetic.",
+        "kept: maps are made again in pieces of a megabyte. `tests/recording/test_memory.py` holds that in place, "
+        "`tests/rules/test_flops.py` the arithmetic.",
         "",
         "Many classes of one image: what grows with their number is the evidence, `2 T K C S` operations a block for "
         "`T` tokens, `C` channels, `S` classes and the `K` directions that the head's weights have after the mergings "

@@ -3,9 +3,9 @@
     python tests/benchmarks/equality.py           # all sizes, about ten minutes on one core, up to 6 GiB
     python tests/benchmarks/equality.py --only swin_tiny_patch4_window7_224@224
 
-The oracle (``tests/field_oracle.py``) sends fields of one number a token through timm's own code, in float64. Weights
-are random, such that attention is peaky and the shares of the blocks vary. Each entry: the largest difference, of the
-largest entry of the map. Results are kept in ``docs/cost.json`` and written to ``docs/cost.md``.
+The oracle (``tests/helpers/field_oracle.py``) sends fields of one number a token through timm's own code, in float64.
+Weights are random, such that attention is peaky and the shares of the blocks vary. Each entry: the largest difference,
+of the largest entry of the map. Results are kept in ``docs/cost.json`` and written to ``docs/cost.md``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cost import DINO, PAGE, RECORD, SWIN, VIT, page
-from field_oracle import FieldOracle
-from models import enliven
+from helpers.field_oracle import FieldOracle
+from helpers.models import enliven
 
 SETTINGS = [(VIT, 224), (DINO, 518), (VIT, 1024), (SWIN, 224), (SWIN, 448), (SWIN, 896)]
 RULES = ("rollout", "evidence", "lnstat", "gradient")

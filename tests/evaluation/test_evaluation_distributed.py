@@ -1,11 +1,17 @@
-"""Several processes, and processes that are killed, give what one undisturbed process gives, byte for byte."""
+"""Several processes, and processes that are killed, give what one undisturbed process gives, byte for byte.
 
+They are started as ``torchrun`` starts them.
+"""
+
+import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +20,15 @@ from captum_lnstat.evaluation import figure
 from captum_lnstat.evaluation.datasets import open_dataset
 from captum_lnstat.evaluation.run import Settings, evaluate
 from captum_lnstat.evaluation.subject import read
-from captum_lnstat.evaluation.team import Team, team
+from captum_lnstat.evaluation.team import Team
 
 pytest.importorskip("torchmetrics", reason="torchmetrics, which adds up over processes, is not installed")
-# Python 3.12 and later warn of forks in a process that has threads.
-pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
-LIMIT, METRICS = 12, "pointing,energy,segmentation,two"
+HERE = Path(__file__).parents[1]
+METRICS, BATCH = "pointing,energy,segmentation,two", 2
+ALONE = Team(0, 1, torch.device("cpu"))
+# Seconds for anything here to happen; other programs may be running.
+PATIENCE = 240
 
 
 @pytest.fixture(autouse=True)
@@ -29,88 +37,134 @@ def _no_figure(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def subject():
-    return read("vit-mini")
+def alone():
+    """Evaluates in this process."""
+    subject, dataset = read("vit-mini"), open_dataset("scenes")
+
+    def run(folder, methods, limit):
+        settings = Settings("scenes", "vit-mini", methods, METRICS, "true", limit=limit, batch_size=BATCH)
+        return evaluate(settings, dataset, subject, folder, ALONE)
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def dataset():
-    return open_dataset("scenes")
-
-
-def work(subject, dataset, folder, members, methods):
-    settings = Settings("scenes", "vit-mini", methods, METRICS, "true", limit=LIMIT, batch_size=2)
-    return evaluate(settings, dataset, subject, folder, members)
-
-
-def _member(rank, size, port, *rest):
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    torch.set_num_threads(1)
-    with team("cpu") as members:
-        subject, dataset, folder, methods = rest
-        work(subject, dataset, folder, members, methods)
-
-
-def start(size, *rest):
-    """As torchrun starts them, but forked, which does not import everything again."""
+@contextlib.contextmanager
+def processes(size, *arguments, **variables):
+    """Python with these arguments, so many times; whatever happens, none of them is left behind."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_member, args=(rank, size, port, *rest), daemon=True) for rank in range(size)]
-    for process in processes:
-        process.start()
-    return processes
+    path = os.pathsep.join([*map(str, (HERE.parent, HERE)), os.environ.get("PYTHONPATH", "")])
+    common = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": path, **variables}
+    started = []
+    try:
+        for rank in range(size):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, **common}
+            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+            command = [sys.executable, *map(str, arguments)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate(timeout=PATIENCE)
+
+
+def command(folder, methods, limit):
+    options = {"model": "vit-mini", "methods": methods, "metrics": METRICS, "limit": limit, "batch-size": BATCH}
+    options |= {"device": "cpu", "output": folder}
+    return ["-m", "captum_lnstat", "evaluate", *(part for name in options for part in (f"--{name}", options[name]))]
+
+
+def ends(process):
+    """Exit code, and what was said on stdout and stderr."""
+    said = process.communicate(timeout=PATIENCE)
+    return process.returncode, *said
 
 
 def files(folder):
     return {name: (folder / name).read_bytes() for name in ("summary.json", "table.md")}
 
 
-def lines(folder):
-    return [line for file in folder.glob("records/*.jsonl") for line in file.read_bytes().split(b"\n")[:-1]]
+def records(folder):
+    """Complete records by the file they are in."""
+    return {file: file.read_bytes().split(b"\n")[:-1] for file in folder.glob("records/*.jsonl")}
 
 
-def test_processes_share_the_work_and_give_the_same(tmp_path, subject, dataset):
-    methods = "inputxgradient,random"
-    work(subject, dataset, tmp_path / "1", Team(0, 1, torch.device("cpu")), methods)
-    expected = files(tmp_path / "1")
-    assert json.loads(expected["summary.json"])["questions"] == LIMIT
-    for size in (2, 4):
-        folder = tmp_path / str(size)
-        for process in start(size, subject, dataset, folder, methods):
-            process.join(240)
-            assert process.exitcode == 0
-        assert files(folder) == expected
-        assert sorted(json.loads(line)["index"] for line in lines(folder)) == [
-            json.loads(line)["index"] for line in sorted(lines(tmp_path / "1"), key=lambda x: json.loads(x)["index"])
-        ]
-        assert len(list(folder.glob("records/*.jsonl"))) == size
+def indices(folder):
+    return sorted(json.loads(line)["index"] for lines in records(folder).values() for line in lines)
 
 
-def test_a_killed_run_goes_on_with_other_processes(tmp_path, subject, dataset):
-    """Two processes killed halfway, then one alone: no image is lost, none counts twice, the summary is the same."""
-    methods = "slow_method:Slow(seconds=0.05),random"
-    alone = Team(0, 1, torch.device("cpu"))
-    work(subject, dataset, tmp_path / "whole", alone, methods)
+def test_processes_share_the_work_and_give_the_same(tmp_path, alone):
+    """Five batches for three processes."""
+    methods, limit = "inputxgradient,random", 10
+    alone(tmp_path / "alone", methods, limit)
+    with processes(3, *command(tmp_path / "three", methods, limit)) as started:
+        for process in started:
+            code, _, said = ends(process)
+            assert code == 0, said
+    assert files(tmp_path / "three") == files(tmp_path / "alone")
+    assert json.loads((tmp_path / "three" / "summary.json").read_text())["questions"] == limit
+    assert indices(tmp_path / "three") == indices(tmp_path / "alone")
+    assert sorted(map(len, records(tmp_path / "three").values())) == [2, 4, 4]
+
+
+def test_a_killed_process_is_missed_and_the_run_goes_on_with_others(tmp_path, alone):
+    """One of two, the one that leads, is killed halfway: the other says so and ends. Then one alone goes on.
+
+    No image is lost, none counts twice, the summary is the same.
+    """
+    methods, limit = "helpers.slow_method:Plain(call=4),random", 8
+    alone(tmp_path / "alone", methods, limit)
     folder = tmp_path / "killed"
-    processes = start(2, subject, dataset, folder, methods)
-    deadline = time.monotonic() + 240
-    while not lines(folder) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-    before = lines(folder)
-    assert 0 < len(before) < LIMIT
+    with processes(2, *command(folder, methods, limit), HELD=0) as (leads, other):
+        deadline = time.monotonic() + PATIENCE
+        # Two batches of the one, one of the other, which is in its second: methods of others get one image at a time.
+        while sorted(map(len, records(folder).values())) != [BATCH, 2 * BATCH]:
+            assert time.monotonic() < deadline
+            assert (leads.poll(), other.poll()) == (None, None), ends(leads if other.poll() is None else other)
+            time.sleep(0.05)
+        leads.kill()
+        code, _, said = ends(other)
+        assert ends(leads)[0] == -signal.SIGKILL
+        assert code == 2, said
+        assert "Error: " in said
+        assert "Traceback" not in said
     assert not (folder / "summary.json").exists()
     # As if the last write had not come to its end.
-    torn = next(file for file in folder.glob("records/*.jsonl") if file.stat().st_size)
+    torn = next(iter(records(folder)))
     torn.write_bytes(torn.read_bytes()[:-9])
-    work(subject, dataset, folder, alone, methods)
-    assert files(folder) == files(tmp_path / "whole")
-    found = [json.loads(line)["index"] for line in lines(folder)]
-    assert len(found) == len(set(found)) == LIMIT
+    alone(folder, methods, limit)
+    assert files(folder) == files(tmp_path / "alone")
+    assert indices(folder) == indices(tmp_path / "alone")
+
+
+FAILS = """
+from captum_lnstat.evaluation.run import _together
+from captum_lnstat.evaluation.team import team
+
+class Odd(LookupError):
+    def __init__(self, one, other):  # cannot be copied
+        super().__init__(one)
+
+def work(error):
+    raise error
+
+with team("cpu") as members:
+    for error in (OSError(2, "no disk"), ZeroDivisionError("by nothing"), Odd("at all", 2)):
+        try:
+            _together(members, lambda: work(error))
+        except Exception as found:
+            print(type(found).__name__, found)
+    assert _together(members, lambda: members.rank) == 0
+"""
+
+
+def test_an_error_of_any_type_in_the_first_process_reaches_the_others():
+    with processes(2, "-c", FAILS) as (leads, other):
+        found = [ends(process) for process in (leads, other)]
+    assert [code for code, *_ in found] == [0, 0], found
+    at_first = ["FileNotFoundError [Errno 2] no disk", "ZeroDivisionError by nothing"]
+    assert found[0][1].splitlines() == [*at_first, "Odd at all"]
+    assert found[1][1].splitlines() == [*at_first, "RunError Odd: at all"]

@@ -208,11 +208,11 @@ def test_a_broken_file_stops_the_run_or_is_counted(tmp_path, subject, pictures):
 
 @pytest.mark.filterwarnings("ignore:Setting")
 def test_a_failing_method_stops_the_run_or_is_counted(tmp_path, subject, pictures):
-    methods = "inputxgradient,slow_method:Picky"
-    with pytest.raises(RunError, match="method 'slow_method:Picky' failed on 1: ValueError: too dark to say"):
+    methods = "inputxgradient,helpers.slow_method:Picky"
+    with pytest.raises(RunError, match=r"method 'helpers\.slow_method:Picky' failed on 1: ValueError: too dark to say"):
         run(tmp_path / "run", subject, f"folder:{pictures}", methods, asked="predicted")
     summary = run(tmp_path / "run", subject, f"folder:{pictures}", methods, asked="predicted", skip_broken=True)
-    entry = summary["methods"]["slow_method:Picky"]
+    entry = summary["methods"]["helpers.slow_method:Picky"]
     assert entry["failed"] == [{"name": "1", "reason": "ValueError: too dark to say"}]
     assert entry["metrics"]["pointing"]["n"] == 3
     assert summary["methods"]["inputxgradient"]["metrics"]["pointing"]["n"] == 4

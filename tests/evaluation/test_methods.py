@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from captum.attr import InputXGradient, IntegratedGradients, LayerGradCam, Occlusion, Saliency
+from timm.data import create_transform
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -91,7 +92,7 @@ def test_nothing_is_left_on_the_callers_images(subject, images):
     ("text", "message"),
     [
         ("lnsta", "unknown method 'lnsta'; did you mean 'lnstat'"),
-        ("ig(stepps=3)", "'ig' has no option 'stepps'; expected n_steps or steps"),
+        ("ig(stepps=3)", "'ig' has no option 'stepps'; expected n_steps or method or steps"),
         ("lnstat(depth=3)", "cannot be made: .*depth"),
         ("lnstat,lnstat", "named twice"),
         ("ig(3)", "expected key=value"),
@@ -168,7 +169,9 @@ def test_gradcam_is_captums_where_the_layer_is_an_image(family):
     expected = interpolate(grid, (32, 48), mode="bilinear", align_corners=False)
     assert expected.std() > 0
     for text in (f"gradcam:{name}", "gradcam"):
-        (method,) = build(text, Subject.of(model, Frame((32, 48), (32, 48))))
+        (method,) = build(
+            text, Subject.of(model, Frame(create_transform((3, 32, 48), is_training=False, crop_pct=1.0)))
+        )
         torch.testing.assert_close(method.maps(images, TARGETS, ["a", "b"]), expected[:, 0])
 
 

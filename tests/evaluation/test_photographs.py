@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import create_transform
 
 from captum_lnstat.evaluation.datasets import open_dataset
 from captum_lnstat.evaluation.frame import Frame
@@ -52,13 +53,13 @@ def test_a_photograph_with_masks_as_coco(tmp_path):
         assert sample.target == index
         assert np.array_equal(sample.mask.numpy(), masks[labels == label].any(0))
         assert len(sample.boxes) == (labels == label).sum()
-        framed = Frame((224, 224), (224, 224)).squashed().framed(sample)
+        example = Frame(create_transform(224, is_training=False, crop_mode="squash", crop_pct=1.0)).example(sample)
         share = sample.mask.float().mean()
-        assert float(framed.mask.float().mean()) == pytest.approx(float(share), rel=0.05)
+        assert float(example.mask.float().mean()) == pytest.approx(float(share), rel=0.05)
         inside = np.zeros((224, 224), bool)
-        for left, top, right, bottom in framed.boxes.round().int().tolist():
+        for left, top, right, bottom in example.boxes.round().int().tolist():
             inside[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1] = True
-        assert framed.mask.numpy()[inside].sum() >= 0.99 * int(framed.mask.sum())
+        assert example.mask.numpy()[inside].sum() >= 0.99 * int(example.mask.sum())
 
 
 def test_a_photograph_with_a_box_as_imagenet(tmp_path):
@@ -80,10 +81,10 @@ def test_a_photograph_with_a_box_as_imagenet(tmp_path):
     sample = open_dataset(f"imagenet:{tmp_path}")[0]
     assert sample.image.size == (960, 643)
     assert sample.boxes.tolist() == [[148, 50, 550, 642]]
-    framed = Frame((224, 224), (256, 256)).framed(sample)
+    example = Frame(create_transform(224, is_training=False)).example(sample)
     scale = 256 / 643
     expected = [148 * scale - 79, 50 * scale - 16, 550 * scale - 79, 224]
-    assert framed.boxes[0].tolist() == pytest.approx([max(0, value) for value in expected], abs=0.6)
+    assert example.boxes[0].tolist() == pytest.approx([max(0, value) for value in expected], abs=0.6)
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import pickle
 import sys
 
-import metric_process
 import pytest
 import torch
 import torch.multiprocessing
-from metric_harness import CASES, expected, maps, masks
+from helpers import metric_process
+from helpers.metric_harness import CASES, expected, maps, masks
 
 from captum_lnstat import metrics
 from captum_lnstat.metrics import _CLASSES
@@ -89,7 +89,7 @@ def test_a_refused_batch_leaves_the_sums():
 
 def test_without_torchmetrics_the_functions_stay_and_the_classes_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    for module in ("modular", "modular_model"):
+    for module in ("classes", "model_classes"):
         monkeypatch.delitem(sys.modules, f"captum_lnstat.metrics.{module}", raising=False)
         monkeypatch.delattr(metrics, module, raising=False)
     assert metrics.pointing(maps(), masks()).shape == (6,)

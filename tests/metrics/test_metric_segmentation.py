@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from metric_harness import maps, truths
+from helpers.metric_harness import maps, truths
 from sklearn import metrics as sk
 
 from captum_lnstat.metrics import segmentation_average_precision, segmentation_counts, segmentation_summary

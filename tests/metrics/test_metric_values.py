@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from metric_harness import CASES, expected, maps
+from helpers.metric_harness import CASES, expected, maps
 
 EVERY = [0, 1, 2, 3, 4, 5]
 case_of = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -7,8 +7,9 @@ taken from the transform's source, so a map can be laid on the image itself to t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,11 @@ Box = tuple[float, float, float, float]
 _STRAIGHT = 2.0
 # The outer part of the model's image, where resizing filters see the border.
 _BORDER = 0.06
-# Pixels.
+# So many pixels of the image at its border are seen by resizing filters that reach over it.
+_FILTER = 2.5
 _SNAP = 0.75
+# Where bars begin and end, as a share of what is seen; their levels leave room for filters that overshoot.
+_EDGE, _DARK, _LEVELS, _CONTRAST = 0.15, 30, 30, 165
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,35 @@ class View:
     Attributes:
         mean: What the transform subtracts from every channel, whose values go from 0 to 1.
         std: What it divides every channel by.
-        box: Left, top, right and bottom of what the model sees, in pixels of the image; nothing if that is no
-            upright rectangle, as for a transform that pads, turns or draws at random.
+        size: Height and width of the model's input.
+        image_size: Width and height of the image.
+        measured: Left, top, right and bottom of what the model sees, in pixels of the image, as they were measured;
+            nothing if that is no upright rectangle, as for a transform that pads, turns or draws at random.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    box: Box | None
+    size: tuple[int, int]
+    image_size: tuple[int, int]
+    measured: Box | None = None
+
+    @property
+    def box(self) -> Box | None:
+        """``measured``, but what ends less than a pixel from the border ends there: 8 bits measure no better."""
+        if self.measured is None:
+            return None
+        edges = zip(self.measured, (0, 0, *self.image_size), strict=True)
+        return tuple(float(border) if abs(edge - border) < _SNAP else edge for edge, border in edges)  # type: ignore[return-value]
+
+    @property
+    def cut(self) -> tuple[tuple[int, int], int, int] | None:
+        """Height and width that the image is resized to, top and left of what is cut out of it: whole pixels."""
+        if self.measured is None:
+            return None
+        left, top, right, bottom = self.measured
+        across, down = self.size[1] / (right - left), self.size[0] / (bottom - top)
+        width, height = self.image_size
+        return (round(height * down), round(width * across)), round(top * down), round(left * across)
 
 
 def measure(transform: Callable[[Image.Image], Tensor], size: tuple[int, int]) -> View:
@@ -59,22 +85,23 @@ def measure(transform: Callable[[Image.Image], Tensor], size: tuple[int, int]) -
     """
     black, white = (_through(transform, Image.new("RGB", size, color)) for color in ("black", "white"))
     low, high = np.median(black, (1, 2)), np.median(white, (1, 2))
+    inner = (int(black.shape[1]), int(black.shape[2]))
     if black.shape != white.shape or not (high > low).all():
-        return View((0.0,) * len(low), (1.0,) * len(low), None)
+        return View((0.0,) * len(low), (1.0,) * len(low), inner, size)
     std = 1 / (high - low)
     mean = -low * std
-    view = View(tuple(map(float, mean)), tuple(map(float, std)), None)
+    # float32 measures no finer; transforms are given fewer digits.
+    view = View(tuple(round(float(m), 6) for m in mean), tuple(round(float(d), 6) for d in std), inner, size)
     if len(low) != 3:
         return view
     ramps = _through(transform, _ramps(size)) * std[:, None, None] + mean[:, None, None]
-    columns, rows = _line(ramps[0]), _line(ramps[1].T)
+    columns, rows = _line(ramps[0], size[0]), _line(ramps[1].T, size[1])
     if columns is None or rows is None:
         return view
     (left, right), (top, bottom) = columns, rows
-    edges = zip((left * size[0], top * size[1], right * size[0], bottom * size[1]), (0, 0, *size), strict=True)
-    # What ends less than a pixel from the border ends there: 8 bits measure no better.
-    box = tuple(float(border) if abs(edge - border) < _SNAP else edge for edge, border in edges)
-    return View(view.mean, view.std, box)  # type: ignore[arg-type]
+    return _sharper(
+        transform, replace(view, measured=(left * size[0], top * size[1], right * size[0], bottom * size[1]))
+    )
 
 
 def _through(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> Float[np.ndarray, "channel row column"]:
@@ -92,10 +119,10 @@ def _ramps(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _line(ramp: Float[np.ndarray, "row column"]) -> tuple[float, float] | None:
-    """Where the columns begin and end in the image, 0 to 1, if the ramp is one rising line in all rows."""
+def _line(ramp: Float[np.ndarray, "row column"], pixels: int) -> tuple[float, float] | None:
+    """Where the columns begin and end in the image of so many, 0 to 1, if the ramp is one rising line in all rows."""
     count = ramp.shape[1]
-    border = min(int(np.ceil(_BORDER * count)), (count - 2) // 2)
+    border = min(int(np.ceil(max(_BORDER, _FILTER / pixels) * count)), (count - 2) // 2)
     across = min(int(np.ceil(_BORDER * len(ramp))), (len(ramp) - 1) // 2)
     inner = ramp[across : len(ramp) - across, border : count - border]
     where = (np.arange(count)[border : count - border] + 0.5) / count
@@ -104,6 +131,43 @@ def _line(ramp: Float[np.ndarray, "row column"]) -> tuple[float, float] | None:
     if slope <= 0 or float(off.max()) > _STRAIGHT / 255:
         return None
     return float(start), float(start + slope)
+
+
+def _sharper(transform: Callable[[Image.Image], Tensor], view: View) -> View:
+    """The box by the edges of bright bars: an area is measured to a hundredth of a pixel, where a ramp is not."""
+    assert view.measured is not None
+    left, top, right, bottom = view.measured
+    across, down = (
+        (math.ceil(first + _EDGE * (last - first)), math.floor(last - _EDGE * (last - first)))
+        for first, last in ((left, right), (top, bottom))
+    )
+    if min(across[1] - across[0], down[1] - down[0]) < 2 * _FILTER:
+        return view
+    width, height = view.image_size
+    bars = np.full((height, width, 3), _DARK, np.uint8)
+    # Levels differ from line to line, so that the mean over them is finer than a level.
+    bars[..., 0] += np.linspace(0, _LEVELS, height, dtype=np.uint8)[:, None]
+    bars[..., 1] += np.linspace(0, _LEVELS, width, dtype=np.uint8)
+    bars[:, slice(*across), 0] += _CONTRAST
+    bars[slice(*down), :, 1] += _CONTRAST
+    values = 255 * _through(transform, Image.fromarray(bars))[:2] * np.reshape(view.std[:2], (2, 1, 1))
+    columns, rows = _ends(values[0], across), _ends(values[1].T, down)
+    if columns is None or rows is None:
+        return view
+    return replace(view, measured=(columns[0], rows[0], columns[1], rows[1]))
+
+
+def _ends(lines: Float[np.ndarray, "line pixel"], bar: tuple[int, int]) -> tuple[float, float] | None:
+    """Where the model's image begins and ends in the image, by where the bar does in both."""
+    values = (lines - lines[:, :1]) / _CONTRAST
+    profile = values.mean(0)
+    middle = len(profile) // 2
+    before, after = middle - profile[:middle].sum(), middle + profile[middle:].sum()
+    scale = (bar[1] - bar[0]) / (after - before)
+    begin = bar[0] - before * scale
+    # A filter that takes the nearest pixel moves edges to whole ones; the ramp is better then.
+    between = bool(((values > 0.02) & (values < 0.98)).any())
+    return (float(begin), float(begin + len(profile) * scale)) if between or abs(scale - 1) < 1e-3 else None
 
 
 def on_image(grid: Float[np.ndarray, "row column"], box: Box, size: tuple[int, int]) -> Float[np.ndarray, "y x"]:

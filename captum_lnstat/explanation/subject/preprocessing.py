@@ -28,18 +28,20 @@ class Preprocessing:
         transform: From a Pillow image to ``(channel, height, width)``.
         source: Whose preprocessing it is, in words.
         assumed: It is the usual one, because the model does not say its own.
+        interpolation: By which images are resized.
     """
 
     transform: Callable[[Image.Image], Tensor]
     source: str
     assumed: bool = False
+    interpolation: str = "bicubic"
 
     def whole(self) -> Preprocessing:
         """The same size and normalisation, with the whole image squeezed to that size and nothing cut off."""
-        size = tuple(self.transform(Image.new("RGB", _PROBE)).shape[-2:])
         view = measure(self.transform, _PROBE)
-        squeezed = _standard((int(size[0]), int(size[1])), view.mean, view.std, 1.0, squeeze=True)
-        return Preprocessing(squeezed, f"{self.source}, the whole image", self.assumed)
+        options = {"interpolation": self.interpolation, "crop_pct": 1.0, "crop_mode": "squash"}
+        squeezed = _standard(view.size, view.mean, view.std, **options)
+        return Preprocessing(squeezed, f"{self.source}, the whole image", self.assumed, self.interpolation)
 
 
 def preprocessing_of(model: nn.Module, *, download: bool = False) -> Preprocessing:
@@ -64,18 +66,22 @@ def preprocessing_of(model: nn.Module, *, download: bool = False) -> Preprocessi
         found = _of_transformers(model, download)
         if found is not None:
             return found
-    transform = _standard(image_size(model), IMAGENET_MEAN, IMAGENET_STD, IMAGENET_CROP)
+    options = {"interpolation": "bicubic", "crop_pct": IMAGENET_CROP}
+    transform = _standard(image_size(model), IMAGENET_MEAN, IMAGENET_STD, **options)
     return Preprocessing(transform, "the usual one for ImageNet", assumed=True)
 
 
 def preprocessing_of_weights(weights: Any) -> Preprocessing:
     """The transform that comes with weights of torchvision."""
-    return Preprocessing(weights.transforms(), "torchvision weights")
+    transform = weights.transforms()
+    return Preprocessing(transform, "torchvision weights", interpolation=transform.interpolation.value)
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
     """Height and width of the images that a model expects, 224 if it does not say."""
     config, embedding = getattr(model, "config", None), getattr(model, "patch_embed", None)
+    if isinstance(given := getattr(model, "pretrained_cfg", None), dict):
+        return int(given["input_size"][1]), int(given["input_size"][2])
     for owner in (config, model, embedding):
         for name in ("image_size", "img_size"):
             size = getattr(owner, name, None)
@@ -99,7 +105,7 @@ def _of_timm(model: Any) -> Preprocessing:
     own = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(own, tuple) and len(own) == 2:
         config["input_size"] = (config["input_size"][0], *own)
-    return Preprocessing(create_transform(**config, is_training=False), "timm")
+    return Preprocessing(create_transform(**config, is_training=False), "timm", interpolation=config["interpolation"])
 
 
 def _of_transformers(model: Any, download: bool) -> Preprocessing | None:
@@ -122,19 +128,14 @@ def _of_transformers(model: Any, download: bool) -> Preprocessing | None:
             )
         return pixels[0]
 
-    return Preprocessing(transform, f"{type(processor).__name__} of Hugging Face")
+    resample = Image.Resampling(int(getattr(processor, "resample", None) or Image.Resampling.BILINEAR))
+    source = f"{type(processor).__name__} of Hugging Face"
+    return Preprocessing(transform, source, interpolation=resample.name.lower())
 
 
 def _standard(
-    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], crop: float, *, squeeze: bool = False
+    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], **options: Any
 ) -> Callable[[Image.Image], Tensor]:
-    transform: Callable[[Image.Image], Tensor] = create_transform(
-        input_size=(len(mean), *size),
-        is_training=False,
-        interpolation="bicubic",
-        mean=mean,
-        std=std,
-        crop_pct=crop,
-        crop_mode="squash" if squeeze else "center",
-    )
+    shape = (len(mean), *size)
+    transform: Callable[[Image.Image], Tensor] = create_transform(shape, False, mean=mean, std=std, **options)
     return transform

@@ -8,8 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
+from tqdm import tqdm
 
 FIRST_WORD, NEXT_WORD = 2.0, 10.0  # seconds until progress is shown, and between its lines
+
+
+class ProgressBar(tqdm):  # type: ignore[misc]
+    """tqdm's bar with a lock of this process alone.
+
+    tqdm's own lock is shared by all processes that were forked from one another. Whichever of them is killed while it
+    holds the lock leaves the others waiting for ever. Bars of two processes may now be written at the same time, which
+    is a matter of looks.
+    """
+
+
+ProgressBar.set_lock(threading.RLock())
 
 
 @contextmanager
@@ -29,4 +42,4 @@ def progress(what: str) -> Iterator[None]:
         yield
     finally:
         done.set()
-        watcher.join()
+        watcher.join(FIRST_WORD)

@@ -1,0 +1,535 @@
+"""What holds on which model: the matrix of ``docs/models.md`` and the table of fifteen models in the README.
+
+``python tests/benchmarks/family_matrix.py`` examines every model of ``matrix_models.py``, each in a process of its own,
+keeps what it found in ``docs/models.json`` and writes ``docs/models.md``. ``--only NAME`` (part of a name, may be
+repeated) does so for some of them and leaves the other rows as they are; ``--missing`` takes up where a run was
+stopped; ``--write`` only writes the page again. ``--defaults`` runs each model at its full size, as its name gives it,
+instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matrix_models import FIFTEEN, REFUSED, ROWS, Row
+
+from captum_lnstat import LNStatAttribution
+from captum_lnstat.attribution.base import explain_batch
+from captum_lnstat.rules import rule_names
+from captum_lnstat.testing.family import (
+    PEAKS,
+    Ground,
+    check_batch,
+    check_completeness,
+    check_layout,
+    check_mass,
+    check_placement,
+    check_recognised,
+    check_rule,
+    check_untouched,
+    ground,
+    noise,
+    planted_images,
+    wake,
+)
+
+DOCS = Path(__file__).parents[2] / "docs"
+RESULTS = DOCS / "models.json"
+TIMEOUT = 600
+NOT_TAKEN = "not taken by the model"
+# What is said of a rule that a family does not have, in the words of the package: as it should be, not a fault.
+UNDEFINED = "not defined for it; expected one of"
+# Millions of parameters of the largest model that is run at full size.
+LARGEST = 100
+
+# Rival entry points on the fifteen, each called as its README says: run in November 2026 with grad-cam 1.5.5,
+# vit-explain of 2020-12, fast-vit-rollout 0.1.1, timm 1.0.31, torchxai-explain 0.3.0, daam-timm-vit 0.2.1 and
+# torchcam 0.5.0.
+# ok: right shape, finite. -: an exception or an empty result. wrong: a map of a wrong shape, without a word. raw: the
+# windows' own maps, not put on the image. other: another method in its place, without being asked.
+FIELD_COLUMNS = (
+    "grad-cam recipe",
+    "vit-explain",
+    "fast-vit-rollout",
+    "timm AttentionExtract",
+    "torchxai",
+    "daam",
+    "torchcam LeGrad",
+)
+FIELD = [
+    ("timm vit_tiny", "ok", "-", "-", "-", "ok", "ok", "-"),
+    ("timm vit_tiny, 224 x 320", "-", "-", "-", "-", "wrong", "ok", "-"),
+    ("timm deit_tiny_distilled", "-", "-", "-", "-", "ok", "ok", "-"),
+    ("timm DINOv2 with registers", "-", "-", "-", "-", "ok", "ok", "-"),
+    ("timm swin_tiny", "-", "-", "-", "raw", "wrong", "-", "-"),
+    ("timm swinv2_tiny", "-", "-", "-", "raw", "wrong", "-", "-"),
+    ("timm maxvit_tiny", "-", "-", "-", "-", "wrong", "-", "-"),
+    ("timm pvt_v2_b0", "-", "-", "-", "-", "wrong", "-", "-"),
+    ("timm eva02_tiny", "-", "-", "-", "-", "ok", "ok", "-"),
+    ("timm hiera_tiny", "-", "-", "-", "-", "other", "-", "-"),
+    ("timm SigLIP, map pooling", "-", "-", "-", "-", "wrong", "-", "-"),
+    ("torchvision vit_b_16", "-", "-", "-", "-", "other", "-", "ok"),
+    ("torchvision swin_t", "-", "-", "-", "-", "other", "-", "-"),
+    ("Hugging Face ViT", "-", "-", "-", "-", "other", "-", "-"),
+    ("Hugging Face Swin", "-", "-", "-", "-", "other", "-", "-"),
+]
+
+
+def key(row: Row) -> str:
+    return f"{row.library} {row.name}"
+
+
+def said(error: BaseException) -> str:
+    """The first line of an error."""
+    return " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
+
+
+def examine(row: Row) -> dict[str, Any]:
+    """Everything about one row; what fails is recorded in its place and the rest goes on."""
+    found: dict[str, Any] = {"size": list(row.size), "margin": row.margin, "rules": {}, "failed": {}}
+    if row.stimulus is not None:
+        found["stimulus"] = list(row.stimulus)
+    try:
+        model = wake(row.build()) if row.name != REFUSED[-1].name else row.build()
+    except Exception as error:  # the library may be absent or of another version
+        return {**found, "unavailable": f"{type(error).__name__}: {said(error)}"}
+    images = noise(model, row.size)
+    try:
+        description = check_recognised(model, images)
+    except AssertionError as error:
+        cause = error.__cause__
+        return {**found, "refused": said(cause or error), "error": type(cause or error).__name__}
+    found |= {"family": description.family, "grid": list(description.grid), "prefix": description.prefix_tokens}
+    found |= {
+        "covers": getattr(description, "covers", ""),
+        "attentions": sum(s.kind == "attention" for s in description.steps),
+    }
+
+    def measured(name: str, check: Callable[[], Any]) -> None:
+        try:
+            found[name] = check()
+        except Exception as error:  # a row says what went wrong, whatever it was
+            found["failed"][name] = said(error)
+
+    for rule in rule_names():
+        begin = time.process_time()
+        try:
+            check_rule(model, images, rule)
+            found["rules"][rule] = round(time.process_time() - begin, 2)
+        except AssertionError as error:
+            found["failed"][f"rule {rule}"] = said(error)
+    defined = [rule for rule in rule_names() if rule in found["rules"]]
+    measured("mass", lambda: check_mass(model, images))
+    measured("completeness", lambda: check_completeness(model, images))
+    measured("batch", lambda: check_batch(model, images, defined))
+    measured("untouched", lambda: check_untouched(model, images, defined) is None)
+    measured("sizes", lambda: other_sizes(row))
+    try:
+        place = _ground(row, model)
+    except Exception as error:
+        found["failed"]["placement"] = said(error)
+        return found
+    regions = [region.grown(row.margin) for region in place.regions]
+    measured("layout", lambda: check_layout(model, *planted_images(place), regions))
+
+    def placed() -> dict[str, list[float]]:
+        total: dict[str, list[float]] = {}
+        for seed in range(row.seeds):
+            # Of several, each is on a ground of its own from the beginning, so that one can be done again alone.
+            here = place if row.seeds == 1 else _ground(row, model, seed)
+            placement, (steps, loss) = check_placement(model, here, rules=defined, required=(), steps=row.steps)
+            found.setdefault("training", []).append([steps, round(loss, 4)])
+            for rule, p in placement.items():
+                hits, regions, least, exact = total.get(rule, [0, 0, 1e6, 0])
+                least = round(min(p.margin, least), 2)
+                total[rule] = [hits + p.hits, regions + p.regions, least, exact + p.exact]
+        return total
+
+    measured("placed", placed)
+    return found
+
+
+def _ground(row: Row, model: torch.nn.Module, seed: int = 0) -> Ground:
+    return ground(model, row.size, stimulus=row.stimulus, step=row.step, margin=row.margin, seed=seed)
+
+
+def other_sizes(row: Row) -> dict[str, str]:
+    """What came of images of other sizes."""
+    model = wake((row.elsewhere or row.build)())
+    return {f"{h} x {w}": _at(model, (h, w)) for h, w in row.others}
+
+
+def _at(model: torch.nn.Module, size: tuple[int, int]) -> str:
+    images = noise(model, size)
+    try:
+        with torch.no_grad():
+            model(images)
+    except Exception:  # the model's own limit
+        return NOT_TAKEN
+    try:
+        for rule in ("lnstat", "rollout"):
+            check_rule(model, images, rule)
+        check_completeness(model, images)
+    except AssertionError as error:
+        return said(error.__cause__ or error)
+    return "ok"
+
+
+def examine_default(row: Row) -> dict[str, Any]:
+    """The model as its name gives it, with the weights it is made with: one image, every rule."""
+    assert row.default is not None
+    build, size = row.default
+    found: dict[str, Any] = {"size": list(size), "rules": {}, "failed": {}}
+    try:
+        found["parameters"] = round(_parameters(build) / 1e6, 1)
+        if found["parameters"] > LARGEST:
+            return {**found, "left out": f"{found['parameters']:.0f}M parameters; expected at most {LARGEST}M"}
+        model = build().eval()
+    except Exception as error:
+        return {"unavailable": f"{type(error).__name__}: {said(error)}"}
+    images = noise(model, size, 1)
+    begin = time.process_time()
+    with torch.no_grad():
+        model(images)
+    found["forward"] = round(time.process_time() - begin, 2)
+    for rule in rule_names():
+        begin = time.process_time()
+        try:
+            outcome, relevance = explain_batch(LNStatAttribution(model, rule=rule), images, [0])
+        except Exception as error:
+            found["failed"][rule] = f"{type(error).__name__}: {said(error)}"
+            continue
+        found["rules"][rule] = round(time.process_time() - begin, 2)
+        grid = relevance.grid
+        found["grid"] = list(grid.shape[1:])
+        if not bool(torch.isfinite(grid).all()):
+            found["failed"][rule] = "the map is not finite"
+        elif float(grid.max() - grid.min()) <= 1e-6 * float(grid.abs().max()):
+            found["failed"][rule] = f"the map is constant, {float(grid.max()):.2g} everywhere"
+        if rule == "rollout":
+            found["mass"] = float((relevance.total - 1).abs().max())
+        if rule == "evidence" and outcome.score is not None:
+            scale = outcome.score.abs().clamp(min=1.0)
+            found["completeness"] = float(((relevance.total - outcome.score).abs() / scale).max())
+    return found
+
+
+def _parameters(build: Callable[[], torch.nn.Module]) -> int:
+    """How many parameters a model has, without making them where it can be told so."""
+    try:
+        with torch.device("meta"):
+            model = build()
+    except Exception:  # a library that computes with numbers while it builds
+        model = build()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def in_a_process(name: str, default: bool) -> dict[str, Any]:
+    """One row in a process of its own, so that a crash or an endless loop costs that row alone."""
+    command = [sys.executable, "-W", "ignore", __file__, "--row", name, *(["--default-row"] if default else [])]
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return {"unavailable": f"not finished in {TIMEOUT} s"}
+    if done.returncode != 0:
+        return {"unavailable": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    return {**json.loads(done.stdout.splitlines()[-1]), "seconds": round(time.monotonic() - begin, 1)}
+
+
+def verdict(row: Row, found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not run"
+    if "unavailable" in found:
+        return "not run"
+    if "refused" in found:
+        return "refused, as it must be" if row.refused else "refused"
+    if row.refused:
+        return "NOT REFUSED"
+    peaks = found.get("placed", {})
+    missed = [rule for rule in PEAKS if rule not in peaks or peaks[rule][0] < peaks[rule][1]]
+    failed = [why for why in found["failed"].values() if UNDEFINED not in why]
+    return "ok" if not failed and not missed else "part"
+
+
+def number(value: object) -> str:
+    return "" if value is None else f"{value:.0e}" if isinstance(value, float) and value > 0 else "0"
+
+
+def _margin(found: dict[str, Any]) -> str:
+    size = " x ".join(map(str, found.get("stimulus", ())))
+    return f"{found.get('margin', 0)}{size and f', stimulus {size}'}"
+
+
+def _exact(found: dict[str, Any]) -> str:
+    """Peaks on the stimulus itself, where a margin was allowed beside it."""
+    counted = {rule: p for rule, p in found.get("placed", {}).items() if rule in PEAKS and len(p) > 3}
+    if not found.get("margin") or not counted:
+        return ""
+    return ", ".join(f"{rule} {p[3]}/{p[1]}" for rule, p in counted.items())
+
+
+def line(row: Row, found: dict[str, Any] | None) -> str:
+    found = found or {}
+    peaks = {rule: f"{p[0]}/{p[1]}" for rule, p in found.get("placed", {}).items()}
+    sizes = found.get("sizes", {})
+    cells = [
+        row.name,
+        verdict(row, found or None),
+        found.get("family", ""),
+        " x ".join(map(str, found.get("size", ()))) if "grid" in found else "",
+        " x ".join(map(str, found.get("grid", ()))),
+        _margin(found) if "grid" in found else "",
+        str(len(found["rules"])) + " of 4" if found.get("rules") else "",
+        number(found.get("mass")) if "mass" in found else "",
+        number(found.get("completeness")) if "completeness" in found else "",
+        number(found.get("batch")) if "batch" in found else "",
+        f"{found['layout']} of {found['attentions']}" if "layout" in found else "",
+        *(peaks.get(rule, "") for rule in rule_names()),
+        _exact(found),
+        ", ".join(size for size, what in sizes.items() if what == "ok"),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    "| model | verdict | family | px | grid | margin | rules | mass | complete | batch | layout | "
+    + " | ".join(f"peak {rule}" for rule in rule_names())
+    + " | without margin | other sizes |"
+)
+
+
+LAYOUT = re.compile(
+    r"rows (-?\d+) to (-?\d+), columns (-?\d+) to (-?\d+) changes the values of '(\S+)' .*"
+    r"most at row (\d+), column (\d+)"
+)
+LEARNT = re.compile(
+    r"after (\d+) steps, loss (\S+), the score does not tell .*falls by (\S+) when .*let it fall by ([\d.]+)\."
+)
+COVERS = re.compile(r"The grid is that of the first attention block: .* \((.*?)\) .* it to\.\s*")
+
+
+def in_words(what: str, why: str, found: dict[str, Any]) -> str:
+    """What a check said, cut to what a reader needs."""
+    margin = found.get("margin", 0)
+    seen = LAYOUT.search(why)
+    if seen:
+        (top, bottom, left, right), (y, x) = map(int, seen.group(1, 2, 3, 4)), map(int, seen.group(6, 7))
+        beside = max(top + margin - y, y - bottom + margin, left + margin - x, x - right + margin)
+        size = " x ".join(str(-(-side // cells)) for side, cells in zip(found["size"], found["grid"], strict=True))
+        return f"the values of `{seen.group(5)}` change most {beside} px beside a stimulus (patches of {size} px)"
+    learnt = LEARNT.search(why)
+    if learnt:
+        steps, loss, drop, wanted = learnt.groups()
+        return (
+            f"peaks not measured: after {steps} steps, at a loss of {loss}, the small model's score falls by {drop} "
+            f"when the stimulus is covered, not by {wanted}"
+        )
+    return f"{what}: {why.split('UnsupportedModelError: ', 1)[-1]}"
+
+
+def exceptions(results: dict[str, Any]) -> list[str]:
+    """What is not as it should be, or not all of it, in words: one line a model."""
+    lines = []
+    for row in ROWS:
+        found = results.get(key(row))
+        if row.refused and (found is None or "refused" in found):
+            continue
+        if found is None:
+            lines.append(f"- **{key(row)}**: not run.")
+            continue
+        said_of = [f"not run: {found['unavailable']}"] if "unavailable" in found else []
+        said_of += [f"refused: {found['refused']}"] if "refused" in found else []
+        said_of += [in_words(what, why, found) for what, why in found.get("failed", {}).items()]
+        margin = found.get("margin", 0)
+        for rule, (hits, regions, *_) in found.get("placed", {}).items():
+            if rule in PEAKS and hits < regions:
+                where = f"within {margin} px of the stimulus" if margin else "on the stimulus"
+                said_of.append(f"the peak of `{rule}` lies {where} in {hits} of {regions} regions")
+        said_of += [
+            f"at {size}: {what}" for size, what in found.get("sizes", {}).items() if what not in ("ok", NOT_TAKEN)
+        ]
+        if said_of and row.note:
+            said_of.append(row.note)
+        if said_of:
+            lines.append(f"- **{key(row)}**: {'; '.join(said_of)}.")
+    return lines
+
+
+def covered(results: dict[str, Any]) -> list[str]:
+    """What maps do not tell apart, one line a model that says so."""
+    lines = []
+    for row in ROWS:
+        found = results.get(key(row)) or {}
+        text = found.get("covers", "")
+        if not text:
+            continue
+        below = COVERS.match(text)
+        names = ", ".join(f"`{name}`" for name in below.group(1).split(", ")) if below else ""
+        rest = COVERS.sub("", text).strip()
+        lines.append(f"| {key(row)} | {names} | {rest} |")
+    return lines
+
+
+def fifteen(results: dict[str, Any]) -> list[str]:
+    columns = [*FIELD_COLUMNS, "**this package**"]
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row, (name, *field) in zip(FIFTEEN, FIELD, strict=True):
+        lines.append(f"| {name} | " + " | ".join([*field, verdict(row, results.get(key(row)))]) + " |")
+    totals = [str(sum(row[i] == "ok" for row in FIELD)) for i in range(1, len(FIELD_COLUMNS) + 1)]
+    own = sum(verdict(row, results.get(key(row))) == "ok" for row in FIFTEEN)
+    return [*lines, "| right on | " + " | ".join([*totals, f"**{own}**"]) + " |"]
+
+
+def full_size(full: list[tuple[Row, dict[str, Any]]]) -> list[str]:
+    """The models as their names give them."""
+    many = sum(row.default is not None for row in ROWS)
+    parts = [
+        "",
+        "## At full size",
+        "",
+        f"{len(full)} of {many} models as their names give them, one image of noise: every rule, with weights that",
+        "the library draws. Process time of one core in seconds, on a machine that did other things at once. A",
+        "model that is made with a head of zeros has the same score whatever the image, and is refused. Written by",
+        "`python tests/benchmarks/family_matrix.py --defaults`; `--missing` goes on where it was stopped.",
+        "",
+        "| model | M parameters | px | grid | forward | " + " | ".join(rule_names()) + " | mass | complete | besides |",
+        "|---" * (len(rule_names()) + 8) + "|",
+    ]
+    for row, found in full:
+        times = found.get("rules", {})
+        besides = {f"{rule}: {why}": None for rule, why in found.get("failed", {}).items()}
+        messages = {why.split(": ", 1)[-1] for why in found.get("failed", {}).values()}
+        if len(messages) == 1 and not times:
+            besides = {f"refused: {messages.pop()}": None}
+        besides |= {found[what]: None for what in ("left out", "unavailable") if what in found}
+        cells = [
+            key(row),
+            str(found.get("parameters", "")),
+            " x ".join(map(str, found.get("size", ()))),
+            " x ".join(map(str, found.get("grid", ()))),
+            str(found.get("forward", "")),
+            *(f"{times[rule]:.2f}" if rule in times else "" for rule in rule_names()),
+            number(found["mass"]) if "mass" in found else "",
+            number(found["completeness"]) if "completeness" in found else "",
+            "; ".join(besides).replace("|", "/"),
+        ]
+        parts.append("| " + " | ".join(cells) + " |")
+    return parts
+
+
+def page(results: dict[str, Any]) -> str:
+    counts: dict[str, int] = {}
+    for row in ROWS:
+        name = verdict(row, results.get(key(row)))
+        counts[name] = counts.get(name, 0) + 1
+    parts = [
+        "# Models",
+        "",
+        f"{len(ROWS)} models of timm, torchvision and transformers: "
+        + ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+        + ". Written by `python tests/benchmarks/family_matrix.py`; made again for one model with `--only NAME`.",
+        "",
+        "Each is the library's own class with few, narrow blocks and random weights, on a small image, so that all of",
+        "them can be examined in minutes; what differs between sizes of one family is width and depth, not wiring.",
+        "",
+        "- **rules**: those that ran, with relevance of the right shape, finite and not constant.",
+        "- **mass**: error of the sum of `rollout`, which is 1. **complete**: error of `evidence` against the score,",
+        "  relative to max(1, |score|). **batch**: largest difference between a batch and its images one by one.",
+        "- **layout**: attentions whose values change most where a stimulus was planted, at every one of the regions.",
+        "- **peak**: regions in which the map's peak lies on the stimulus, after the model has been trained for some",
+        "  seconds to score images by whether the stimulus is in them. `lnstat` and `evidence` have to find it;",
+        "  `rollout` and `gradient` show what the model looks at and what its attention carries, which need not peak",
+        "  there.",
+        "- **margin**: so many pixels beside the stimulus still count as on it, in layout and peak. None where patches",
+        "  are cut apart. Where convolutions make the tokens, a token is made of more than the patch it stands for and",
+        "  sees the stimulus from beside it; 8 px at most. The stimulus is as large as a token of the last block,",
+        "  or of the size that stands here. **without margin**: of such a model, regions in which the peak lies on the",
+        "  stimulus itself; empty where that was not counted.",
+        "- **other sizes**: image sizes, besides the first one, on which `lnstat`, `rollout` and completeness held:",
+        "  smaller, larger, of another shape, and not a multiple of patch or window, as far as the model takes them.",
+        "  It is told to take any where its library can be told so (`dynamic_img_size`, `strict_img_size=False`,",
+        "  `interpolate_pos_encoding`). None: it takes the one that it was built for.",
+        "",
+        "Regions of more than one training are counted together: six of `swinv2_tiny_window8_256`, three of",
+        "`swinv2_cr_tiny_ns_224`, each with other textures and scenes.",
+        "",
+        "`ok`: everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",
+        "`RecordingError`, listed below, and no map; `refused, as it must be` where a map would mean nothing.",
+    ]
+    for title, rows in (
+        ("timm", "timm"),
+        ("torchvision", "torchvision"),
+        ("Hugging Face transformers", "transformers"),
+    ):
+        chosen = [row for row in ROWS if row.library == rows and not row.refused]
+        parts += ["", f"## {title}", "", HEADER, "|---" * HEADER.count(" | ") + "|---|"]
+        parts += [line(row, results.get(key(row))) for row in chosen]
+    parts += ["", "## Models that must be refused", "", "| model | verdict | message |", "|---|---|---|"]
+    for row in REFUSED:
+        found = results.get(key(row)) or {}
+        parts.append(f"| {row.name} | {verdict(row, found or None)} | {found.get('refused', '').replace('|', '/')} |")
+    parts += ["", "## Exceptions", "", *(exceptions(results) or ["None."])]
+    parts += [
+        "",
+        "## What a map does not tell apart",
+        "",
+        "The grid of these is that of the first attention block: what the convolutions named here, below it, did is",
+        "not told apart. What convolutions between the blocks added is counted at the token that they added it to.",
+        "",
+        "| model | below the grid | besides |",
+        "|---|---|---|",
+        *covered(results),
+    ]
+    full = [(row, results[key(row)]["default"]) for row in ROWS if "default" in (results.get(key(row)) or {})]
+    parts += full_size(full) if full else []
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="rows whose name holds this")
+    parser.add_argument("--missing", action="store_true", help="only rows that have no result yet")
+    parser.add_argument("--defaults", action="store_true", help="the models at full size, instead")
+    parser.add_argument("--write", action="store_true", help="run nothing, write the page")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--default-row", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row is not None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        warnings.simplefilter("ignore")
+        row = next(row for row in ROWS if key(row) == arguments.row)
+        print(json.dumps(examine_default(row) if arguments.default_row else examine(row)))
+        return
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for row in ROWS:
+        chosen = not arguments.only or any(part in key(row) for part in arguments.only)
+        done = key(row) in results and (not arguments.defaults or "default" in results[key(row)])
+        if arguments.write or not chosen or (arguments.missing and done):
+            continue
+        if arguments.defaults:
+            if row.default is None:
+                continue
+            results.setdefault(key(row), {})["default"] = found = in_a_process(key(row), True)
+        else:
+            kept = {name: value for name, value in results.get(key(row), {}).items() if name == "default"}
+            results[key(row)] = found = {**in_a_process(key(row), False), **kept}
+        print(f"{key(row)}: {verdict(row, found) if not arguments.defaults else found}", flush=True)
+        RESULTS.write_text(json.dumps({key(r): results[key(r)] for r in ROWS if key(r) in results}, indent=1) + "\n")
+    (DOCS / "models.md").write_text(page(results), encoding="utf-8")
+    print("\n" + "\n".join(fifteen(results)))
+
+
+if __name__ == "__main__":
+    main()

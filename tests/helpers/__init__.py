@@ -1,0 +1,1 @@
+"""What tests share: models, slow references, harnesses."""
