@@ -19,14 +19,12 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid, Groups, Layout, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
 from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, patch_of, reads_images
-from captum_lnstat.topology.anatomy.geometry import channels_last
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, BlockParts, is_residual_block, layers, parts_of
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.unfolding import cut
 from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
-from captum_lnstat.topology.residual import block_taps, residual_block
+from captum_lnstat.topology.residual import block_taps, residual_block, with_pooled_queries
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
@@ -115,13 +113,8 @@ def _block(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Blo
             f"{name!r} makes {after} tokens of {before} on a grid of {grid[0]} x {grid[1]}; expected it to pool squares"
         )
     under = Groups(torch.arange(before, device=device).reshape(-1, after).T.contiguous(), before)
-    shortcut = _shortcut(block, parts, before // after)
-    with torch.no_grad():
-        carried = stream(shortcut(call.input.read()))
-    layouts = channels_last, channels_last
-    pull_back = pull_back_by_autograd(name, shortcut, call.input.read(), layouts, read.before, carried, block.training)
-    below = grid[0] // stride, grid[1] // stride
-    return replace(read, keys=others, below=under, carried=carried, grid=below, pull_back=pull_back)
+    shortcut, below = _shortcut(block, parts, before // after), (grid[0] // stride, grid[1] // stride)
+    return with_pooled_queries(replace(read, keys=others), shortcut, call.input.read(), under, below, block.training)
 
 
 def _every(windows: int, members: int, device: torch.device) -> Layout:
