@@ -236,7 +236,10 @@ def test_no_image_that_cannot_be_read(tmp_path, photo):
         (["--target", "-1"], "there is no class -1; expected an index, 0 to 6"),
         (["--model", VIT, "--target", "crane"], "give one of the indices 134, 517"),
         (["--model", VIT, "--target", "espreso"], "did you mean 'espresso'"),
-        (["--rule", "lnsat"], "'lnsat' is not one of 'lnstat', 'evidence', 'rollout', 'gradient'"),
+        (
+            ["--rule", "lnsat"],
+            "rule is 'lnsat'; expected one of 'lnstat', 'evidence', 'rollout', 'gradient', or the module",
+        ),
         (["--scene", "400"], "there is no scene 400; expected 0 to 399"),
         (["--scene", "first"], "'first' is not a valid integer"),
         (["--scene", "1", "photo.png"], "IMAGE and --scene exclude each other"),

@@ -157,7 +157,7 @@ def test_depths_that_are_not_there():
     for k in (0, 4, -1):
         with pytest.raises(ValueError, match=f"depth is {k}; expected 1 to 3"):
             map_after(vit, inputs, 0, depth=k)
-    with pytest.raises(ValueError, match="has the full map only"):
+    with pytest.raises(ValueError, match="rule is 'gradient'; expected one of 'lnstat', 'evidence', 'rollout'"):
         map_after(vit, inputs, 0, depth=1, rule="gradient")
 
 
@@ -304,27 +304,29 @@ def test_one_computation_at_a_time(monkeypatch):
 
 def test_who_waits_for_somebody_elses_computation_is_told_so_in_the_end(monkeypatch):
     monkeypatch.setattr(studio, "_PATIENCE", 0.1)
-    made, inside, done = Studio(), threading.Event(), threading.Event()
+    inside, done, explainer = threading.Event(), threading.Event(), studio._explainer
 
-    def hangs(*_):
+    def hangs(name, pretrained):
+        if inside.is_set():
+            return explainer(name, pretrained)
         inside.set()
         done.wait(60)
         raise DemoError("no such model")
 
     def first():
         with pytest.raises(DemoError, match="no such model"):
-            made.look(samples()[0], "vit-mini", pretrained=False)
+            made.case(samples()[0], "vit-mini", pretrained=False)
 
-    monkeypatch.setattr(studio, "_subject", hangs)
+    monkeypatch.setattr(studio, "_explainer", hangs)
+    made = Studio()
     thread = threading.Thread(target=first)
     thread.start()
     assert inside.wait(60)
     with pytest.raises(DemoError, match="try again later"):
-        made.look(samples()[1], "vit-mini", pretrained=False)
+        made.case(samples()[1], "vit-mini", pretrained=False)
     done.set()
     thread.join(60)
-    monkeypatch.undo()
-    assert made.look(samples()[1], "vit-mini", pretrained=False).depths > 1
+    assert made.case(samples()[1], "vit-mini", pretrained=False).depths > 1
 
 
 # What is said
