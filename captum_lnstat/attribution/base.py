@@ -46,9 +46,9 @@ class OnePass(GradientAttribution):  # type: ignore[misc]
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
     def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not on offer: what ended on prefix tokens, padded places and biases is not in the attributions."""
+        """Not on offer: what ended on prefix tokens and biases is not in the attributions."""
         raise NotImplementedError(
-            "the delta needs what ended on prefix tokens, padded places and biases, which no attribution holds; use "
+            "the delta needs what ended on prefix tokens and biases, which no attribution holds; use "
             "LNStatAttribution(..., rule='evidence').attribute(..., return_convergence_delta=True)"
         )
 

@@ -113,6 +113,10 @@ class LayerLNStat(LayerAttribution, OnePass):  # type: ignore[misc]
         """The name that Captum shows."""
         return "Layer LN Stat"
 
+    def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not on offer: what ended on biases and padded places is not in the attributions."""
+        raise NotImplementedError("the delta needs what ended on biases and padded places, which no token holds")
+
     @log_usage()  # type: ignore[untyped-decorator]
     def attribute(
         self,
