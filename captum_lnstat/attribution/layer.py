@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from captum.attr import GradientAttribution, LayerAttribution
