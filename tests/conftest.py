@@ -11,6 +11,8 @@ from helpers.contract import METHODS, swin, vit
 from hypothesis import HealthCheck, Phase, settings
 from torch import nn
 
+from captum_lnstat.rules import rule
+
 # Scripts that measure: run by hand, and not imported for their examples.
 collect_ignore = ["benchmarks"]
 
@@ -32,6 +34,12 @@ def _modes_stay() -> Iterator[None]:
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _no_rule_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that a test or a page registers is gone after it."""
+    monkeypatch.setattr(rule, "_RULES", dict(rule._RULES))
 
 
 @pytest.fixture(params=METHODS)

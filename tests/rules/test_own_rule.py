@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from click.testing import CliRunner
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, zoo
 from captum_lnstat.cli import main
-from captum_lnstat.rules import rule
 from captum_lnstat.rules.perception import perception
 from captum_lnstat.rules.rule import find_rule, register, rule_names
 from captum_lnstat.rules.walk import walk
@@ -30,12 +28,6 @@ def looked_above(outcome, settings):
     grid = (p.grid - p.grid.mean((1, 2), keepdim=True)).clamp(min=0)
     return (Relevance(grid, p.prefix, p.padding, p.constant),)
 '''
-
-
-@pytest.fixture(autouse=True)
-def _no_rule_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(rule, "_RULES", dict(rule._RULES))
-    return
 
 
 @pytest.fixture
