@@ -15,7 +15,7 @@ copyright = "the captum-lnstat maintainers, BSD-3-Clause"  # noqa: A001  Sphinx 
 version = release = __version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
-exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+exclude_patterns = ["_build", "package", "**/.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"captum-lnstat {release}"
 html_extra_path = ["llms.txt"]

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import venv
 import zipfile
@@ -73,6 +74,16 @@ def check_contents(wheel: Path) -> None:
         sys.exit(f"the wheel is larger than {WHEEL_BYTES / 1e6:.0f} MB")
 
 
+def check_source(source: Path) -> None:
+    """Tests, their helpers, pages and scripts are in the source archive whole."""
+    known = set(run("git", "ls-files", "captum_lnstat", "tests", "docs", "examples", cwd=ROOT).split())
+    with tarfile.open(source) as archive:
+        inside = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    if not known <= inside:
+        sys.exit(f"the source archive lacks {sorted(known - inside)}")
+    print(f"{source.name}: {len(inside)} files, {source.stat().st_size / 1e6:.1f} MB")
+
+
 def installed(wheel: Path, folder: Path) -> Path:
     """The Python of a new environment with the wheel, and with the dependencies of the one that runs this."""
     venv.create(folder, with_pip=True)
@@ -93,6 +104,7 @@ def main() -> None:
         (wheel,), (source,) = (work / "dist").glob("*.whl"), (work / "dist").glob("*.tar.gz")
         run(sys.executable, "-m", "twine", "check", "--strict", wheel, source)
         check_contents(wheel)
+        check_source(source)
         python = installed(wheel, work / "fresh")
         said = run(python, "-W", "error", "-c", FIRST_USE, cwd=work)
         if not said.splitlines()[-1].startswith(str(work.resolve())):

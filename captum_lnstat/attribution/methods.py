@@ -17,6 +17,7 @@ from captum_lnstat.attribution.baselines import AttentionRollout, FrozenLayerNor
 from captum_lnstat.attribution.gradcam import GradCam
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.recording.forward import Output, pick_output
+from captum_lnstat.rules import find_rule
 
 INTEGRATED_STEPS = 32
 # Steps of IntegratedGradients that are in memory at once; more is no faster on a CPU and large models need the room.
@@ -57,14 +58,21 @@ def scores_of(model: nn.Module, output: Output) -> Callable[[Tensor], Tensor]:
     return lambda inputs: pick_output(model(inputs), output)
 
 
-def _captum(kind: Callable[..., Any]) -> Make:
+def _captum(kind: Callable[..., Any], *, alone: bool = False, **defaults: Any) -> Make:
+    """A method of Captum's; ``alone``: for one image at a time."""
+
     def make(model: nn.Module, output: Output = None, **options: Any) -> Attribute:
-        method = kind(scores_of(model, output))
+        method, options = kind(scores_of(model, output)), {**defaults, **options}
 
         def attribute(inputs: Tensor, target: Any) -> Tensor:
-            # These methods switch the gradients of their input on and warn that they do.
-            found: Tensor = method.attribute(inputs.detach().clone().requires_grad_(), target=target, **options)
-            return found.detach()
+            targets = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
+            found, size = [], 1 if alone else len(inputs)
+            for start in range(0, len(inputs), size):
+                part = slice(start, start + size)
+                # These methods switch the gradients of their input on and warn that they do.
+                leaf = inputs[part].detach().clone().requires_grad_()
+                found.append(method.attribute(leaf, target=targets[part], **options).detach())
+            return torch.cat(found)
 
         return attribute
 
@@ -73,33 +81,6 @@ def _captum(kind: Callable[..., Any]) -> Make:
 
 def _gradcam(model: nn.Module, output: Output = None, *, layer: str | None = None) -> Attribute:
     return GradCam(scores_of(model, output), model, layer).attribute
-
-
-def _integrated(
-    model: nn.Module,
-    output: Output = None,
-    *,
-    n_steps: int | None = None,
-    steps: int | None = None,
-    method: str = "gausslegendre",
-    internal_batch_size: int | None = None,
-) -> Attribute:
-    path = IntegratedGradients(scores_of(model, output))
-
-    def attribute(inputs: Tensor, target: Any) -> Tensor:
-        found = [
-            path.attribute(
-                one[None],
-                target=int(wanted),
-                n_steps=n_steps or steps or INTEGRATED_STEPS,
-                method=method,
-                internal_batch_size=internal_batch_size or INTEGRATED_BATCH,
-            )
-            for one, wanted in zip(inputs, torch.as_tensor(target).expand(len(inputs)), strict=True)
-        ]
-        return torch.cat(found).detach()
-
-    return attribute
 
 
 def _occlusion(
@@ -174,8 +155,9 @@ METHODS: dict[str, Method] = {
         "Grad-CAM", _gradcam, unit="a pixel", caption="at the last block's first norm", options=("layer",)
     ),
     "ig": Method(
-        "Integrated Gradients", _integrated, True, _SCORE, f"Captum's, {INTEGRATED_STEPS} steps, signed",
-        options=("n_steps", "steps", "method"),
+        "Integrated Gradients",
+        _captum(IntegratedGradients, alone=True, n_steps=INTEGRATED_STEPS, internal_batch_size=INTEGRATED_BATCH),
+        True, _SCORE, f"Captum's, {INTEGRATED_STEPS} steps, signed", options=("n_steps", "method"),
     ),
     "inputxgradient": Method("input x gradient", _captum(InputXGradient), True, _SCORE, "Captum's, signed"),
     "saliency": Method("gradient, absolute", _captum(Saliency), unit="a pixel", caption="Captum's", options=("abs",)),
@@ -188,4 +170,7 @@ METHODS: dict[str, Method] = {
 
 def method_of_rule(rule: str) -> Method:
     """The method of a rule of ``LNStatAttribution``, also of one that is registered elsewhere."""
-    return METHODS.get(rule) or _ours(rule, "a pixel", "", rule=rule)
+    found = find_rule(rule)
+    return METHODS.get(found.name) or _ours(
+        found.name, "a pixel", "", signed=found.complete, per_class=found.class_specific, rule=found.name
+    )

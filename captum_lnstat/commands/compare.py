@@ -9,23 +9,22 @@ from typing import Any
 import click
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from captum_lnstat.cli import INCOMPLETE, fail
+from captum_lnstat.cli import fail
 from captum_lnstat.commands.options import (
     EXIT_CODES,
+    Skipped,
     bundled_scene,
     check_output,
     image_paths,
     model_options,
-    read_file,
     read_model,
     warn,
 )
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, near, one_line
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.explanation import Explanation
-from captum_lnstat.explanation.subject.images import Item
+from captum_lnstat.explanation.subject.images import Item, read_item
 from captum_lnstat.explanation.subject.progress import ProgressBar
-from captum_lnstat.explanation.subject.subject import class_index
 from captum_lnstat.visualize import METHODS, ComparedImage, Method, compare_sheet, to_map, write_figure
 from captum_lnstat.visualize.compare import SCALES, ScaleOf
 
@@ -77,15 +76,13 @@ Examples:
 def compare(
     images: tuple[Path, ...],
     name: str,
-    pretrained: bool,
-    checkpoint: Path | None,
-    whole: bool,
     target: str | None,
     methods: str,
     scale: ScaleOf,
     scenes: tuple[int, ...],
     output: Path,
     as_json: bool,
+    **model: Any,
 ) -> None:
     """Compare methods on images: methods by rows, images by columns, with the scale of every row beside it.
 
@@ -100,43 +97,38 @@ def compare(
     if max(len(paths), len(scenes)) > MOST:
         fail(f"{max(len(paths), len(scenes))} images are too many for one sheet; expected at most {MOST}")
     sources: list[Any] = list(paths) or list(scenes or DEFAULT_SCENES)
-    subject = read_model(name, pretrained, checkpoint, whole)
-    wanted = None if target is None else class_index(target, subject)
+    subject = read_model(name, **model)
+    wanted = subject.find(target)
     warn(subject.cautions())
     explainer = Explainer(subject)
     columns: list[ComparedImage] = []
     records: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
+    skipped = Skipped(len(sources))
     with ProgressBar(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
         for source in sources:
             try:
-                item = read_file(source) if isinstance(source, Path) else bundled_scene(source)[1]
+                item = read_item(source) if isinstance(source, Path) else bundled_scene(source)[1]
                 column, explained = _column(explainer, item, wanted, chosen, bar)
             except UnsupportedModelError as error:
                 fail(f"{name} cannot be explained: {one_line(error)}")
             except (RecordingError, ValueError) as error:
-                skipped.append({"image": str(source), "error": one_line(error)})
-                with ProgressBar.external_write_mode():
-                    click.echo(f"Skipped {source}: {one_line(error)}", err=True)
+                skipped.add(source, error)
             else:
                 columns.append(column)
                 records.append({"image": str(source), **_record(explained)})
-    if not columns:
-        fail(f"none of {len(sources)} images could be explained")
+    skipped.check()
     try:
         write_figure(output, compare_sheet(columns, list(chosen.values()), name, scale=scale))
     except OSError as error:
         fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
     if as_json:
-        record = {"model": name, "methods": list(chosen), "images": records, "skipped": skipped}
+        record = {"model": name, "methods": list(chosen), "images": records, "skipped": skipped.records}
         click.echo(json.dumps({**record, "picture": str(output)}))
     else:
         for each in records:
             click.echo(f"{each['image']}: predicted {each['prediction']}, explained {each['target']}")
         click.echo(f"picture: {output}")
-    if skipped:
-        click.echo(f"{len(skipped)} of {len(sources)} images skipped", err=True)
-        click.get_current_context().exit(INCOMPLETE)
+    skipped.finish()
 
 
 def _methods(text: str) -> dict[str, Method]:
@@ -166,7 +158,7 @@ def _column(
     title = f"{item.name}\npredicted {explained.likely(explained.prediction)}"
     if explained.target != explained.prediction:
         title += f"\ntarget {explained.likely(explained.target)}"
-    return ComparedImage(title, explained.pixels, tuple(maps)), explained
+    return ComparedImage(title, prepared.pixels, tuple(maps)), explained
 
 
 def _record(explained: Explanation) -> dict[str, Any]:

@@ -46,7 +46,7 @@ Examples:
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New, or to go on with.")
 @click.option(
     "--class",
-    "asked",
+    "explained",
     type=click.Choice(["true", "predicted"]),
     help="Which class is explained.  [default: true if the data have classes]",
 )
@@ -71,20 +71,14 @@ def evaluate(
     name: str,
     pretrained: bool,
     checkpoint: Path | None,
-    methods: str,
-    metrics: str,
     output: Path,
-    asked: str | None,
+    explained: str | None,
     fill: str | None,
     fit: Literal["squash"] | None,
-    batch_size: int,
-    limit: int | None,
     seed: int,
-    skip_broken: bool,
     device: str,
-    workers: int,
-    results: str,
     as_json: bool,
+    **rest: Any,
 ) -> None:
     """Compare attribution methods on a data set, with intervals and paired tests.
 
@@ -104,10 +98,8 @@ def evaluate(
             subject = subjects.read(
                 name, pretrained=pretrained, checkpoint=checkpoint, fit=fit, seed=seed, device=team.device
             )
-            chosen: Any = asked or ("true" if dataset.class_names else "predicted")
-            settings = Settings(
-                data, name, methods, metrics, chosen, fill or "", seed, limit, batch_size, skip_broken, workers, results
-            )
+            chosen: Any = explained or ("true" if dataset.class_names else "predicted")
+            settings = Settings(data, name, explained=chosen, fill=fill or "", seed=seed, **rest)
 
             def say(text: str) -> None:
                 click.echo(text, err=True)

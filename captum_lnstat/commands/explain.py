@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from captum_lnstat.cli import INCOMPLETE, fail
+from captum_lnstat.cli import fail
 from captum_lnstat.commands.options import (
     EXIT_CODES,
     RuleName,
+    Skipped,
     bundled_scene,
     check_folder,
     check_output,
     image_paths,
     model_options,
-    read_file,
     read_model,
     warn,
 )
@@ -26,9 +26,8 @@ from captum_lnstat.commands.pictures import KINDS, Kind, suffixes_of, write_pict
 from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError, one_line
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.explanation import Explanation, unique_names
-from captum_lnstat.explanation.subject.images import Item
+from captum_lnstat.explanation.subject.images import Item, read_item
 from captum_lnstat.explanation.subject.progress import ProgressBar, progress
-from captum_lnstat.explanation.subject.subject import class_index
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
 DEFAULT_SCENE = 264
@@ -81,17 +80,11 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for every image, with its map.")
 def explain(
     images: tuple[Path, ...],
-    name: str,
-    pretrained: bool,
-    checkpoint: Path | None,
-    whole: bool,
-    target: str | None,
-    rule: str,
-    kind: Kind | None,
-    against: str | None,
     scene: int | None,
     output: Path | None,
-    as_json: bool,
+    kind: Kind | None,
+    against: str | None,
+    **request: Any,
 ) -> None:
     """Explain images: draw what the model looked at and what of it argued for a class.
 
@@ -108,24 +101,21 @@ def explain(
     if several:
         output = output or Path("lnstat")
         check_folder(output, paths)
-        _explain_all(
-            paths, output, drawn, against, _Request(name, pretrained, checkpoint, whole, target, rule, as_json)
-        )
+        _explain_all(paths, output, drawn, against, _Request(**request))
         return
     output = output or Path("lnstat.png")
     check_output(output, suffixes_of(drawn))
     if paths and output.resolve() == paths[0].resolve():
         fail("--output is IMAGE itself; expected another file")
     source, item = (
-        (str(paths[0]), read_file(paths[0])) if paths else bundled_scene(DEFAULT_SCENE if scene is None else scene)
+        (str(paths[0]), read_item(paths[0])) if paths else bundled_scene(DEFAULT_SCENE if scene is None else scene)
     )
-    request = _Request(name, pretrained, checkpoint, whole, target, rule, as_json)
-    _explain_one(source, item, output, drawn, against, request)
+    _explain_one(source, item, output, drawn, against, _Request(**request))
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What is asked for, whatever the image."""
+    """The options that do not depend on the image."""
 
     name: str
     pretrained: bool
@@ -137,8 +127,7 @@ class _Request:
 
     def explainer(self) -> tuple[Explainer, int | None]:
         subject = read_model(self.name, self.pretrained, self.checkpoint, self.whole)
-        wanted = None if self.target is None else class_index(self.target, subject)
-        return Explainer(subject, rule=self.rule), wanted
+        return Explainer(subject, rule=self.rule), subject.find(self.target)
 
 
 def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str | None, request: _Request) -> None:
@@ -150,12 +139,12 @@ def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str
             description = explainer.lnstat.describe(explainer.placed(prepared.inputs[None]))
         warn(explained.cautions)
         if not request.as_json:
-            _say("image", source)
-            _say("model", request.name)
-            _say("prediction", explained.outcome(explained.prediction))
-            _say("target", explained.outcome(explained.target))
+            _line("image", source)
+            _line("model", request.name)
+            _line("prediction", explained.outcome(explained.prediction))
+            _line("target", explained.outcome(explained.target))
             for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
-                _say(heading, line)
+                _line(heading, line)
         write_picture(output, kind, explainer, prepared, explained, against)
     except (UnsupportedModelError, RecordingError) as error:
         _refuse(request.name, error)
@@ -168,19 +157,19 @@ def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str
     if request.as_json:
         click.echo(json.dumps(_record(source, request.name, explained, output)))
     else:
-        _say("picture", str(output))
+        _line("picture", str(output))
 
 
 def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str | None, request: _Request) -> None:
     """One picture after another, each written whole; an image that cannot be explained is named and counted."""
     explainer, wanted = request.explainer()
     warn(explainer.subject.cautions())
-    tally = _Tally(request.as_json)
+    skipped = Skipped(len(paths))
     names = unique_names([path.stem for path in paths])
     for path, picture in zip(ProgressBar(paths, unit="image", disable=None), names, strict=True):
         output = folder / f"{picture}.png"
         try:
-            prepared = explainer.prepare(read_file(path))
+            prepared = explainer.prepare(read_item(path))
             (explained,) = explainer.explain([prepared], [wanted])
             write_picture(output, kind, explainer, prepared, explained, against)
         except UnsupportedModelError as error:  # of the model, so of every other image too
@@ -188,39 +177,13 @@ def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str
         except OSError as error:
             fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
         except (RecordingError, ValueError) as error:
-            tally.skip(path, error)
+            skipped.add(path, error, as_json=request.as_json)
         else:
-            tally.write(path, request.name, explained, output)
-    tally.finish(len(paths))
-
-
-@dataclass
-class _Tally:
-    """What was written and what was skipped."""
-
-    as_json: bool
-    written: int = 0
-    skipped: list[Path] = field(default_factory=list)
-
-    def write(self, path: Path, model: str, explained: Explanation, output: Path) -> None:
-        self.written += 1
-        line = json.dumps(_record(str(path), model, explained, output)) if self.as_json else f"{explained}, {output}"
-        with ProgressBar.external_write_mode():
-            click.echo(line)
-
-    def skip(self, path: Path, error: Exception) -> None:
-        self.skipped.append(path)
-        with ProgressBar.external_write_mode():
-            click.echo(f"Skipped {path}: {one_line(error)}", err=True)
-            if self.as_json:
-                click.echo(json.dumps({"image": str(path), "error": one_line(error)}))
-
-    def finish(self, count: int) -> None:
-        if not self.written:
-            fail(f"none of {count} images could be explained")
-        if self.skipped:
-            click.echo(f"{len(self.skipped)} of {count} images skipped", err=True)
-            click.get_current_context().exit(INCOMPLETE)
+            record = json.dumps(_record(str(path), request.name, explained, output))
+            with ProgressBar.external_write_mode():
+                click.echo(record if request.as_json else f"{explained}, {output}")
+    skipped.check()
+    skipped.finish()
 
 
 def _refuse(name: str, error: Exception) -> NoReturn:
@@ -231,5 +194,5 @@ def _record(source: str, model: str, explained: Explanation, output: Path) -> di
     return {"image": source, "model": model, "picture": str(output), **explained.to_dict()}
 
 
-def _say(heading: str, text: str) -> None:
+def _line(heading: str, text: str) -> None:
     click.echo(f"{heading:<12}{text}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,12 +13,12 @@ import click
 from click.shell_completion import CompletionItem
 
 from captum_lnstat import zoo
-from captum_lnstat.cli import fail
-from captum_lnstat.errors import SourceError
-from captum_lnstat.explanation.subject.images import Item, image_files, read_image
+from captum_lnstat.cli import INCOMPLETE, fail
+from captum_lnstat.errors import SourceError, one_line
+from captum_lnstat.explanation.subject.images import Item, image_files
+from captum_lnstat.explanation.subject.progress import ProgressBar
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
 from captum_lnstat.rules import find_rule, rule_names
-from captum_lnstat.zoo.models import CLASS_NAMES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -93,18 +94,12 @@ def image_paths(images: tuple[Path, ...]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def read_file(path: Path) -> Item:
-    """The image of a file."""
-    return Item(path.stem, read_image(path), path=path)
-
-
 def bundled_scene(number: int) -> tuple[str, Item]:
     """A scene of the package, and what it shows in words."""
     scenes = zoo.scenes()
     if number >= len(scenes):
         raise SourceError(f"there is no scene {number}; expected 0 to {len(scenes) - 1}")
-    names = " and ".join(CLASS_NAMES[label] for label in scenes[number].labels)
-    return f"bundled scene {number}: {names}", Item(f"scene-{number}", scenes[number].image)
+    return f"bundled scene {number}: {scenes[number].title}", Item(f"scene-{number}", scenes[number].image)
 
 
 def check_output(path: Path, suffixes: set[str]) -> None:
@@ -131,3 +126,34 @@ def check_folder(path: Path, images: tuple[Path, ...]) -> None:
         fail(f"the folder {str(path)!r} cannot be made: {error.strerror}")
     if not os.access(path, os.W_OK):
         fail(f"the folder {str(path)!r} cannot be written to")
+
+
+class Skipped:
+    """The images of many that could not be explained: named one by one, counted at the end.
+
+    Args:
+        count: How many images there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.records: list[dict[str, str]] = []
+
+    def add(self, image: object, error: Exception, *, as_json: bool = False) -> None:
+        """Name an image, with what is wrong with it."""
+        self.records.append({"image": str(image), "error": one_line(error)})
+        with ProgressBar.external_write_mode():
+            click.echo(f"Skipped {image}: {one_line(error)}", err=True)
+            if as_json:
+                click.echo(json.dumps(self.records[-1]))
+
+    def check(self) -> None:
+        """End the command if nothing is left."""
+        if len(self.records) == self.count:
+            fail(f"none of {self.count} images could be explained")
+
+    def finish(self) -> None:
+        """Count, and say by the exit code that something was left out."""
+        if self.records:
+            click.echo(f"{len(self.records)} of {self.count} images skipped", err=True)
+            click.get_current_context().exit(INCOMPLETE)

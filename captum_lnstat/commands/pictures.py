@@ -45,7 +45,7 @@ def _figure(
 ) -> Figure:
     model, output, rule = explainer.subject.model, explainer.output, explainer.lnstat.rule
     inputs = explainer.placed(prepared.inputs[None])
-    image = explained.pixels
+    image = prepared.pixels
     likely = explained.likely(explained.target)
     title = f"predicted {explained.likely(explained.prediction)}  |  target {likely}  |  rule {rule}"
     if kind == "sheet":

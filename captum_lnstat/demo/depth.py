@@ -11,7 +11,7 @@ from torch import Tensor
 from captum_lnstat.attribution.layer import LayerLNStat, explain_layer
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.subject.subject import Subject
-from captum_lnstat.layout import Groups, even_shares
+from captum_lnstat.layout import even_shares
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.rules import find_rule
 from captum_lnstat.topology import find_topology
@@ -82,18 +82,8 @@ def to_patches(tokens: Float[Tensor, "batch token"], trace: Trace, block: Block)
         trace: The whole trace that ``block`` is of.
         block: One of its blocks.
     """
-    below = trace.steps[: next(i for i, step in enumerate(trace.steps) if step is block)]
-    for step in reversed(below):
-        groups = step.below
-        if groups is not None:
-            tokens = _split(tokens, groups)
-    patches = tokens[:, trace.prefix :]
-    if trace.place is not None:
-        patches = patches[:, trace.place]
-    return patches.reshape(len(patches), *trace.grid)
-
-
-def _split(tokens: Tensor, groups: Groups) -> Tensor:
-    """The value of every parent, in even parts, to its children."""
-    shares = even_shares(groups, tokens.dtype)
-    return groups.scatter((tokens[:, :, None] * shares).flatten(0, 1)[..., None], len(tokens))[0][..., 0]
+    for groups in trace.below(block):
+        # The value of every parent, in even parts, to its children.
+        parts = (tokens[:, :, None] * even_shares(groups, tokens.dtype)).flatten(0, 1)
+        tokens = groups.scatter(parts[..., None], len(tokens))[0][..., 0]
+    return trace.on_grid(tokens)

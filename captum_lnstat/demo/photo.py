@@ -1,4 +1,4 @@
-"""An image that somebody handed in: read within limits, and kept as the bytes of its file."""
+"""An image that somebody uploaded: read within limits, and kept as the bytes of its file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from captum_lnstat.errors import one_line
-from captum_lnstat.explanation.subject.subject import to_rgb
+from captum_lnstat.explanation.subject.images import to_rgb
 
 MAX_BYTES = 10 * 2**20
 # Far above what a model sees, and still decoded in a second; Pillow alone would take four times as many.
@@ -27,7 +27,7 @@ class Photo:
     """The file of an image, checked once.
 
     Attributes:
-        data: The file as it was handed in.
+        data: The file as it was uploaded.
         title: Shown above the pictures.
         key: Digest of the file, by which results are kept.
     """

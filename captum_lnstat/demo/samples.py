@@ -7,7 +7,6 @@ from functools import cache
 
 from captum_lnstat import zoo
 from captum_lnstat.demo.photo import Photo, from_bytes
-from captum_lnstat.zoo.models import CLASS_NAMES
 
 # Two objects first: another class moves the map from one to the other.
 CHOSEN = (270, 273, 354, 251, 264, 293, 56, 196, 112, 172, 84, 184)
@@ -25,6 +24,5 @@ def samples() -> tuple[Photo, ...]:
     for number in CHOSEN:
         file = io.BytesIO()
         scenes[number].image.save(file, "PNG")
-        title = " and ".join(CLASS_NAMES[label] for label in scenes[number].labels)
-        photos.append(from_bytes(file.getvalue(), title))
+        photos.append(from_bytes(file.getvalue(), scenes[number].title))
     return tuple(photos)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Generic, TypeVar
+from functools import lru_cache, partial
+from typing import Any
 
 from torch import Tensor
 
@@ -45,40 +44,17 @@ _MODELS, _CASES, _MAPS = 3, 8, 128  # kept at a time
 # Seconds until a turn comes: a model may be on its way from a hub, for somebody else.
 _PATIENCE = 600.0
 
-Value = TypeVar("Value")
-
-
-class _Recent(Generic[Value]):
-    """The values that were used last."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        if key not in self._values:
-            self._values[key] = make()
-        self._values.move_to_end(key)
-        while len(self._values) > self._size:
-            self._values.popitem(last=False)
-        return self._values[key]
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Case(Prediction):
     """An image, a model, and what the model makes of it.
 
-    Attributes:
-        prediction: The class with the highest score.
-        probabilities: Of every class; nothing for a model with one score alone.
-        class_names: Of every class, or none.
-        key: What it is kept by.
+    Attributes, beside those of ``Prediction``:
         explainer: The model.
         prepared: The image as the model sees it.
         depths: How many depths there are to read a map at, the patches among them; 1 if the model is not understood.
     """
 
-    key: Hashable
     explainer: Explainer = field(repr=False)
     prepared: Prepared = field(repr=False)
     depths: int
@@ -149,9 +125,9 @@ class Studio:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._explainers: _Recent[Explainer] = _Recent(_MODELS)
-        self._cases: _Recent[Case] = _Recent(_CASES)
-        self._maps: _Recent[Shown] = _Recent(_MAPS)
+        self._explainer = lru_cache(_MODELS)(_explainer)
+        self._case = lru_cache(_CASES)(_case)
+        self._own, self._beside = lru_cache(_MAPS)(_own), lru_cache(_MAPS)(_beside)
 
     def case(self, photo: Photo, name: str, *, pretrained: bool) -> Case:
         """Show an image to a model.
@@ -167,11 +143,8 @@ class Studio:
         name = name.strip()
         if not re.fullmatch(r"[\w.-]{1,120}", name):
             raise DemoError("That is no model's name; expected swin-mini, vit-mini or a name that timm knows.")
-        pretrained = pretrained and name not in zoo.names()
-        key = (photo.key, name, pretrained)
         with self._turn():
-            explainer = self._explainers.get((name, pretrained), lambda: _explainer(name, pretrained))
-            return self._cases.get(key, lambda: _case(key, photo, explainer))
+            return self._case(photo, self._explainer(name, pretrained and name not in zoo.names()))
 
     def maps(self, case: Case, question: Question) -> Iterator[Shown]:
         """The map of the rule, then those beside it, each as soon as it is there.
@@ -188,36 +161,22 @@ class Studio:
             raise DemoError(f"The rule {rule} has the full map only; put the slider at 0.")
         if not 0 <= depth < max(case.depths, 1):
             raise DemoError(f"{name} has no depth {depth}; expected 0 to {case.depths - 1}.")
+        for beside in question.beside:
+            if beside not in BESIDE:
+                raise DemoError(f"There is no method {beside!r}; expected one of {', '.join(BESIDE)}.")
+
+        def target(method: Method) -> int:  # another class changes nothing where no class is explained
+            return question.target if method.per_class else case.prediction
+
         method = method_of_rule(rule)
-        # Without a class to explain there is none to contrast it with.
-        options: Any = {"rule": rule, "contrastive": question.contrastive and method.per_class}
-
-        caption = method.caption + (f", read after block {depth}" if depth else "")
-        own = replace(method, title=rule, caption=caption)
-        yield self._shown((depth, *options.values()), case, question, own, partial(_explain, case, question, options))
-        for other in question.beside:
-            if other not in BESIDE:
-                raise DemoError(f"There is no method {other!r}; expected one of {', '.join(BESIDE)}.")
-            method = METHODS[other]
-            yield self._shown(other, case, question, method, partial(_attribute, case, question, method))
-
-    def _shown(
-        self, key: Hashable, case: Case, question: Question, method: Method, relevance: Callable[[], Any]
-    ) -> Shown:
-        def make() -> Shown:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                try:
-                    found = relevance()
-                except Exception as error:  # whatever a model of timm may raise by itself
-                    raise DemoError(f"{method.title} cannot be computed.\n{str(error).strip()}") from error
-            notes = tuple(one_line(entry.message) for entry in caught if entry.category is UserWarning)
-            return Shown(method.title, found, method.signed, method.caption, notes)
-
-        # Another class changes nothing where no class is explained.
-        target = question.target if method.per_class else None
         with self._turn():
-            return self._maps.get((case.key, key, target), make)
+            # Without a class to explain there is none to contrast it with.
+            own = self._own(case, rule, target(method), depth, question.contrastive and method.per_class)
+        yield own
+        for beside in question.beside:
+            with self._turn():
+                other = self._beside(case, beside, target(METHODS[beside]))
+            yield other
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -229,13 +188,32 @@ class Studio:
             self._lock.release()
 
 
-def _explain(case: Case, question: Question, options: dict[str, Any]) -> Any:
-    kind = partial(DepthExplainer, depth=question.depth) if question.depth else Explainer
-    return kind(case.subject, **options).explain([case.prepared], [question.target], [case])[0].relevance
+def _own(case: Case, rule: str, target: int, depth: int, contrastive: bool) -> Shown:
+    method = method_of_rule(rule)
+    kind: Any = partial(DepthExplainer, depth=depth) if depth else Explainer
+
+    def relevance() -> Any:
+        explainer = kind(case.subject, rule=rule, contrastive=contrastive)
+        return explainer.explain([case.prepared], [target], [case])[0].relevance
+
+    caption = method.caption + (f", read after block {depth}" if depth else "")
+    return _shown(replace(method, title=rule, caption=caption), relevance)
 
 
-def _attribute(case: Case, question: Question, method: Method) -> Any:
-    return to_map(method.make(case.subject.model, None)(case.inputs, question.target)[0])
+def _beside(case: Case, name: str, target: int) -> Shown:
+    method = METHODS[name]
+    return _shown(method, lambda: to_map(method.make(case.subject.model, None)(case.inputs, target)[0]))
+
+
+def _shown(method: Method, relevance: Callable[[], Any]) -> Shown:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = relevance()
+        except Exception as error:  # whatever a model of timm may raise by itself
+            raise DemoError(f"{method.title} cannot be computed.\n{str(error).strip()}") from error
+    notes = tuple(one_line(entry.message) for entry in caught if entry.category is UserWarning)
+    return Shown(method.title, found, method.signed, method.caption, notes)
 
 
 def notes(case: Case, question: Question, shown: Sequence[Shown]) -> list[str]:
@@ -253,7 +231,7 @@ def _explainer(name: str, pretrained: bool) -> Explainer:
         raise DemoError(f"{name} cannot be made, {type(error).__name__}: {one_line(error)}") from error
 
 
-def _case(key: Hashable, photo: Photo, explainer: Explainer) -> Case:
+def _case(photo: Photo, explainer: Explainer) -> Case:
     try:
         prepared = explainer.prepare(Item(photo.title, photo.image()))
         inputs = explainer.placed(prepared.inputs[None])
@@ -265,4 +243,4 @@ def _case(key: Hashable, photo: Photo, explainer: Explainer) -> Case:
         depths = sum(step.kind == "attention" for step in explainer.lnstat.describe(inputs).steps)
     except Exception:  # its message comes with the map
         depths = 1
-    return Case(**vars(found), key=key, explainer=explainer, prepared=prepared, depths=depths)
+    return Case(**vars(found), explainer=explainer, prepared=prepared, depths=depths)

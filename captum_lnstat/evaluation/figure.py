@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_FIRST, _OTHER, _INK, _FAINT, _RULE = "#b3400e", "#33506b", "#222222", "#666666", "#dddddd"
+from captum_lnstat.visualize.canvas import DPI, FAINT, INK, axes_at, write
+
+_FIRST, _OTHER, _RULE = "#b3400e", "#33506b", "#dddddd"
 _COLUMNS, _WIDE, _LINE, _HEAD = 4, 2.4, 0.24, 0.62
 
 
@@ -26,29 +29,21 @@ def draw(summary: dict[str, Any], title: str) -> Figure:
     label = min(3.2, 0.4 + 0.085 * max(map(len, methods)))
     panel = _LINE * len(methods) + _HEAD
     width, height = label + columns * _WIDE + 0.3, 0.75 + rows * (panel + 0.25)
-    figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.text(0.3 / width, 1 - 0.25 / height, title, va="center", fontsize=10.5, color=_INK, parse_math=False)
+    write(figure, 0.3, height - 0.25, title, 10.5, ha="left")
     for place, name in enumerate(names):
         row, column = divmod(place, columns)
         top = height - 0.55 - row * (panel + 0.25) - 0.3
-        box = (
-            (label + column * _WIDE + 0.15) / width,
-            (top - _LINE * len(methods)) / height,
-            (_WIDE - 0.35) / width,
-            _LINE * len(methods) / height,
-        )
-        _panel(figure, box, name, methods, labelled=column == 0)
-    figure.text(
-        0.3 / width, 0.14 / height, "bars: 95 % bootstrap interval over images", fontsize=8, color=_FAINT, va="center"
-    )
+        tall = _LINE * len(methods)
+        axes = axes_at(figure, label + column * _WIDE + 0.15, top - tall, _WIDE - 0.35, tall)
+        _panel(axes, name, methods, labelled=column == 0)
+    write(figure, 0.3, 0.14, "bars: 95 % bootstrap interval over images", 8, ha="left", color=FAINT)
     return figure
 
 
-def _panel(
-    figure: Figure, box: tuple[float, float, float, float], name: str, methods: dict[str, Any], *, labelled: bool
-) -> None:
-    axes = figure.add_axes(box)
+def _panel(axes: Axes, name: str, methods: dict[str, Any], *, labelled: bool) -> None:
+    axes.set_axis_on()
     shown = [
         (line, method["metrics"][name]) for line, method in enumerate(methods.values()) if name in method["metrics"]
     ]
@@ -60,14 +55,14 @@ def _panel(
         axes.axvline(shown[0][1]["value"], color=_FIRST, linewidth=0.6, alpha=0.5, zorder=0)
     higher = shown[0][1]["higher_is_better"]
     arrow = "" if higher is None else "  (higher is better)" if higher else "  (lower is better)"
-    axes.set_title(name, fontsize=9.5, color=_INK, loc="left", pad=10, parse_math=False)
-    axes.text(0, 1, arrow.strip(), transform=axes.transAxes, fontsize=7, color=_FAINT, va="bottom")
+    axes.set_title(name, fontsize=9.5, color=INK, loc="left", pad=10, parse_math=False)
+    axes.text(0, 1, arrow.strip(), transform=axes.transAxes, fontsize=7, color=FAINT, va="bottom")
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.set_yticks(range(len(methods)), list(methods) if labelled else [""] * len(methods))
     for text in axes.get_yticklabels():
         text.set_parse_math(False)
-    axes.tick_params(axis="y", length=0, labelsize=8.5, labelcolor=_INK)
-    axes.tick_params(axis="x", length=2, labelsize=7.5, labelcolor=_FAINT, color=_RULE)
+    axes.tick_params(axis="y", length=0, labelsize=8.5, labelcolor=INK)
+    axes.tick_params(axis="x", length=2, labelsize=7.5, labelcolor=FAINT, color=_RULE)
     axes.locator_params(axis="x", nbins=4)
     axes.grid(axis="x", color=_RULE, linewidth=0.5)
     axes.set_axisbelow(True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +30,15 @@ def _options(spec: Spec, **known: Any) -> dict[str, Any]:
     return {**known, **spec.options}
 
 
-def _one(spec: Spec, higher: bool) -> tuple[Quantity, ...]:
-    return (Quantity(spec.text, higher, ((spec.text, None),)),)
+def _single(
+    spec: Spec, value: Callable[[Batch, Tensor, Method], Tensor], higher: bool, applies: Callable[[Example, bool], bool]
+) -> Measure:
+    """A metric of one number an image."""
+
+    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+        return {spec.text: value(batch, maps, method)}
+
+    return Measure(spec.text, (Quantity(spec.text, higher, ((spec.text, None),)),), applies, compute)
 
 
 # What a metric applies to.
@@ -66,11 +73,7 @@ def _annotated(one: Example, true_class: bool) -> bool:
 def _on_region(function: Callable[..., Tensor], spec: Spec, **defaults: Any) -> Measure:
     """A metric of maps and the object's region."""
     options = _options(spec, **defaults)
-
-    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
-        return {spec.text: function(maps, batch.region(), **options)}
-
-    return Measure(spec.text, _one(spec, higher=True), _object, compute)
+    return _single(spec, lambda batch, maps, method: function(maps, batch.region(), **options), True, _object)
 
 
 def _filled(batch: Batch, name: str | None, usual: str) -> Tensor:
@@ -86,36 +89,31 @@ def _filled(batch: Batch, name: str | None, usual: str) -> Tensor:
     raise ValueError(f"fill is {name!r}; expected one of {', '.join(FILLS)}")
 
 
-def _perturbation(spec: Spec, order: Literal["positive", "negative"]) -> Measure:
-    options = _options(spec, fill=None)
+def _removing(function: Callable[..., Any], spec: Spec, usual: str, higher: bool, **defaults: Any) -> Measure:
+    """A metric of what the model makes of images some of whose pixels are replaced."""
+    options = _options(spec, fill=None, **defaults)
+    rest = {key: value for key, value in options.items() if key != "fill"}
 
-    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
-        fill = _filled(batch, options["fill"], "black")
-        curve = metrics.perturbation_curve(batch.forward, batch.images, maps, batch.targets, order=order, fill=fill)
-        return {spec.text: curve.auc}
-
-    return Measure(spec.text, _one(spec, higher=order == "negative"), _image, compute)
-
-
-def _path(spec: Spec, function: Callable[..., Any], usual: str, higher: bool) -> Measure:
-    options = _options(spec, fill=None, steps=50)
-
-    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+    def value(batch: Batch, maps: Tensor, method: Method) -> Tensor:
         fill = _filled(batch, options["fill"], usual)
-        curve = function(batch.forward, batch.images, maps, batch.targets, fill=fill, steps=options["steps"])
-        return {spec.text: curve.auc}
+        found = function(batch.forward, batch.images, maps, batch.targets, fill=fill, **rest)
+        return found.auc if isinstance(found, metrics.Curve) else found
 
-    return Measure(spec.text, _one(spec, higher=higher), _image, compute)
+    return _single(spec, value, higher, _image)
+
+
+def _infidelity(forward: Any, images: Tensor, maps: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return metrics.infidelity(forward, images, maps, target, max_examples_per_batch=len(maps), **options)
 
 
 def _two(spec: Spec) -> Measure:
     _options(spec)
 
-    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+    def value(batch: Batch, maps: Tensor, method: Method) -> Tensor:
         mine, other = (batch.stack([getattr(one, of) for one in batch.examples]) for of in ("mask", "other_mask"))
-        return {spec.text: metrics.two_object(maps, mine, other)}
+        return metrics.two_object(maps, mine, other)
 
-    return Measure(spec.text, _one(spec, higher=True), _two_objects, compute)
+    return _single(spec, value, True, _two_objects)
 
 
 def _grid(spec: Spec) -> Measure:
@@ -138,7 +136,7 @@ def _grid(spec: Spec) -> Measure:
         )
         return metrics.grid_mosaic(small[None], rows, cols)[0], place
 
-    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+    def value(batch: Batch, maps: Tensor, method: Method) -> Tensor:
         made = [mosaic(batch, one) for one in batch.examples]
         able = [row for row, found in enumerate(made) if found is not None]
         values = torch.full((len(made),), float("nan"))
@@ -148,9 +146,9 @@ def _grid(spec: Spec) -> Measure:
             part = batch.of(able)
             found = method.maps(images, part.targets, part.names, batch.seed)
             values[able] = metrics.grid_share(found, rows, cols, cells.to(found.device)).float().cpu()
-        return {spec.text: values}
+        return values
 
-    return Measure(spec.text, _one(spec, higher=True), _in_grid, compute)
+    return _single(spec, value, True, _in_grid)
 
 
 def _segmentation(spec: Spec) -> Measure:
@@ -217,30 +215,16 @@ def _spearman(spec: Spec) -> Measure:
         return {spec.text: metrics.spearman(maps, human), f"{spec.text}.ceiling": metrics.spearman_ceiling(human)}
 
     quantities = (
-        *_one(spec, higher=True),
+        Quantity(spec.text, True, ((spec.text, None),)),
         Quantity(f"{spec.text} ceiling", None, ((f"{spec.text}.ceiling", None),)),
     )
     return Measure(spec.text, quantities, _annotated, compute)
 
 
-def _infidelity(spec: Spec) -> Measure:
-    options = _options(spec, fill=None, patch=None, share=0.2, draws=32, normalize=True)
-    rest = {key: value for key, value in options.items() if key != "fill"}
-
-    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
-        fill = _filled(batch, options["fill"], "black")
-        values = metrics.infidelity(
-            batch.forward, batch.images, maps, batch.targets, fill=fill, max_examples_per_batch=len(maps), **rest
-        )
-        return {spec.text: values}
-
-    return Measure(spec.text, _one(spec, higher=False), _image, compute)
-
-
 def _sensitivity(spec: Spec) -> Measure:
     options = _options(spec, radius=0.02, draws=10)
 
-    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+    def value(batch: Batch, maps: Tensor, method: Method) -> Tensor:
         values = []
         for row, name in enumerate(batch.names):  # one at a time: a method's randomness hangs on the image's name
 
@@ -249,9 +233,9 @@ def _sensitivity(spec: Spec) -> Measure:
 
             one = slice(row, row + 1)
             values.append(metrics.sensitivity(explain, batch.images[one], batch.targets[one], **options))
-        return {spec.text: torch.cat(values)}
+        return torch.cat(values)
 
-    return Measure(spec.text, _one(spec, higher=False), _image, compute)
+    return _single(spec, value, False, _image)
 
 
 MEASURES: dict[str, Callable[[Spec], Measure]] = {
@@ -261,16 +245,18 @@ MEASURES: dict[str, Callable[[Spec], Measure]] = {
     "ap": partial(_on_region, metrics.average_precision),
     "f1": partial(_on_region, metrics.f1, threshold="mean"),
     "accuracy": partial(_on_region, metrics.pixel_accuracy, threshold="mean"),
-    "positive": partial(_perturbation, order="positive"),
-    "negative": partial(_perturbation, order="negative"),
-    "insertion": lambda spec: _path(spec, metrics.insertion, "blur", True),
-    "deletion": lambda spec: _path(spec, metrics.deletion, "black", False),
+    "positive": partial(_removing, partial(metrics.perturbation_curve, order="positive"), usual="black", higher=False),
+    "negative": partial(_removing, partial(metrics.perturbation_curve, order="negative"), usual="black", higher=True),
+    "insertion": partial(_removing, metrics.insertion, usual="blur", higher=True, steps=50),
+    "deletion": partial(_removing, metrics.deletion, usual="black", higher=False, steps=50),
     "two": _two,
     "grid": _grid,
     "segmentation": _segmentation,
     "box": _box,
     "spearman": _spearman,
-    "infidelity": _infidelity,
+    "infidelity": partial(
+        _removing, _infidelity, usual="black", higher=False, patch=None, share=0.2, draws=32, normalize=True
+    ),
     "sensitivity": _sensitivity,
 }
 

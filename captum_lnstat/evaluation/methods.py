@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from captum_lnstat.errors import near
 from captum_lnstat.evaluation.seeds import seeded
 from captum_lnstat.evaluation.specs import Spec, parse
 from captum_lnstat.evaluation.subject import Subject
+from captum_lnstat.explanation.subject.subject import resolve
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -121,11 +121,11 @@ def _registered(spec: Spec, subject: Subject, batch_size: int) -> Method:
     name, _, layer = spec.name.partition(":")
     method, options = METHODS[name], dict(spec.options)
     if method.options is not None:
-        _expect(spec, method.options)
+        _expect(spec, (*method.options, *(["steps"] if name == "ig" else [])))
     if layer:
         options["layer"] = layer
     if name == "ig":
-        options = {"n_steps": options.get("steps", 50), "internal_batch_size": batch_size, **options}
+        options = {"n_steps": options.pop("steps", 50), "internal_batch_size": batch_size, **options}
     try:
         attribute = method.make(subject.model, None, **options)
     except ValueError as error:
@@ -154,9 +154,7 @@ def names() -> tuple[str, ...]:
 def _imported(spec: Spec, subject: Subject, module: str, path: str) -> Method:
     """Any class with Captum's surface: options go to the constructor or to ``attribute``, whichever has them."""
     try:
-        found: Any = import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
+        found = resolve(module, path)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"method {spec.text!r} cannot be imported: {error}") from error
     is_class = inspect.isclass(found)

@@ -122,7 +122,7 @@ def _portable(error: Exception) -> Exception:
 def _check_classes(settings: Settings, dataset: Dataset, subject: Subject) -> None:
     if settings.batch_size < 1 or (settings.limit is not None and settings.limit < 1):
         raise ValueError(f"batch size is {settings.batch_size} and limit {settings.limit}; expected 1 or more")
-    if settings.asked == "predicted":
+    if settings.explained == "predicted":
         return
     known = len(dataset.class_names)
     if not known:
@@ -150,7 +150,7 @@ def _manifest(settings: Settings, dataset: Dataset, subject: Subject) -> dict[st
         "frame": subject.frame.record(),
         "methods": settings.methods,
         "metrics": settings.metrics,
-        "class": settings.asked,
+        "class": settings.explained,
         "fill": settings.fill,
         "seed": settings.seed,
     }

@@ -1,11 +1,11 @@
-"""What a run is asked to do, and how it says that it cannot."""
+"""What a run does, and the error when it cannot go on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-AskedClass = Literal["true", "predicted"]
+ExplainedClass = Literal["true", "predicted"]
 
 
 class RunError(RuntimeError):
@@ -21,7 +21,7 @@ class Settings:
         model: The model's name.
         methods: Names separated by commas.
         metrics: The same.
-        asked: Which class is explained: the image's own, or the predicted one.
+        explained: Which class is explained: the image's own, or the predicted one.
         fill: What replaces pixels, for all metrics that do; empty for what is usual for each.
         seed: Of everything random.
         limit: So many samples, drawn by the seed; all if None.
@@ -35,7 +35,7 @@ class Settings:
     model: str
     methods: str
     metrics: str
-    asked: AskedClass
+    explained: ExplainedClass
     fill: str = ""
     seed: int = 0
     limit: int | None = None

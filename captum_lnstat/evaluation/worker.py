@@ -73,7 +73,7 @@ class Worker:
             probabilities = self.subject.forward(images).float().softmax(-1)
         confidence, predicted = probabilities.max(-1)
         targets = predicted
-        if self.settings.asked == "true":
+        if self.settings.explained == "true":
             missing = next((one.sample.name for one in examples if one.sample.target is None), None)
             if missing is not None:
                 raise RunError(f"{missing} has no class to ask for; take --class predicted")
@@ -103,7 +103,7 @@ class Worker:
         seconds = (self._now() - begin) / len(maps)
         found: list[Record] = [{"seconds": float(f"{seconds:.4g}")} for _ in batch.examples]
         for measure in self.measures:
-            true = self.settings.asked == "true"
+            true = self.settings.explained == "true"
             rows = [row for row, one in enumerate(batch.examples) if measure.applies(one, true)]
             if not rows:
                 continue

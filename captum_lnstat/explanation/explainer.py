@@ -24,6 +24,7 @@ from captum_lnstat.explanation.subject.images import Item
 from captum_lnstat.explanation.subject.subject import Subject
 from captum_lnstat.recording.forward import Output, pick_output
 from captum_lnstat.trace.trace import Trace
+from captum_lnstat.visualize.maps import to_picture
 
 Target = int | str | None
 
@@ -91,17 +92,6 @@ class Explainer:
             self._views[size] = measure(self.subject.transform, size)
         return self._views[size]
 
-    def scores(self, inputs: Tensor) -> Tensor:
-        """The model's scores, ``(image, class)``, without a graph."""
-        with torch.no_grad():
-            scores = pick_output(self.subject.model(self.placed(inputs)), self.output)
-        if scores.dim() != 2:
-            raise SourceError(
-                f"the model returned scores of shape {tuple(scores.shape)}; expected (image, class). A model with "
-                "another output is explained by LNStatAttribution"
-            )
-        return scores.detach().float().cpu()
-
     def placed(self, inputs: Tensor) -> Tensor:
         """Inputs on the model's device and in its dtype."""
         parameter = next(self.subject.model.parameters(), inputs)
@@ -109,12 +99,22 @@ class Explainer:
 
     def predict(self, inputs: Tensor) -> list[Prediction]:
         """What the model makes of every image."""
-        scores = self.scores(inputs)
+        with torch.no_grad():
+            scores = pick_output(self.subject.model(self.placed(inputs)), self.output).detach().float().cpu()
+        if scores.dim() != 2:
+            raise SourceError(
+                f"the model returned scores of shape {tuple(scores.shape)}; expected (image, class). A model with "
+                "another output is explained by LNStatAttribution"
+            )
+        count = scores.shape[1]
         # A head that was replaced tells apart other classes than those that the model was made for.
-        names = self.subject.class_names if len(self.subject.class_names) == scores.shape[1] else ()
-        likely = self._probabilities(scores)
+        names = self.subject.class_names if len(self.subject.class_names) == count else ()
+        config = getattr(self.subject.model, "config", None)
+        several = getattr(config, "problem_type", None) == "multi_label_classification"
+        likely = (scores.sigmoid() if several else scores.softmax(1)).double().numpy()
+        # One score may be anything: softmax would make it 100 %.
         return [
-            Prediction(int(row.argmax()), None if likely is None else likely[place], names)
+            Prediction(int(row.argmax()), None if count == 1 else likely[place], names)
             for place, row in enumerate(scores)
         ]
 
@@ -166,13 +166,6 @@ class Explainer:
         own = self.subject.cautions(pictures=picture)
         return own if self.subject.random else own + prediction.faint(target)
 
-    def _probabilities(self, scores: Tensor) -> np.ndarray[Any, Any] | None:
-        if scores.shape[1] == 1:  # the one score may be anything: softmax would say 100 %
-            return None
-        config = getattr(self.subject.model, "config", None)
-        several = getattr(config, "problem_type", None) == "multi_label_classification"
-        return np.asarray((scores.sigmoid() if several else scores.softmax(1)).double().numpy())
-
     def stream(self, items: Sequence[Item], targets: Sequence[Target], batch_size: int) -> Iterator[Explanation]:
         """Explain images in batches of those that follow each other and are of one size."""
         waiting: list[tuple[Prepared, Target]] = []
@@ -190,12 +183,10 @@ class Explainer:
 
 def _picture(inputs: Tensor, view: View) -> Image.Image:
     """The input with its normalisation undone; a single channel is shown as grey."""
-    pixels = inputs.detach().cpu().double().numpy()
-    if len(pixels) not in (1, 3) or len(view.mean) != len(pixels):
+    if len(inputs) not in (1, 3) or len(view.mean) != len(inputs):
         raise SourceError(
             f"the model's input has shape {tuple(inputs.shape)}, its transform {len(view.mean)} channels; expected an "
             "image of 3 channels or 1"
         )
-    pixels = pixels * np.reshape(view.std, (-1, 1, 1)) + np.reshape(view.mean, (-1, 1, 1))
-    pixels = (np.broadcast_to(pixels, (3, *pixels.shape[1:])).clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    pixels = to_picture(inputs.expand(3, -1, -1), view.mean, view.std)
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))

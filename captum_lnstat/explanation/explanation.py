@@ -31,10 +31,7 @@ _PIXELS = 1 << 20
 class Explanation(Prediction):
     """The explanation of one image.
 
-    Attributes:
-        prediction: The class with the highest score.
-        probabilities: Of every class; nothing for a model with one score alone.
-        class_names: Of every class, or none.
+    Attributes, beside those of ``Prediction``:
         name: Of the image: its file's name without the suffix, or ``"image"``.
         rule: The rule of ``LNStatAttribution``.
         target: The class that is explained.
@@ -72,14 +69,9 @@ class Explanation(Prediction):
         return None if self.probabilities is None else float(self.probabilities[self.target])
 
     @cached_property
-    def pixels(self) -> Float[np.ndarray, "height width 3"]:
-        """``image`` as values from 0 to 1."""
-        return pixels_of(self.image)
-
-    @cached_property
     def overlay(self) -> Image.Image:
         """The map laid over ``image``, of its size."""
-        return Image.fromarray(_eight_bits(overlay(self.pixels, self.relevance, signed=self.signed)))
+        return Image.fromarray(_eight_bits(overlay(pixels_of(self.image), self.relevance, signed=self.signed)))
 
     @cached_property
     def on_original(self) -> Image.Image:

@@ -10,7 +10,9 @@ from torch import Tensor
 from captum_lnstat.metrics.checks import check_maps, result_dtype
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
+
+    from captum_lnstat.metrics.shapes import Maps, Masks, PerImage
 
 
 def average_ranks(values: Float[Tensor, "batch item"]) -> Float[Tensor, "batch item"]:
@@ -52,10 +54,7 @@ def _annotation(human: Tensor) -> Tensor:
     return graded
 
 
-def spearman(
-    maps: Float[Tensor, "batch height width"],
-    human: Float[Tensor, "batch height width"] | Bool[Tensor, "batch height width"],
-) -> Float[Tensor, " batch"]:
+def spearman(maps: Maps, human: Maps | Masks) -> PerImage:
     """Spearman's rank correlation of each map's pixels with an annotation, graded or binary; ties share a rank.
 
     Read it beside ``spearman_ceiling``: a binary annotation has two ranks only, and no map without ties gets to 1. A
@@ -82,9 +81,7 @@ def spearman(
     return _rank_correlation(maps.flatten(1), graded.flatten(1)).to(result_dtype(maps))
 
 
-def spearman_ceiling(
-    human: Float[Tensor, "batch height width"] | Bool[Tensor, "batch height width"],
-) -> Float[Tensor, " batch"]:
+def spearman_ceiling(human: Maps | Masks) -> PerImage:
     """The largest ``spearman`` that a map without ties can have with this annotation.
 
     A map without ties has the ranks 1 to n, whose variance is (n^2 - 1) / 12. With the annotation's average ranks h its
@@ -109,9 +106,7 @@ def spearman_ceiling(
     return ceiling.to(torch.float32 if human.dtype == torch.bool else result_dtype(human))
 
 
-def map_correlation(
-    a: Float[Tensor, "batch height width"], b: Float[Tensor, "batch height width"], *, absolute: bool = False
-) -> Float[Tensor, " batch"]:
+def map_correlation(a: Maps, b: Maps, *, absolute: bool = False) -> PerImage:
     """Spearman's rank correlation of two maps of the same image; 0 where either is flat.
 
     For the parameter-randomisation check: ``a`` of the trained model, ``b`` of ``randomised(model, ...)``. A method

@@ -13,7 +13,9 @@ from captum_lnstat.metrics.checks import check_maps, result_dtype
 from captum_lnstat.metrics.targets import class_indices
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, Num
+    from jaxtyping import Int, Num
+
+    from captum_lnstat.metrics.shapes import Maps, Masks, PerImage
 
 
 def _components(above: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def _components(above: Tensor) -> Tensor:
         labels = following
 
 
-def component_boxes(above: Bool[Tensor, "batch height width"]) -> Int[Tensor, "batch 4"]:
+def component_boxes(above: Masks) -> Int[Tensor, "batch 4"]:
     """The box of the largest connected component of each mask: left, top, right, bottom; right and bottom exclusive.
 
     Pixels that touch at a side or a corner are connected. Of equally large components the one that begins first in
@@ -79,11 +81,7 @@ def _check_boxes(boxes: Sequence[Tensor], images: int) -> None:
             raise ValueError(f"boxes[{index}] is {one.tolist()}; expected right > left and bottom > top in every row")
 
 
-def box_iou(
-    maps: Float[Tensor, "batch height width"],
-    boxes: Sequence[Num[Tensor, "boxes 4"]],
-    threshold: float = 0.5,
-) -> Float[Tensor, " batch"]:
+def box_iou(maps: Maps, boxes: Sequence[Num[Tensor, "boxes 4"]], threshold: float = 0.5) -> PerImage:
     """Intersection over union of the map's box with the best of the image's boxes.
 
     Each map is scaled to [0, 1] by its own minimum and maximum and cut at ``threshold``; its box is that of the largest
@@ -120,12 +118,12 @@ def box_iou(
 
 
 def top1_localisation(
-    maps: Float[Tensor, "batch height width"],
+    maps: Maps,
     boxes: Sequence[Num[Tensor, "boxes 4"]],
     predicted: int | Sequence[int] | Int[Tensor, " batch"],
     target: int | Sequence[int] | Int[Tensor, " batch"],
     threshold: float = 0.5,
-) -> Float[Tensor, " batch"]:
+) -> PerImage:
     """1 where the predicted class is the target and the map's box meets a true one with an IoU of at least 1/2.
 
     The localisation accuracy of ILSVRC with boxes made from maps; ``boxes`` and ``threshold`` as in ``box_iou``.

@@ -10,12 +10,14 @@ from captum.metrics import infidelity as captum_infidelity
 from captum.metrics import sensitivity_max
 from torch import Tensor
 
-from captum_lnstat.metrics.checks import check_images, result_dtype
-from captum_lnstat.metrics.perturbation import _fitting
+from captum_lnstat.metrics.checks import check_batch, check_images, result_dtype
+from captum_lnstat.metrics.perturbation import fill_images
 from captum_lnstat.metrics.targets import Classes, class_indices, class_scores
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
+
+    from captum_lnstat.metrics.shapes import Images, Maps, PerImage
 
 
 def patch_draws(
@@ -50,8 +52,8 @@ def patch_draws(
 
 def infidelity(
     forward: Callable[[Tensor], Any],
-    images: Float[Tensor, "batch channel height width"],
-    maps: Float[Tensor, "batch height width"],
+    images: Images,
+    maps: Maps,
     target: Classes,
     *,
     fill: Float[Tensor, "..."],
@@ -61,7 +63,7 @@ def infidelity(
     seed: int = 0,
     normalize: bool = True,
     max_examples_per_batch: int | None = None,
-) -> Float[Tensor, " batch"]:
+) -> PerImage:
     """Captum's infidelity when patches are replaced by ``fill``; lower is better.
 
     ``mean over draws of (sum of the map over the replaced pixels - (f(x) - f(x with them replaced)))^2``, f the
@@ -94,7 +96,7 @@ def infidelity(
         tensor([True, True])
     """
     check_images(images, maps)
-    classes, other = class_indices(target, images), _fitting(fill, images)
+    classes, other = class_indices(target, images), fill_images(fill, images)
     class_scores(forward, images, classes)  # says in plain words what is wrong with forward or target
     height, width = images.shape[2:]
     patch = max(1, min(height, width) // 14) if patch is None else patch
@@ -131,14 +133,14 @@ def infidelity(
 
 def sensitivity(
     explain: Callable[..., Tensor],
-    images: Float[Tensor, "batch channel height width"],
+    images: Images,
     target: Classes,
     *,
     radius: float = 0.02,
     draws: int = 10,
     seed: int = 0,
     max_examples_per_batch: int | None = None,
-) -> Float[Tensor, " batch"]:
+) -> PerImage:
     """Captum's maximal sensitivity: how far a map moves when faint noise is added to the image; lower is better.
 
     ``max over draws of |explain(x + noise) - explain(x)| / |explain(x)|`` in the Euclidean norm, with uniform noise in
@@ -160,11 +162,7 @@ def sensitivity(
         >>> sensitivity(lambda images, target: images.sum(1) * 0 + 1, torch.rand(2, 3, 4, 4), 0)
         tensor([0., 0.])
     """
-    if images.dim() != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"images has shape {tuple(images.shape)} and {images.dtype}; expected floating "
-            "(batch, channel, height, width)"
-        )
+    check_batch(images)
     if not radius > 0 or draws < 1:
         raise ValueError(f"radius is {radius} and draws {draws}; expected a radius above 0 and one draw or more")
     classes = class_indices(target, images)

@@ -88,3 +88,22 @@ def above_mean(values: Tensor) -> Tensor:
     values = values.double()
     low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
     return values > values.mean((1, 2), keepdim=True).clamp(low, high)
+
+
+def check_batch(images: Tensor) -> None:
+    """Raise unless ``images`` is floating and ``(batch, channel, height, width)``.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"images has shape {tuple(images.shape)} and {images.dtype}; expected floating "
+            "(batch, channel, height, width)"
+        )
+
+
+def share_of(part: Tensor, total: Tensor, otherwise: Tensor | float) -> Tensor:
+    """``part / total`` where the total is positive, elsewhere what a map that knows nothing gets."""
+    share = part / total.where(total > 0, torch.ones_like(total))
+    return torch.where(total > 0, share, torch.as_tensor(otherwise, dtype=share.dtype, device=share.device))

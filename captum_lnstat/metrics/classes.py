@@ -28,6 +28,8 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
+    from captum_lnstat.metrics.shapes import Maps, PerImage
+
 
 class ImageMean(Metric):  # type: ignore[misc]
     """Base of all these metrics: the mean of one value an image, kept as a sum and a count.
@@ -54,7 +56,7 @@ class ImageMean(Metric):  # type: ignore[misc]
         """Count a batch: what ``measure`` takes before its options."""
         self.add(self.measure(*args, **kwargs, **self.options))
 
-    def add(self, values: Float[Tensor, " batch"]) -> None:
+    def add(self, values: PerImage) -> None:
         """Count one value for every image of a batch."""
         self.total += values.double().sum()
         self.images += len(values)
@@ -234,7 +236,7 @@ class GridShare(ImageMean):
         super().__init__(**kwargs)
         self.rows, self.cols = rows, cols
 
-    def update(self, maps: Float[Tensor, "batch height width"], cell: Classes) -> None:
+    def update(self, maps: Maps, cell: Classes) -> None:
         self.add(games.grid_share(maps, self.rows, self.cols, cell))
 
 
@@ -272,7 +274,7 @@ class Spearman(ImageMean):
         super().__init__(**kwargs)
         self.add_state("ceilings", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, maps: Float[Tensor, "batch height width"], human: Shaped[Tensor, "batch height width"]) -> None:
+    def update(self, maps: Maps, human: Shaped[Tensor, "batch height width"]) -> None:
         self.add(agreement.spearman(maps, human))
         self.ceilings += agreement.spearman_ceiling(human).double().sum()
 
@@ -308,7 +310,7 @@ class Segmentation(ImageMean):
         for name, shape in (("correct", ()), ("labelled", ()), ("intersection", (2,)), ("union", (2,))):
             self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, maps: Float[Tensor, "batch height width"], truth: Int[Tensor, "batch height width"]) -> None:
+    def update(self, maps: Maps, truth: Int[Tensor, "batch height width"]) -> None:
         counts = segmentation.segmentation_counts(maps, truth)
         self.add(segmentation.segmentation_average_precision(maps, truth))
         for name in ("correct", "labelled", "intersection", "union"):

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from captum_lnstat.metrics.checks import check_batch
+
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from captum_lnstat.metrics.shapes import Images
 
 
 def black(mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "1 channel 1 1"]:
@@ -34,7 +38,7 @@ def black(mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "1 chann
     return colour.float()[None, :, None, None]
 
 
-def mean_colour(images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch channel 1 1"]:
+def mean_colour(images: Images) -> Float[Tensor, "batch channel 1 1"]:
     """Each image's own mean colour.
 
     Example:
@@ -42,13 +46,11 @@ def mean_colour(images: Float[Tensor, "batch channel height width"]) -> Float[Te
         >>> mean_colour(torch.tensor([[[[1.0, 3.0]]]])).item()
         2.0
     """
-    _check(images)
+    check_batch(images)
     return images.double().mean((2, 3), keepdim=True).to(images.dtype)
 
 
-def blurred(
-    images: Float[Tensor, "batch channel height width"], kernel_size: int = 11, sigma: float = 5.0
-) -> Float[Tensor, "batch channel height width"]:
+def blurred(images: Images, kernel_size: int = 11, sigma: float = 5.0) -> Images:
     """Each image under a Gaussian blur; by default RISE's, 11 pixels and a deviation of 5 at 224 pixels.
 
     Args:
@@ -65,7 +67,7 @@ def blurred(
     """
     from torchvision.transforms.functional import gaussian_blur  # type: ignore[import-untyped]
 
-    _check(images)
+    check_batch(images)
     if min(images.shape[2:]) <= kernel_size // 2:
         raise ValueError(
             f"images are {images.shape[2]} x {images.shape[3]} px; a kernel of {kernel_size} needs more than "
@@ -74,11 +76,3 @@ def blurred(
     # One image at a time and in float64, so that an image's blur does not depend on those it is blurred with.
     rows = [gaussian_blur(image.double(), [kernel_size, kernel_size], [sigma, sigma]) for image in images]
     return torch.stack(rows).to(images.dtype) if rows else images
-
-
-def _check(images: Tensor) -> None:
-    if images.dim() != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"images has shape {tuple(images.shape)} and {images.dtype}; expected floating "
-            "(batch, channel, height, width)"
-        )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from captum_lnstat.metrics.checks import check_maps, result_dtype
+from captum_lnstat.metrics.checks import check_maps, result_dtype, share_of
 from captum_lnstat.metrics.targets import Classes, class_indices
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from captum_lnstat.metrics.shapes import Maps, PerImage
 
 
 def _check_grid(rows: int, cols: int) -> None:
@@ -49,9 +50,7 @@ def grid_mosaic(
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, rows * height, cols * width)
 
 
-def grid_share(
-    maps: Float[Tensor, "batch height width"], rows: int, cols: int, cell: Classes
-) -> Float[Tensor, " batch"]:
+def grid_share(maps: Maps, rows: int, cols: int, cell: Classes) -> PerImage:
     """Share of a map's positive relevance in the cell whose class was asked for; 1 / cells if there is none.
 
     The grid pointing game (Boehle et al. 2021), as a share. Higher is better, chance is 1 / cells.
@@ -77,6 +76,5 @@ def grid_share(
         raise ValueError(f"cell is {int(cells.max())}; expected below {rows * cols} in a grid of {rows} x {cols}")
     positive = maps.double().clamp(min=0).reshape(batch, rows, height // rows, cols, width // cols)
     shares = positive.sum((2, 4)).flatten(1)
-    total = shares.sum(1)
-    share = shares.gather(1, cells[:, None])[:, 0] / total.where(total > 0, torch.ones_like(total))
-    return torch.where(total > 0, share, torch.full_like(share, 1 / (rows * cols))).to(result_dtype(maps))
+    own = shares.gather(1, cells[:, None])[:, 0]
+    return share_of(own, shares.sum(1), 1 / (rows * cols)).to(result_dtype(maps))

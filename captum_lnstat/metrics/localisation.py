@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from captum_lnstat.metrics.checks import check_masks, result_dtype
+from captum_lnstat.metrics.checks import check_masks, result_dtype, share_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from captum_lnstat.metrics.shapes import Maps, Masks, PerImage
 
 
-def pointing(
-    maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]
-) -> Float[Tensor, " batch"]:
+def pointing(maps: Maps, masks: Masks) -> PerImage:
     """1 where the largest value of a map lies on the mask, else 0. Several equal largest values count by their share.
 
     The pointing game of Zhang et al. 2016, without a tolerance around the mask.
@@ -31,9 +28,7 @@ def pointing(
     return share.to(result_dtype(maps))
 
 
-def energy(
-    maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]
-) -> Float[Tensor, " batch"]:
+def energy(maps: Maps, masks: Masks) -> PerImage:
     """Share of a map's positive relevance on the mask; the mask's share of the image if there is none.
 
     The energy-based pointing game of Wang et al. 2020 (Score-CAM), section 4.3. A map that knows nothing gets the
@@ -46,10 +41,8 @@ def energy(
     """
     check_masks(maps, masks)
     positive = maps.double().clamp(min=0)
-    total = positive.sum((1, 2))
     chance = masks.double().mean((1, 2))
-    share = (positive * masks).sum((1, 2)) / total.where(total > 0, torch.ones_like(total))
-    return torch.where(total > 0, share, chance).to(result_dtype(maps))
+    return share_of((positive * masks).sum((1, 2)), positive.sum((1, 2)), chance).to(result_dtype(maps))
 
 
 def _on_both(maps: Tensor, asked: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,11 +53,7 @@ def _on_both(maps: Tensor, asked: Tensor, other: Tensor) -> tuple[Tensor, Tensor
     return (positive * asked).sum((1, 2)), (positive * other).sum((1, 2))
 
 
-def asked_share(
-    maps: Float[Tensor, "batch height width"],
-    asked: Bool[Tensor, "batch height width"],
-    other: Bool[Tensor, "batch height width"],
-) -> Float[Tensor, " batch"]:
+def asked_share(maps: Maps, asked: Masks, other: Masks) -> PerImage:
     """Of the positive relevance on two objects, the share on the one whose class was asked for; 1/2 if there is none.
 
     Example:
@@ -74,16 +63,10 @@ def asked_share(
         tensor([0.2500])
     """
     first, second = _on_both(maps, asked, other)
-    total = first + second
-    share = first / total.where(total > 0, torch.ones_like(total))
-    return torch.where(total > 0, share, torch.full_like(total, 0.5)).to(result_dtype(maps))
+    return share_of(first, first + second, 0.5).to(result_dtype(maps))
 
 
-def two_object(
-    maps: Float[Tensor, "batch height width"],
-    asked: Bool[Tensor, "batch height width"],
-    other: Bool[Tensor, "batch height width"],
-) -> Float[Tensor, " batch"]:
+def two_object(maps: Maps, asked: Masks, other: Masks) -> PerImage:
     """1 where the asked object has more positive relevance than the other one, 1/2 where both have as much, else 0.
 
     A map that is the same for every class gets 1/2 on average when each object is asked for in turn.

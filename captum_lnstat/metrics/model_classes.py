@@ -20,6 +20,8 @@ from captum_lnstat.metrics.targets import Classes
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from captum_lnstat.metrics.shapes import Images, Maps
+
 Forward = Callable[[Tensor], Any]
 Fill = Tensor | Callable[[Tensor], Tensor]
 
@@ -36,13 +38,7 @@ class _OnModel(ImageMean):
         super().__init__(**kwargs)
         self._filling = fill
 
-    def update(
-        self,
-        forward: Forward,
-        images: Float[Tensor, "batch channel height width"],
-        maps: Float[Tensor, "batch height width"],
-        target: Classes,
-    ) -> None:
+    def update(self, forward: Forward, images: Images, maps: Maps, target: Classes) -> None:
         fill = self._filling if isinstance(self._filling, Tensor) else self._filling(images)
         self._take(self.measure(forward, images, maps, target, fill=fill, **self.options))
 

@@ -13,6 +13,8 @@ from captum_lnstat.metrics.checks import above_mean, check_masks, result_dtype
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+    from captum_lnstat.metrics.shapes import Maps, Masks, PerImage
+
 Threshold = Literal["mean", "best"]
 # hits, chosen, positives and pixels, each (batch, threshold) or broadcast to it, to a score of the same shape.
 _Score = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -42,11 +44,7 @@ def _best_score(maps: Tensor, masks: Tensor, threshold: Threshold, score: _Score
     return scores.amax(1).to(result_dtype(maps))
 
 
-def iou(
-    maps: Float[Tensor, "batch height width"],
-    masks: Bool[Tensor, "batch height width"],
-    threshold: Threshold = "mean",
-) -> Float[Tensor, " batch"]:
+def iou(maps: Maps, masks: Masks, threshold: Threshold = "mean") -> PerImage:
     """Intersection over union of the mask and of where a map is above a threshold; 0 if neither has a pixel.
 
     Args:
@@ -67,11 +65,7 @@ def iou(
     return _best_score(maps, masks, threshold, lambda hit, chosen, on, _: hit / (chosen + on - hit).clamp(min=1))
 
 
-def f1(
-    maps: Float[Tensor, "batch height width"],
-    masks: Bool[Tensor, "batch height width"],
-    threshold: Threshold = "mean",
-) -> Float[Tensor, " batch"]:
+def f1(maps: Maps, masks: Masks, threshold: Threshold = "mean") -> PerImage:
     """F1, the harmonic mean of precision and recall, of where a map is above a threshold; 0 if neither has a pixel.
 
     ``2 hits / (chosen + positives)``; ``threshold`` as in ``iou``.
@@ -84,11 +78,7 @@ def f1(
     return _best_score(maps, masks, threshold, lambda hit, chosen, on, _: 2 * hit / (chosen + on).clamp(min=1))
 
 
-def pixel_accuracy(
-    maps: Float[Tensor, "batch height width"],
-    masks: Bool[Tensor, "batch height width"],
-    threshold: Threshold = "mean",
-) -> Float[Tensor, " batch"]:
+def pixel_accuracy(maps: Maps, masks: Masks, threshold: Threshold = "mean") -> PerImage:
     """Share of pixels that are on the right side of a threshold; ``threshold`` as in ``iou``.
 
     The best threshold may lie above all values: choosing nothing is right on every pixel beside the object.
@@ -107,7 +97,7 @@ def ranked_precision(
     scores: Float[Tensor, "batch item"],
     positive: Bool[Tensor, "batch item"],
     counted: Bool[Tensor, "batch item"] | None = None,
-) -> Float[Tensor, " batch"]:
+) -> PerImage:
     """Average precision, ``sum over thresholds of (recall's step) * precision``, in float64; 0 without positives.
 
     Equal scores are one threshold, so their order does not matter: scikit-learn's ``average_precision_score``.
@@ -134,9 +124,7 @@ def ranked_precision(
     return (precision * on).sum(1) / on.sum(1).clamp(min=1)
 
 
-def average_precision(
-    maps: Float[Tensor, "batch height width"], masks: Bool[Tensor, "batch height width"]
-) -> Float[Tensor, " batch"]:
+def average_precision(maps: Maps, masks: Masks) -> PerImage:
     """Area under precision against recall, as a step function, of a map's pixels ranked by relevance.
 
     Scikit-learn's ``average_precision_score`` of each image's pixels. A map that ranks at random gets about the

@@ -21,6 +21,8 @@ from captum_lnstat.metrics.targets import Classes, class_indices, class_scores
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+    from captum_lnstat.metrics.shapes import Images, Maps, PerImage
+
 Order = Literal["positive", "negative"]
 NINE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -38,12 +40,12 @@ class Curve:
     values: Float[Tensor, "batch step"]
 
     @property
-    def area(self) -> Float[Tensor, " batch"]:
+    def area(self) -> PerImage:
         """Trapezoid area under the curve; at most .8 for the nine steps from .1 to .9."""
         return torch.trapezoid(self.values, self.steps, dim=1)
 
     @property
-    def auc(self) -> Float[Tensor, " batch"]:
+    def auc(self) -> PerImage:
         """Mean height of the curve, between 0 and 1: the area by the width of the steps.
 
         Example:
@@ -57,7 +59,7 @@ class Curve:
         return self.area / (self.steps[-1] - self.steps[0])
 
 
-def removal_ranks(maps: Float[Tensor, "batch height width"], order: Order) -> Int[Tensor, "batch height width"]:
+def removal_ranks(maps: Maps, order: Order) -> Int[Tensor, "batch height width"]:
     """For every pixel the place at which it is removed: 0 is first. Ties as said at the top of this file.
 
     Args:
@@ -89,7 +91,7 @@ def _check_steps(steps: Sequence[float]) -> tuple[float, ...]:
     return chosen
 
 
-def _fitting(fill: Tensor, images: Tensor) -> Tensor:
+def fill_images(fill: Tensor, images: Tensor) -> Tensor:
     """``fill`` as images; raise where it is not one for every image or for all."""
     try:
         whole = fill.to(images).broadcast_to(images.shape)
@@ -113,8 +115,8 @@ def _path(begin: Tensor, end: Tensor, ranks: Tensor, steps: tuple[float, ...]) -
 
 def perturbation_curve(
     forward: Callable[[Tensor], Any],
-    images: Float[Tensor, "batch channel height width"],
-    maps: Float[Tensor, "batch height width"],
+    images: Images,
+    maps: Maps,
     target: Classes,
     *,
     order: Order = "positive",
@@ -154,15 +156,15 @@ def perturbation_curve(
     """
     check_images(images, maps)
     chosen, classes = _check_steps(steps), class_indices(target, images)
-    path = _path(images, _fitting(fill, images), removal_ranks(maps, order), chosen)
+    path = _path(images, fill_images(fill, images), removal_ranks(maps, order), chosen)
     right = [class_scores(forward, changed, classes).argmax(1) == classes for changed in path]
     return _curve(chosen, right, images)
 
 
 def deletion(
     forward: Callable[[Tensor], Any],
-    images: Float[Tensor, "batch channel height width"],
-    maps: Float[Tensor, "batch height width"],
+    images: Images,
+    maps: Maps,
     target: Classes,
     *,
     fill: Float[Tensor, "..."],
@@ -196,8 +198,8 @@ def deletion(
 
 def insertion(
     forward: Callable[[Tensor], Any],
-    images: Float[Tensor, "batch channel height width"],
-    maps: Float[Tensor, "batch height width"],
+    images: Images,
+    maps: Maps,
     target: Classes,
     *,
     fill: Float[Tensor, "..."],
@@ -232,7 +234,7 @@ def _probability(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; expected a whole number, 1 or above")
     chosen = tuple(index / steps for index in range(steps + 1))
-    classes, other = class_indices(target, images), _fitting(fill, images)
+    classes, other = class_indices(target, images), fill_images(fill, images)
     begin, end = (other, images) if insert else (images, other)
     path = _path(begin, end, removal_ranks(maps, "positive"), chosen)
     shares = [class_scores(forward, changed, classes).softmax(1).gather(1, classes[:, None])[:, 0] for changed in path]

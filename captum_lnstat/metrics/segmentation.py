@@ -18,7 +18,9 @@ from captum_lnstat.metrics.checks import above_mean, check_maps, result_dtype
 from captum_lnstat.metrics.overlap import ranked_precision
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Int
+
+    from captum_lnstat.metrics.shapes import Maps, PerImage
 
 IGNORED = -1
 
@@ -71,9 +73,7 @@ def _labels(maps: Tensor, truth: Tensor) -> Tensor:
     return labels
 
 
-def segmentation_counts(
-    maps: Float[Tensor, "batch height width"], truth: Int[Tensor, "batch height width"]
-) -> SegmentationCounts:
+def segmentation_counts(maps: Maps, truth: Int[Tensor, "batch height width"]) -> SegmentationCounts:
     """Cut each map at its own mean and count; nothing is divided yet.
 
     A pixel is called object where the map is above its mean over the whole image, ignored pixels included, as in the
@@ -94,8 +94,8 @@ def segmentation_counts(
     background = ~called & counted, ~on & counted
     thing = called & counted, on & counted
     correct = ((called == on) & counted).sum((1, 2))
-    intersection = torch.stack([(said & true).sum((1, 2)) for said, true in (background, thing)], 1)
-    union = torch.stack([(said | true).sum((1, 2)) for said, true in (background, thing)], 1)
+    intersection = torch.stack([(found & true).sum((1, 2)) for found, true in (background, thing)], 1)
+    union = torch.stack([(found | true).sum((1, 2)) for found, true in (background, thing)], 1)
     return SegmentationCounts(correct, counted.sum((1, 2)), intersection, union)
 
 
@@ -124,9 +124,7 @@ def segmentation_summary(counts: SegmentationCounts | Sequence[SegmentationCount
     return SegmentationSummary(correct / labelled, (shares[0] + shares[1]) / 2, (shares[0], shares[1]))
 
 
-def segmentation_average_precision(
-    maps: Float[Tensor, "batch height width"], truth: Int[Tensor, "batch height width"]
-) -> Float[Tensor, " batch"]:
+def segmentation_average_precision(maps: Maps, truth: Int[Tensor, "batch height width"]) -> PerImage:
     """Average precision of [1 - R, R] against [background, object], all pixels of both flattened together.
 
     R is the map scaled to [0, 1] by its minimum and maximum, so 1/2 is in effect a fixed threshold between the

@@ -8,10 +8,9 @@ inputs and outputs of the modules a topology asked for, and mark where the head 
 from __future__ import annotations
 
 import inspect
-import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
@@ -19,30 +18,25 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.attention_backward import (
     ObservedAttention,
-    ObservedProduct,
     can_be_observed,
-    product_can_be_observed,
 )
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
 from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer, FrozenLayerNorm, returns_moments
 from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
-from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite, SoftmaxSite
+from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite
+from captum_lnstat.recording.softmaxes import Softmaxes, SoftmaxEvent
 
 # What of a model gets a graph: see ``Recorder``.
 Differentiable = Literal["head", "model", "affine"]
 
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
-# What may stand between the softmax and the product with the values without being another quantity.
-_PASSING = {F.dropout, torch.dropout, Tensor.to, Tensor.type_as, Tensor.contiguous, Tensor.float, Tensor.half}
 _JOINS = {torch.cat, torch.concat, torch.concatenate}
 _WATCHED = {
     *LAYER_NORMS,
@@ -59,29 +53,6 @@ _LEAVES = {
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout, nn.Dropout2d),
     *(nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish),
 }
-
-
-@dataclass
-class _Softmax:
-    """A softmax output on its way to the product with the values."""
-
-    module: str
-    attention: Kept
-    value: Kept | None = None
-    output: GradientEdge | None = None
-    multiplied: bool = False
-
-    def finish(self) -> SoftmaxSite:
-        return SoftmaxSite(self.module, self.attention, self.value, self.output)
-
-
-_PRODUCT = re.compile(r"(\w*)(\w)(\w),\1\3(\w)->\1\2\4")
-
-
-def _is_product(equation: Any) -> bool:
-    """Whether an einsum is the product of maps with values: ``...ij,...jd->...id``."""
-    found = _PRODUCT.fullmatch(equation.replace(" ", "")) if isinstance(equation, str) else None
-    return found is not None and len({*found[1], *found.group(2, 3, 4)}) == len(found[1]) + 3
 
 
 class Recorder(TorchFunctionMode):
@@ -134,8 +105,8 @@ class Recorder(TorchFunctionMode):
         self._grad_enabled = torch.is_grad_enabled()
         self._handles: list[RemovableHandle] = []
         self._running: list[str] = [""]
-        self._events: list[AttentionSite | _Softmax] = []
-        self._softmaxes: dict[int, tuple[Tensor, _Softmax]] = {}
+        self._events: list[AttentionSite | SoftmaxEvent] = []
+        self._softmaxes = Softmaxes(self._keep)
         self._norms: list[NormCall] = []
         self._joins: list[tuple[int, ...]] = []
         self._calls: dict[str, list[ModuleCall]] = {}
@@ -144,7 +115,7 @@ class Recorder(TorchFunctionMode):
     @property
     def recording(self) -> Recording:
         """What has been recorded; read it after the context has closed."""
-        sites = tuple(event.finish() if isinstance(event, _Softmax) else event for event in self._events)
+        sites = tuple(event.site if isinstance(event, SoftmaxEvent) else event for event in self._events)
         calls = {name: tuple(calls) for name, calls in self._calls.items()}
         return Recording(sites, tuple(self._norms), calls, self._stream_end, tuple(self._joins))
 
@@ -253,7 +224,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._elsewhere() or (
             # Of the trunk of a head that was cut off, every function is called as it is, and only some are looked at.
-            self._differentiable == "head" and function not in _WATCHED and self._is_new(args)
+            self._differentiable == "head" and function not in _WATCHED and not self._softmaxes.reads_one(args)
         ):
             return function(*args, **kwargs)
         if function in LAYER_NORMS:
@@ -262,25 +233,18 @@ class Recorder(TorchFunctionMode):
             self._join(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             return self._fused(partial(self._call, function, args, kwargs), *args, **kwargs)
-        if function in _PRODUCTS and self._softmaxes and self._ours and len(args) == 2:
-            output = self._product(partial(self._call, function, args, kwargs), *args)
-        else:
-            output = self._call(function, args, kwargs)
+        own = self._softmaxes.product(function, args) if self._ours else None
+        output = self._call(function, args, kwargs) if own is None else own
         if function is F.multi_head_attention_forward:
             self._multi_head(output[0], *args, **kwargs)
         elif function is F.rms_norm:
             self._rms_norm(*args, **kwargs)
         elif function in SOFTMAXES:
-            self._softmax(output, *args, **kwargs)
-        elif self._softmaxes and args:
-            if function is torch.einsum and len(args) == 3 and _is_product(args[0]):
-                function, args = torch.matmul, args[1:]
-            self._follow(function, output, args, kwargs)
+            event = self._softmaxes.begin(self._running[-1], output, *args, **kwargs)
+            self._events += [] if event is None else [event]
+        else:
+            self._softmaxes.follow(function, output, args, kwargs)
         return output
-
-    def _is_new(self, args: tuple[Any, ...]) -> bool:
-        """Whether a function does not read the output of a softmax first."""
-        return not args or id(args[0]) not in self._softmaxes
 
     def _call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # What forward_func does around the model (a softmax of the scores) is differentiated as it is.
@@ -316,15 +280,6 @@ class Recorder(TorchFunctionMode):
         self._events.append(replace(site, output=edge(output)))
         return output
 
-    def _product(self, call: Callable[[], Tensor], attention: Tensor, value: Tensor) -> Tensor:
-        _, event = self._softmaxes.get(id(attention), (None, None))
-        if event is not None and not event.multiplied:
-            site = SoftmaxSite(event.module, event.attention, self._keep(value), None)
-            if product_can_be_observed(site, attention, value):
-                output: Tensor = ObservedProduct.apply(attention, value, site)
-                return output
-        return call()
-
     def _multi_head(self, output: Tensor, *args: Any, **kwargs: Any) -> None:
         arguments = _MULTI_HEAD.bind(*args, **kwargs)
         arguments.apply_defaults()
@@ -337,24 +292,6 @@ class Recorder(TorchFunctionMode):
     def _join(self, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
         if all(isinstance(part, Tensor) and part.dim() == 3 for part in tensors) and dim in (1, -2):
             self._joins.append(tuple(part.shape[1] for part in tensors))
-
-    def _softmax(self, output: Tensor, input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> None:
-        # Attention normalises over the keys, the last of at least three dimensions; the rest are other softmaxes.
-        if input.dim() >= 3 and dim in (-1, input.dim() - 1):
-            event = _Softmax(self._running[-1], self._keep(output))
-            self._events.append(event)
-            self._softmaxes[id(output)] = (output, event)
-
-    def _follow(self, function: Any, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _, event = self._softmaxes.get(id(args[0]), (None, None))
-        if event is None or not isinstance(output, Tensor):
-            return
-        if function in _PASSING:
-            self._softmaxes[id(output)] = (output, event)
-        elif function in _PRODUCTS and not event.multiplied:
-            event.value = self._keep(args[1] if len(args) > 1 else next(iter(kwargs.values())))
-            event.output = edge(output)
-            event.multiplied = True
 
     def _layer_norm(
         self,

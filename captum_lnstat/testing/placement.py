@@ -229,11 +229,8 @@ def check_placement(
 
 
 def _inside(region: Region, grid: Tensor, patch: tuple[int, int]) -> Tensor:
-    mask = torch.zeros(grid.shape, dtype=torch.bool)
-    for row in range(grid.shape[0]):
-        for column in range(grid.shape[1]):
-            mask[row, column] = region.holds((row + 0.5) * patch[0], (column + 0.5) * patch[1])
-    return mask
+    centres = torch.cartesian_prod(*((torch.arange(n) + 0.5) * side for n, side in zip(grid.shape, patch, strict=True)))
+    return torch.tensor([region.holds(y, x) for y, x in centres.tolist()]).reshape(grid.shape)
 
 
 def _check_readout(readout: Readout, place: Ground, images: Tensor, without: Tensor, when: str) -> None:

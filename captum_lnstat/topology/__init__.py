@@ -1,6 +1,6 @@
 """From a recording to the blocks on the way to the head: one file a family, found by structure, not by name."""
 
-# The family registered last is asked first: what is known of a model beyond its structure comes before the structure.
+# The family registered last is tried first: what is known of a model beyond its structure comes before the structure.
 # isort: off
 from captum_lnstat.topology.base import Topology, find_topology, register_topology
 from captum_lnstat.topology.hierarchical import HierarchicalTopology

@@ -1,10 +1,11 @@
-"""The registry of families and what each of them has to answer."""
+"""The registry of families and what each of them has to know."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ from torch import nn
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.recording import Recording
+from captum_lnstat.topology.anatomy.embedding import convolutions, outside
 from captum_lnstat.topology.anatomy.parts import Known, known_so_far, recall
 from captum_lnstat.topology.anatomy.refusal import no_family, several_models
 from captum_lnstat.topology.anatomy.structure import Structure, structure_of
@@ -27,7 +29,7 @@ class _Seen:
 
     Attributes:
         structure: What it was made of.
-        families: The families that there were to ask.
+        families: The families that there were to choose from.
         name: Dotted name of the transformer in it.
         family: The family of that.
         parts: What was found in its modules. Of the model itself nothing is held here, so that it can be freed.
@@ -40,7 +42,7 @@ class _Seen:
     parts: Known
 
 
-# Asking every family again takes longer than a small model's forward pass.
+# To try every family again takes longer than a small model's forward pass.
 _seen: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
 
 
@@ -100,8 +102,40 @@ class Topology(ABC):
         """
 
 
+class BlockTopology(Topology):
+    """A family whose blocks are found wherever they are; the first convolution outside them reads the images."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> dict[str, nn.Module]:
+        """All blocks by name, first to last."""
+
+    @cached_property
+    def convolutions(self) -> dict[str, nn.Conv2d]:
+        """Convolutions outside the blocks."""
+        return convolutions(self.model, self.blocks.values())
+
+    @cached_property
+    def norms(self) -> dict[str, nn.LayerNorm]:
+        """LayerNorms outside the blocks."""
+        return outside(self.model, self.blocks.values(), nn.LayerNorm)
+
+    @property
+    def entrance(self) -> str:
+        return next(iter(self.convolutions))
+
+    @property
+    def head_follows(self) -> nn.Module | None:
+        return list(self.blocks.values())[-1]
+
+
+def innermost(model: nn.Module, holds: Callable[[nn.Module], bool]) -> bool:
+    """Whether ``model`` is the smallest module that holds something, not a wrapper of it."""
+    return holds(model) and not any(map(holds, model.children()))
+
+
 def register_topology(family: type[Topology]) -> type[Topology]:
-    """Class decorator: make a family known to ``find_topology``. The last one registered is asked first."""
+    """Class decorator: make a family known to ``find_topology``. The last one registered is tried first."""
     _FAMILIES.insert(0, family)
     return family
 

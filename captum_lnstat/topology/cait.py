@@ -29,20 +29,19 @@ from captum_lnstat.topology.anatomy.embedding import (
     convolutions,
     grid_of,
     named,
-    outside,
     patch_of,
     reads_images,
 )
 from captum_lnstat.topology.anatomy.parts import layers, parts_of
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
-from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.base import BlockTopology, register_topology
 from captum_lnstat.topology.residual import norms_in_order, path_to_update, residual_block
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
 
 @register_topology
-class ClassAttentionTopology(Topology):
+class ClassAttentionTopology(BlockTopology):
     """A list of talking-head blocks on the patches, then one of class-attention blocks."""
 
     family = "class-attention"
@@ -68,13 +67,14 @@ class ClassAttentionTopology(Topology):
         return talking, attending
 
     @cached_property
-    def _convolutions(self) -> dict[str, nn.Conv2d]:
-        return convolutions(self.model, [block for blocks in self._lists for block in blocks.values()])
+    def blocks(self) -> dict[str, nn.Module]:
+        talking, attending = self._lists
+        return {**talking, **attending}
 
     @property
     def taps(self) -> Iterable[nn.Module]:
         talking, attending = self._lists
-        yield from self._convolutions.values()
+        yield from self.convolutions.values()
         yield self.head_begins
         yield from attending.values()
         for block in talking.values():
@@ -82,27 +82,21 @@ class ClassAttentionTopology(Topology):
             yield from (block, parts.out, _joined_projection(block), *_mixers(block).values())
 
     @property
-    def entrance(self) -> str:
-        return next(iter(self._convolutions))
-
-    @cached_property
-    def _norm(self) -> tuple[str, nn.LayerNorm]:
-        """The one LayerNorm outside the blocks."""
-        blocks = [block for blocks in self._lists for block in blocks.values()]
-        found = list(outside(self.model, blocks, nn.LayerNorm).items())
-        if len(found) != 1:
+    def head_begins(self) -> nn.Module:
+        if len(self.norms) != 1:
             raise UnsupportedModelError(
-                f"{len(found)} LayerNorms outside the blocks of {type(self.model).__name__}; expected one, at the head"
+                f"{len(self.norms)} LayerNorms outside the blocks of {type(self.model).__name__}; expected one, at the "
+                "head"
             )
-        return found[0]
+        return next(iter(self.norms.values()))
 
     @property
-    def head_begins(self) -> nn.Module:
-        return self._norm[1]
+    def head_follows(self) -> None:
+        return None
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
-        grid = grid_of(recording, [name for name in self._convolutions if name in recording.calls][-1])
-        patch = patch_of(self._convolutions, recording, grid, image_size)
+        grid = grid_of(recording, [name for name in self.convolutions if name in recording.calls][-1])
+        patch = patch_of(self.convolutions, recording, grid, image_size)
         talking, attending = self._lists
         starts = [norms_in_order(name, parts_of(block), recording)[0] for name, block in attending.items()]
         class_token = stream(starts[0].input.read())[:, :1]
@@ -114,7 +108,7 @@ class ClassAttentionTopology(Topology):
                 f"tokens; expected a grid of {grid[0]} x {grid[1]} and one class token"
             )
         blocks += [self._class_attention(name, block, recording, patches) for name, block in attending.items()]
-        pooling = pooling_as_read(recording, 1, self._norm[:1])
+        pooling = pooling_as_read(recording, 1, self.norms)
         return Trace(self.family, tuple(blocks), blocks[0].before, 1, grid, patch, pooling)
 
     def _talking(self, name: str, block: nn.Module, recording: Recording, class_token: Tensor) -> Block:

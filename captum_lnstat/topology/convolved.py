@@ -17,18 +17,18 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid, quads, windows
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.embedding import block_lists, convolutions, named, reads_images
+from captum_lnstat.topology.anatomy.embedding import block_lists, convolutions, names_of, reads_images
 from captum_lnstat.topology.anatomy.geometry import pair
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
-from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.base import BlockTopology, register_topology
 from captum_lnstat.topology.residual import block_taps, residual_block
 from captum_lnstat.trace.steps import Step, Transition
 from captum_lnstat.trace.trace import Trace
 
 
 @register_topology
-class ConvolvedTopology(Topology):
+class ConvolvedTopology(BlockTopology):
     """Stages of blocks with windows that do not shift; convolutions make the patches and halve the grid."""
 
     family = "windows and convolutions"
@@ -43,47 +43,37 @@ class ConvolvedTopology(Topology):
 
     @cached_property
     def _names(self) -> dict[int, str]:
-        return {id(module): name for name, module in named(self.model).items()}
+        return names_of(self.model)
 
     @cached_property
     def _stages(self) -> list[list[Any]]:
         return [list(blocks) for blocks in _block_lists(self.model)]
 
     @cached_property
-    def _stem(self) -> list[nn.Conv2d]:
-        """The convolutions defined before the first block."""
-        first, found = self._stages[0][0], list[nn.Conv2d]()
-        for module in self.model.modules():
-            if module is first:
-                break
-            found += [module] if isinstance(module, nn.Conv2d) else []
-        return found
+    def blocks(self) -> dict[str, nn.Module]:
+        return {self._names[id(block)]: block for stage in self._stages for block in stage}
 
     @cached_property
-    def _last_norm(self) -> nn.Module | None:
-        """The LayerNorm defined after the last block."""
-        inside = {id(part) for part in self._stages[-1][-1].modules()}
-        modules = list(self.model.modules())
-        last = max(place for place, module in enumerate(modules) if id(module) in inside)
-        return next((module for module in modules[last + 1 :] if isinstance(module, nn.LayerNorm)), None)
+    def _stem(self) -> list[nn.Conv2d]:
+        """The convolutions defined before the first block."""
+        order = list(self.model.modules())
+        first = order.index(self._stages[0][0])
+        return [convolution for convolution in self.convolutions.values() if order.index(convolution) < first]
+
+    @cached_property
+    def _last_norm(self) -> dict[str, nn.LayerNorm]:
+        """The LayerNorm defined after the last block, if there is one."""
+        order = list(self.model.modules())
+        last = order.index(self._stages[-1][-1])
+        after = [(name, norm) for name, norm in self.norms.items() if order.index(norm) > last]
+        return dict(after[:1])
 
     @property
     def taps(self) -> Iterable[nn.Module]:
         yield self._stem[0]
-        if self._last_norm is not None:
-            yield self._last_norm
-        for stage in self._stages:
-            for block in stage:
-                yield from block_taps(block)
-
-    @property
-    def entrance(self) -> str:
-        return self._names[id(self._stem[0])]
-
-    @property
-    def head_follows(self) -> nn.Module:
-        block: nn.Module = self._stages[-1][-1]
-        return block
+        yield from self._last_norm.values()
+        for block in self.blocks.values():
+            yield from block_taps(block)
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         steps: list[Step] = []
@@ -103,8 +93,7 @@ class ConvolvedTopology(Topology):
                     grids.append(grid)
                 layout = windows(grid, pair(block.window_size), (0, 0), tokens.device)
                 steps.append(residual_block(name, block, recording, layout))
-        norms = [] if self._last_norm is None else [self._names[id(self._last_norm)]]
-        pooling = pooling_as_read(recording, 0, norms)
+        pooling = pooling_as_read(recording, 0, self._last_norm)
         patch = self._patch(grids[0], image_size)
         covers = (
             "attention cannot see through the convolutions before and between the stages: a token's relevance is "

@@ -20,19 +20,18 @@ from captum_lnstat.topology.anatomy.embedding import (
     check_prefix_first,
     convolutions,
     grid_of,
-    outside,
     patch_of,
     reads_images,
 )
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, has_heads
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
-from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
 from captum_lnstat.topology.residual import block_taps, residual_block
 from captum_lnstat.trace.trace import Trace
 
 
 @register_topology
-class EncoderTopology(Topology):
+class EncoderTopology(BlockTopology):
     """Prefix tokens, then patch tokens row by row, through one list of blocks; attention among all of them."""
 
     family = "plain"
@@ -40,45 +39,27 @@ class EncoderTopology(Topology):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        # The smallest module that holds both, not a wrapper of it.
-        return _holds_encoder(model) and not any(_holds_encoder(child) for child in model.children())
+        return innermost(model, _holds_encoder)
 
     @cached_property
-    def _blocks(self) -> dict[str, nn.Module]:
+    def blocks(self) -> dict[str, nn.Module]:
         ((name, blocks),) = block_lists(self.model).items()
         return {f"{name}.{child}".lstrip("."): block for child, block in blocks.named_children()}
 
-    @cached_property
-    def _convolutions(self) -> dict[str, nn.Conv2d]:
-        return convolutions(self.model, self._blocks.values())
-
-    @cached_property
-    def _norms(self) -> dict[str, nn.LayerNorm]:
-        """Norms outside the blocks."""
-        return outside(self.model, self._blocks.values(), nn.LayerNorm)
-
     @property
     def taps(self) -> Iterable[nn.Module]:
-        yield from self._convolutions.values()
-        yield from self._norms.values()
-        for block in self._blocks.values():
+        yield from self.convolutions.values()
+        yield from self.norms.values()
+        for block in self.blocks.values():
             yield from block_taps(block)
-
-    @property
-    def entrance(self) -> str:
-        return next(iter(self._convolutions))
-
-    @property
-    def head_follows(self) -> nn.Module:
-        return list(self._blocks.values())[-1]
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         batch = len(recording.call(self.entrance).input.tensor)
         embedding, neck = self._around_blocks(recording)
         grid = grid_of(recording, list(embedding)[-1])
         patch = patch_of(embedding, recording, grid, image_size)
-        layouts = {name: _layout(name, block, recording, batch, grid) for name, block in self._blocks.items()}
-        blocks = tuple(residual_block(name, block, recording, layouts[name]) for name, block in self._blocks.items())
+        layouts = {name: _layout(name, block, recording, batch, grid) for name, block in self.blocks.items()}
+        blocks = tuple(residual_block(name, block, recording, layouts[name]) for name, block in self.blocks.items())
         tokens = blocks[0].before
         prefix = tokens.shape[1] - grid[0] * grid[1]
         if prefix < 0:
@@ -87,22 +68,22 @@ class EncoderTopology(Topology):
                 "tokens before it. Tokens that were dropped or merged cannot be placed on the image"
             )
         check_prefix_first(recording, tokens.shape[1], prefix, seen=True)
-        pooling = pooling_as_read(recording, prefix, self._norms, self._blocks, neck=bool(neck))
+        pooling = pooling_as_read(recording, prefix, self.norms, self.blocks, neck=bool(neck))
         return Trace(self.family, blocks, tokens, prefix, grid, patch, pooling)
 
     def _around_blocks(self, recording: Recording) -> tuple[dict[str, nn.Conv2d], dict[str, nn.Conv2d]]:
         """The convolutions that ran before the first block, and those that ran after the last."""
         order = list(recording.calls)
-        names = list(self._blocks)
+        names = list(self.blocks)
         first, last = order.index(names[0]), order.index(names[-1])
-        ran = [(order.index(name), name) for name in self._convolutions if name in recording.calls]
+        ran = [(order.index(name), name) for name in self.convolutions if name in recording.calls]
         before, after = ([name for place, name in ran if place < first], [name for place, name in ran if place > last])
         if not before or len(before) + len(after) < len(ran):
             raise UnsupportedModelError(
                 f"of the convolutions {', '.join(name for _, name in ran)} some ran between the blocks, or none before "
                 "them; expected an embedding of convolutions, the blocks, and a head"
             )
-        return {name: self._convolutions[name] for name in before}, {name: self._convolutions[name] for name in after}
+        return {name: self.convolutions[name] for name in before}, {name: self.convolutions[name] for name in after}
 
 
 def _layout(name: str, block: nn.Module, recording: Recording, batch: int, grid: Grid) -> Layout:

@@ -16,11 +16,11 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid
 from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.recording import Recording
-from captum_lnstat.topology.anatomy.embedding import convolutions, outside, reads_images
+from captum_lnstat.topology.anatomy.embedding import convolutions, reads_images
 from captum_lnstat.topology.anatomy.geometry import channels_first, channels_last
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.units import Stream, reads_channels_first, unit_steps, unit_taps
-from captum_lnstat.topology.base import Topology, register_topology
+from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
 from captum_lnstat.topology.readers.base import Reader
 from captum_lnstat.topology.readers.residual import reader_of
 from captum_lnstat.trace.steps import Step, Transition
@@ -43,7 +43,7 @@ class _Item:
 
 
 @register_topology
-class HierarchicalTopology(Topology):
+class HierarchicalTopology(BlockTopology):
     """Blocks of at least two widths, convolutions before the first, and something that coarsens the grid between."""
 
     family = "hierarchical"
@@ -51,27 +51,22 @@ class HierarchicalTopology(Topology):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return _is_hierarchy(model) and not any(_is_hierarchy(child) for child in model.children())
+        return innermost(model, _is_hierarchy)
 
     @cached_property
     def _items(self) -> list[_Item]:
         return list(_items_of(self.model))
 
     @cached_property
-    def _norms(self) -> dict[str, nn.LayerNorm]:
-        """Norms outside the blocks."""
-        return outside(self.model, [item.module for item in self._items if item.reader is not None], nn.LayerNorm)
+    def blocks(self) -> dict[str, nn.Module]:
+        return {item.name: item.module for item in self._items if item.reader is not None}
 
     @property
     def taps(self) -> Iterable[nn.Module]:
-        yield next(iter(convolutions(self.model).values()))
-        yield from self._norms.values()
+        yield next(iter(self.convolutions.values()))
+        yield from self.norms.values()
         for item in self._items:
             yield from unit_taps(item.module) if item.reader is None else item.reader.taps()
-
-    @property
-    def entrance(self) -> str:
-        return next(iter(convolutions(self.model)))
 
     @property
     def head_follows(self) -> nn.Module:
@@ -117,7 +112,7 @@ class HierarchicalTopology(Topology):
         first = streams[0]
         names = [item.name for item in between if item.reader is not None]
         readers = [item.reader for item in between if item.reader is not None]
-        pooling = pooling_as_read(recording, streams[-1].prefix, self._norms, names)
+        pooling = pooling_as_read(recording, streams[-1].prefix, self.norms, names)
         return Trace(
             self.family,
             tuple(steps),

@@ -19,14 +19,12 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid, Groups, Layout, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
-from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, outside, patch_of, reads_images
-from captum_lnstat.topology.anatomy.geometry import channels_last
+from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, patch_of, reads_images
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, BlockParts, is_residual_block, layers, parts_of
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.unfolding import cut
-from captum_lnstat.topology.base import Topology, register_topology
-from captum_lnstat.topology.residual import block_taps, residual_block
+from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
+from captum_lnstat.topology.residual import block_taps, residual_block, with_pooled_queries
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
@@ -34,7 +32,7 @@ COVERS = "The grid is that of the first block: the convolution below it reads be
 
 
 @register_topology
-class PooledTopology(Topology):
+class PooledTopology(BlockTopology):
     """Blocks without anything between them, some of which widen the stream and take the largest of several tokens."""
 
     family = "pooled"
@@ -42,53 +40,40 @@ class PooledTopology(Topology):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        return _is_pooled(model) and not any(_is_pooled(child) for child in model.children())
+        return innermost(model, _is_pooled)
 
     @cached_property
-    def _blocks(self) -> dict[str, nn.Module]:
+    def blocks(self) -> dict[str, nn.Module]:
         return {name: part for name, part in named(self.model).items() if is_residual_block(part)}
-
-    @cached_property
-    def _convolutions(self) -> dict[str, nn.Conv2d]:
-        return convolutions(self.model, self._blocks.values())
 
     @cached_property
     def _others(self) -> dict[str, nn.Module]:
         """Modules outside the blocks: what they were given and returned tells the order of the tokens."""
-        inside = {id(part) for block in self._blocks.values() for part in block.modules()}
+        inside = {id(part) for block in self.blocks.values() for part in block.modules()}
         around = {id(part) for part in self.model.modules() if any(id(child) in inside for child in part.modules())}
         return {name: part for name, part in named(self.model).items() if id(part) not in around and name}
 
     @property
     def taps(self) -> Iterable[nn.Module]:
         yield from self._others.values()
-        for block in self._blocks.values():
+        for block in self.blocks.values():
             yield from block_taps(block)
             parts = parts_of(block)
             yield getattr(block, parts.norms[0])
             yield from _linears(block).values()
 
-    @property
-    def entrance(self) -> str:
-        return next(iter(self._convolutions))
-
-    @property
-    def head_follows(self) -> nn.Module:
-        return list(self._blocks.values())[-1]
-
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         first_grid = grid = grid_of(recording, self.entrance)
         steps = list[Block]()
-        for name, block in self._blocks.items():
+        for name, block in self.blocks.items():
             steps.append(_block(name, block, recording, grid))
             grid = steps[-1].grid or grid
         tokens = steps[0].before
-        pools = len({parts_of(block).out.out_features for block in self._blocks.values()}) - 1
+        pools = len({parts_of(block).out.out_features for block in self.blocks.values()}) - 1
         order = _pooling_order(first_grid, pools, tokens.device)
         self._check_order(recording, order, tokens)
-        patch = patch_of({self.entrance: self._convolutions[self.entrance]}, recording, first_grid, image_size)
-        norms = outside(self.model, self._blocks.values(), nn.LayerNorm)
-        pooling = pooling_as_read(recording, 0, norms, self._blocks)
+        patch = patch_of(self.convolutions, recording, first_grid, image_size)
+        pooling = pooling_as_read(recording, 0, self.norms, self.blocks)
         place = order.argsort()
         return Trace(self.family, tuple(steps), tokens, 0, first_grid, patch, pooling, place=place, covers=COVERS)
 
@@ -128,13 +113,8 @@ def _block(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Blo
             f"{name!r} makes {after} tokens of {before} on a grid of {grid[0]} x {grid[1]}; expected it to pool squares"
         )
     under = Groups(torch.arange(before, device=device).reshape(-1, after).T.contiguous(), before)
-    shortcut = _shortcut(block, parts, before // after)
-    with torch.no_grad():
-        carried = stream(shortcut(call.input.read()))
-    layouts = channels_last, channels_last
-    pull_back = pull_back_by_autograd(name, shortcut, call.input.read(), layouts, read.before, carried, block.training)
-    below = grid[0] // stride, grid[1] // stride
-    return replace(read, keys=others, below=under, carried=carried, grid=below, pull_back=pull_back)
+    shortcut, below = _shortcut(block, parts, before // after), (grid[0] // stride, grid[1] // stride)
+    return with_pooled_queries(replace(read, keys=others), shortcut, call.input.read(), under, below, block.training)
 
 
 def _every(windows: int, members: int, device: torch.device) -> Layout:

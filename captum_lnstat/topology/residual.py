@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.layout import Grid, Layout
+from captum_lnstat.layout import Grid, Groups, Layout
 from captum_lnstat.recording.recording import NormCall, Recording
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import stream
+from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
+from captum_lnstat.topology.anatomy.geometry import channels_last
 from captum_lnstat.topology.anatomy.parts import BlockParts, parts_of
 from captum_lnstat.topology.anatomy.parts import is_residual_block as is_residual_block
 from captum_lnstat.topology.anatomy.unfolding import unfolded
@@ -74,6 +79,26 @@ def residual_block(
         between = before + attended
         _check_sum(name, between + mlp, after)
     return Block(name, site, layout, before, between, after, path, norms=norms, post_norm=norms is None)
+
+
+def with_pooled_queries(
+    block: Block, shortcut: Callable[[Tensor], Tensor], given: Tensor, below: Groups, grid: Grid, training: bool
+) -> Block:
+    """A block whose attention pools its queries, and adds its update to the tokens that a shortcut makes.
+
+    Args:
+        block: The block as read without the shortcut.
+        shortcut: From what the block was given to what its update is added to; affine with frozen norms.
+        given: What the block was given.
+        below: The tokens under each token after it.
+        grid: Rows and columns of tokens after it.
+        training: The shortcut may do something else now than it did.
+    """
+    with torch.no_grad():
+        carried = stream(shortcut(given))
+    layouts = channels_last, channels_last
+    pull_back = pull_back_by_autograd(block.name, shortcut, given, layouts, block.before, carried, training)
+    return replace(block, below=below, carried=carried, grid=grid, pull_back=pull_back)
 
 
 def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Transition | None:

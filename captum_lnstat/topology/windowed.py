@@ -18,7 +18,7 @@ from captum_lnstat.layout import Grid, Groups, quads, windows
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, outside
+from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, names_of, outside
 from captum_lnstat.topology.anatomy.geometry import pair
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, find_parts, is_residual_block
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
@@ -43,7 +43,7 @@ class WindowedTopology(Topology):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._steps = _steps_of(model)
-        self._names = {id(module): name for name, module in named(model).items()}
+        self._names = names_of(model)
         self._patches: Any = _patch_convolution(model, self._steps)
         self._last_norm = _last_norm(model)
         if self._last_norm is None and not _ends_in_a_norm(self._steps[-1]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from captum_lnstat.recording.fusion import HeadFusion, fuse
@@ -55,11 +56,4 @@ class AttentionPooling:
 
     def start(self, batch: int, fusion: HeadFusion) -> Tensor:
         attention = fuse(self.site, fusion).mean(1)
-        attention = attention / attention.sum(-1, keepdim=True)
-        return attention if not self.skipped else _prepend_zeros(attention, self.skipped)
-
-
-def _prepend_zeros(rows: Tensor, count: int) -> Tensor:
-    padded = rows.new_zeros(len(rows), count + rows.shape[1])
-    padded[:, count:] = rows
-    return padded
+        return F.pad(attention / attention.sum(-1, keepdim=True), (self.skipped, 0))

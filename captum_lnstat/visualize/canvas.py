@@ -102,7 +102,7 @@ def draw_rows(rows: Sequence[Row], title: str, *, titles: Sequence[str] = (), no
     height = _HEAD + lines[0] + sum(heights) + sum(lines[1:]) + _GAP * len(rows) + (_FOOT if note else _MARGIN)
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    _write(figure, 0.5 * width, height - 0.5 * _HEAD, _fitting(title, width), 11.5)
+    write(figure, 0.5 * width, height - 0.5 * _HEAD, _fitting(title, width), 11.5)
     top = height - _HEAD - lines[0]
     lefts = [begin + column * (cell + _GAP) for column in range(columns + 1)]
     _write_above(figure, above[0], top, lefts, cell)
@@ -112,7 +112,7 @@ def draw_rows(rows: Sequence[Row], title: str, *, titles: Sequence[str] = (), no
         _draw_row(figure, row, top, lefts, cell, heights[place])
         top -= heights[place] + _GAP
     if isinstance(note, str):
-        _write(figure, 0.5 * width, 0.5 * _FOOT, note, 9, color=FAINT)
+        write(figure, 0.5 * width, 0.5 * _FOOT, note, 9, color=FAINT)
         return figure
     for place, bar in enumerate(note):
         _draw_legend(figure, bar, width * (place + 0.5) / len(note))
@@ -136,7 +136,7 @@ def _fitting(title: str, width: float) -> str:
 
 def _write_above(figure: Figure, texts: Sequence[str], bottom: float, lefts: Sequence[float], cell: float) -> None:
     for left, text in zip(lefts, texts, strict=False):
-        _write(figure, left + 0.5 * cell, bottom + 0.06, text, 8.5, va="baseline")
+        write(figure, left + 0.5 * cell, bottom + 0.06, text, 8.5, va="baseline")
 
 
 def _draw_row(figure: Figure, row: Row, top: float, lefts: Sequence[float], cell: float, height: float) -> None:
@@ -144,31 +144,31 @@ def _draw_row(figure: Figure, row: Row, top: float, lefts: Sequence[float], cell
     label = textwrap.fill(row.label, int(_LABEL * (_LETTERS - 1.5)), break_long_words=False)
     note = textwrap.fill(row.note, int(_LABEL * _SMALL_LETTERS)) if row.note else ""
     below = 0.5 * (label.count("\n") + 1) * _LINE * 1.1
-    _write(figure, _MARGIN, middle + (0.5 * _LINE if note else 0), label, 9.5, ha="left")
+    write(figure, _MARGIN, middle + (0.5 * _LINE if note else 0), label, 9.5, ha="left")
     if note:
-        _write(figure, _MARGIN, middle + 0.5 * _LINE - below - 0.02, note, 7.5, ha="left", va="top", color=FAINT)
+        write(figure, _MARGIN, middle + 0.5 * _LINE - below - 0.02, note, 7.5, ha="left", va="top", color=FAINT)
     for left, pixels in zip(lefts, row.cells, strict=False):
         if pixels is not None:
-            draw_pixels(_axes(figure, left, top - height, cell, height), pixels, cell)
+            draw_pixels(axes_at(figure, left, top - height, cell, height), pixels, cell)
     if row.bar is not None:
         _draw_bar(figure, row.bar, lefts[len(row.cells)] + 0.05, middle, min(0.85 * height, 1.5))
 
 
 def _draw_bar(figure: Figure, bar: Bar, left: float, middle: float, height: float) -> None:
-    axes = _axes(figure, left, middle - 0.5 * height, 0.11, height)
+    axes = axes_at(figure, left, middle - 0.5 * height, 0.11, height)
     ramp = np.linspace(1.0, -1.0 if bar.colormap == DIVERGING else 0.0, 256)[:, None]
     axes.imshow(paint(ramp, bar.colormap), aspect="auto", interpolation="bilinear")
     for text, y in ((bar.high, 0.5 * height - 0.06), (bar.middle, 0.0), (bar.low, 0.06 - 0.5 * height)):
-        _write(figure, left + 0.17, middle + y, text, 8, ha="left", color=FAINT)
+        write(figure, left + 0.17, middle + y, text, 8, ha="left", color=FAINT)
 
 
 def _draw_legend(figure: Figure, bar: Bar, middle: float) -> None:
     """A lying bar in the foot, with its ends in words."""
-    axes = _axes(figure, middle - 0.7, 0.5 * _FOOT - 0.06, 1.4, 0.12)
+    axes = axes_at(figure, middle - 0.7, 0.5 * _FOOT - 0.06, 1.4, 0.12)
     ramp = np.linspace(-1.0 if bar.colormap == DIVERGING else 0.0, 1.0, 256)[None]
     axes.imshow(paint(ramp, bar.colormap), aspect="auto")
-    _write(figure, middle - 0.76, 0.5 * _FOOT, bar.low, 9, ha="right", color=FAINT)
-    _write(figure, middle + 0.76, 0.5 * _FOOT, bar.high, 9, ha="left", color=FAINT)
+    write(figure, middle - 0.76, 0.5 * _FOOT, bar.low, 9, ha="right", color=FAINT)
+    write(figure, middle + 0.76, 0.5 * _FOOT, bar.high, 9, ha="left", color=FAINT)
 
 
 def draw_pixels(axes: Axes, pixels: Picture, width: float) -> None:
@@ -179,17 +179,19 @@ def draw_pixels(axes: Axes, pixels: Picture, width: float) -> None:
     axes.imshow(pixels, interpolation=kind, aspect="equal")
 
 
-def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes without ticks, in inches from the left and from below."""
     across, up = figure.get_size_inches()
     axes = figure.add_axes((left / across, bottom / up, width / across, height / up))
     axes.set_axis_off()
     return axes
 
 
-def _write(
+def write(
     figure: Figure, x: float, y: float, text: str, size: float, *, ha: str = "center", va: str = "center",
     color: str = INK,
 ) -> None:  # fmt: skip
+    """Words at a place in inches from the left and from below."""
     across, up = figure.get_size_inches()
     # Class names may hold a dollar sign, which is no mathematics.
     figure.text(x / across, y / up, text, ha=ha, va=va, fontsize=size, color=color, parse_math=False, linespacing=1.1)

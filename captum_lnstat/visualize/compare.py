@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ScaleOf = Literal["method", "map", "shared"]
 SCALES: tuple[ScaleOf, ...] = get_args(ScaleOf)
-_SAID = {
+_NOTES = {
     "method": "one scale a row",
     "map": "every map on a scale of its own",
     "shared": "one scale: relevance in multiples of the mean size of its map",
@@ -123,4 +123,4 @@ def compare_sheet(
         )
         unit = method.unit if scale == "method" else ""
         rows.append(Row(method.title, cells, Bar.of(None if scale == "map" else shown[0], signed=method.signed), unit))
-    return draw_rows(rows, title, titles=[image.title for image in images], note=_SAID[scale])
+    return draw_rows(rows, title, titles=[image.title for image in images], note=_NOTES[scale])

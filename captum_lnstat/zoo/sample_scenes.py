@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from captum_lnstat.zoo.models import CLASS_NAMES
+
 if TYPE_CHECKING:
     from jaxtyping import Bool
 
@@ -36,6 +38,11 @@ class Scene:
     def boxes(self) -> tuple[Box, ...]:
         """Left, top, right and bottom of every object in pixels, right and bottom exclusive."""
         return tuple(_box(mask) for mask in self.masks)
+
+    @property
+    def title(self) -> str:
+        """What it shows in words."""
+        return " and ".join(CLASS_NAMES[label] for label in self.labels)
 
 
 def _box(mask: Tensor) -> Box:

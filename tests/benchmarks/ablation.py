@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from unittest.mock import patch
@@ -24,12 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, zoo
-from captum_lnstat.attribution.lnstat import lnstat as attribution
 from captum_lnstat.attribution.pixels import to_pixels
 from captum_lnstat.metrics import average_precision, energy, iou, perturbation_curve, pointing, two_object
+from captum_lnstat.rules import Relevance, Settings, evidence, lnstat, register, relation, walk
+from captum_lnstat.rules.engine import Pass
 from captum_lnstat.rules.lnstat import smoothed
-from captum_lnstat.rules.walk import relation
-from captum_lnstat.rules.walk import walk as rules
+from captum_lnstat.rules.perception import keep_all, perception
+from captum_lnstat.trace.steps import Block
 
 HERE = Path(__file__).parent
 FAMILIES = {"swin-mini": 1.0, "vit-mini": 1.0}  # a quarter of the side of a token at the head, in patches; one at least
@@ -84,7 +85,7 @@ def above(grid: Tensor, level: Tensor) -> Tensor:
 
 
 def looked(p: Tensor, level: Tensor) -> Tensor:
-    return torch.maximum(p - level, p / rules.FAINT)
+    return torch.maximum(p - level, p / lnstat.FAINT)
 
 
 def geometric(attention: Tensor) -> Tensor:
@@ -118,72 +119,66 @@ class Parts:
         """The package with one function replaced, for what is no option of it."""
         kept, self._found = self._found, {}
         # Evidence without some of its terms does not add up to the score, as the package would say.
-        with patch.object(attribution, "check_complete"), patch.object(target, name, new):
+        with patch.object(evidence, "check_complete"), patch.object(target, name, new):
             yield
         self._found = kept
 
+    def _evidence_without(self, left_out: Callable[[Tensor | None], bool]) -> Tensor:
+        read = evidence.Rest.read
+
+        def some(rest: evidence.Rest, after: Tensor, before: Tensor | None = None) -> Tensor | None:
+            return None if left_out(before) else read(rest, after, before)
+
+        with self.changed(evidence.Rest, "read", some):
+            return self.e()
+
     @cached_property
     def without_mlp(self) -> Tensor:
-        whole = rules._Evidence.give
-
-        def give(walker: rules._Evidence, block: object) -> Tensor:
-            before = walker.row.tokens
-            whole(walker, block)
-            walker.row.tokens = before
-            return before - walker._keep(block)
-
-        with self.changed(rules._Evidence, "give", give):
-            return self.e()
+        return self._evidence_without(lambda before: before is not None)
 
     @cached_property
     def without_embedding(self) -> Tensor:
-        def at_the_image(walker: rules._Evidence, trace: object) -> tuple[rules.Relevance, ...]:
-            return walker.row.relevance(trace, walker.constant)
-
-        with self.changed(rules._Evidence, "at_the_image", at_the_image):
-            return self.e()
+        return self._evidence_without(lambda before: before is None)
 
     def p_without_block(self, index: int) -> Tensor:
         """Perception that leaves one block out, as if its attention moved nothing."""
-        whole, names = rules._Perception._keep, []
 
-        def keep(walker: rules._Perception, block: object) -> Tensor:
-            return walker.row.tokens if block.name == names[index] else whole(walker, block)
+        @register(f"without block {index}", formula="P", class_specific=False)
+        def without(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
+            left_out = outcome.trace.blocks[index]
 
-        walk = rules._walk
+            def share(block: Block) -> Tensor:
+                return keep_all(block) if block is left_out else block.residual_share(settings.residual)
 
-        def named(trace: object, *rest: object) -> None:
-            names[:] = [block.name for block in trace.blocks]
-            walk(trace, *rest)
+            return walk.walk(outcome.trace, settings, perception(outcome.trace, settings, share))[0]
 
-        with self.changed(rules._Perception, "_keep", keep), patch.object(rules, "_walk", named):
-            return self.p()
+        return self.grid(rule=f"without block {index}")
 
     @cached_property
     def p_of_telling_heads(self) -> Tensor:
-        """Perception whose heads weigh what their values said for the class, in every window."""
-        whole = rules.propagate
+        """Perception whose heads weigh what their values contributed to the class, in every window."""
+        whole = relation.propagate
 
-        def propagate(block: object, rows: Tensor, at: object, u: object, *rest: object) -> relation.Handed:
+        def propagate(block: Block, rows: Tensor, at: object, u: object, *rest: object) -> relation.Propagated:
             came = whole(block, rows, at, u, *rest)
             if u is None:
                 return came
             with patch.object(relation, "FEW", 0):
-                dense = relation._Reader(block, u)._dense[:, :, :, 0]  # (window, head, query, channel)
-            maps = torch.cat([torch.cat([a for _, a in turns], 1) for _, turns in block.site.chunks(None)], 2)
+                dense = relation._Contributions(block, u)._dense[:, :, :, 0]  # (window, head, query, channel)
+            maps = torch.cat([torch.cat([a for _, a in heads], 1) for _, heads in block.site.chunks(None)], 2)
             values = block.site.values(slice(None))
-            told = ((maps.transpose(-2, -1) @ dense) * values).sum(-1).clamp(min=0).sum(-1)
-            weight = torch.where(told.sum(1, keepdim=True) > 0, told, 1)
+            given = ((maps.transpose(-2, -1) @ dense) * values).sum(-1).clamp(min=0).sum(-1)
+            weight = torch.where(given.sum(1, keepdim=True) > 0, given, 1)
             weight = weight / weight.sum(1, keepdim=True)
             fused = (maps * weight[..., None, None]).sum(1)
             grouped = block.layout.gather(rows)
-            handed, lost = (block.keys or block.layout).scatter(fused.transpose(-2, -1) @ grouped, len(rows))
-            return relation.Handed(handed, lost, came.said, came.said_lost, came.constant)
+            below, padding = (block.keys or block.layout).scatter(fused.transpose(-2, -1) @ grouped, len(rows))
+            return replace(came, rows=below, padding=padding)
 
         def seen(grid: Tensor, *rest: object) -> Tensor:
             return grid[None]
 
-        with self.changed(rules, "propagate", propagate), patch.object(rules, "_both", seen):
+        with self.changed(walk, "propagate", propagate), patch.object(lnstat, "_both", seen):
             return self.grid(rule="lnstat")
 
 

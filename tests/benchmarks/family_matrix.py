@@ -26,7 +26,7 @@ from matrix_models import FIFTEEN, REFUSED, ROWS, Row
 from captum_lnstat import LNStatAttribution
 from captum_lnstat.attribution.base import explain_batch
 from captum_lnstat.rules import rule_names
-from captum_lnstat.testing.family import (
+from captum_lnstat.testing import (
     PEAKS,
     Ground,
     check_batch,

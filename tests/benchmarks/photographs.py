@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dinov2_saliency import load
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution
 from captum_lnstat.metrics import average_precision
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+load = importlib.import_module("dinov2_saliency").load
 
 PAGE = Path(__file__).parents[2] / "docs" / "photographs.md"
 METHODS = {

@@ -2,6 +2,8 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,7 +19,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 import captum_lnstat
 from captum_lnstat import LNStatAttribution, RecordingError, cli, zoo
-from captum_lnstat.attribution import methods
+from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.commands import explain, options, pictures
 from captum_lnstat.explanation.subject import progress
 
@@ -29,7 +31,8 @@ def _folder(tmp_path, monkeypatch):
     """Run in an empty folder, with few steps, and without the progress that a slow machine would show."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(methods, "INTEGRATED_STEPS", 2)
+    method = METHODS["ig"]
+    monkeypatch.setitem(METHODS, "ig", replace(method, make=partial(method.make, n_steps=2)))
     monkeypatch.setattr(progress, "FIRST_WORD", 600.0)
 
 
@@ -233,7 +236,10 @@ def test_no_image_that_cannot_be_read(tmp_path, photo):
         (["--target", "-1"], "there is no class -1; expected an index, 0 to 6"),
         (["--model", VIT, "--target", "crane"], "give one of the indices 134, 517"),
         (["--model", VIT, "--target", "espreso"], "did you mean 'espresso'"),
-        (["--rule", "lnsat"], "'lnsat' is not one of 'lnstat', 'evidence', 'rollout', 'gradient'"),
+        (
+            ["--rule", "lnsat"],
+            "rule is 'lnsat'; expected one of 'lnstat', 'evidence', 'rollout', 'gradient', or the module",
+        ),
         (["--scene", "400"], "there is no scene 400; expected 0 to 399"),
         (["--scene", "first"], "'first' is not a valid integer"),
         (["--scene", "1", "photo.png"], "IMAGE and --scene exclude each other"),

@@ -265,5 +265,5 @@ def test_a_mistake_in_compare_is_one_line(arguments, says):
 def test_an_assumed_preprocessing_is_said(monkeypatch, capsys):
     subject = options.read_subject("swin-mini")
     object.__setattr__(subject, "preprocessing", type(subject.preprocessing)(subject.transform, "the usual one", True))
-    options.warn_of(subject)
+    options.warn(subject.cautions())
     assert "does not say how its images were prepared; the usual one is taken" in capsys.readouterr().err

@@ -6,6 +6,8 @@ import io
 import re
 import threading
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, zoo
-from captum_lnstat.attribution import methods
 from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.cli import main
 from captum_lnstat.demo import depth, photo, report, server, studio
@@ -156,7 +157,7 @@ def test_depths_that_are_not_there():
     for k in (0, 4, -1):
         with pytest.raises(ValueError, match=f"depth is {k}; expected 1 to 3"):
             map_after(vit, inputs, 0, depth=k)
-    with pytest.raises(ValueError, match="has the full map only"):
+    with pytest.raises(ValueError, match="rule is 'gradient'; expected one of 'lnstat', 'evidence', 'rollout'"):
         map_after(vit, inputs, 0, depth=1, rule="gradient")
 
 
@@ -172,7 +173,8 @@ def own():
 
 @pytest.fixture
 def few_steps(monkeypatch):
-    monkeypatch.setattr(methods, "INTEGRATED_STEPS", 2)
+    method = METHODS["ig"]
+    monkeypatch.setitem(METHODS, "ig", replace(method, make=partial(method.make, n_steps=2)))
 
 
 def test_a_case_is_what_the_model_says(own):
@@ -223,11 +225,12 @@ def test_what_was_computed_is_kept_and_another_rule_does_not_repeat_the_others(f
 
 
 def test_only_so_much_is_kept(monkeypatch):
-    kept = studio._Recent(2)
-    made = []
-    for key in "abacab":
-        kept.get(key, lambda key=key: made.append(key) or key)
-    assert made == ["a", "b", "c", "b"]
+    monkeypatch.setattr(studio, "_CASES", 2)
+    made, seen, explain = Studio(), [], Explainer.predict
+    monkeypatch.setattr(Explainer, "predict", lambda self, inputs: seen.append(1) or explain(self, inputs))
+    for number in (0, 1, 0, 2, 0, 1):
+        made.case(samples()[number], "vit-mini", pretrained=False)
+    assert len(seen) == 4  # the first, the second, the third, and the second again
 
 
 @pytest.mark.parametrize(
@@ -301,27 +304,29 @@ def test_one_computation_at_a_time(monkeypatch):
 
 def test_who_waits_for_somebody_elses_computation_is_told_so_in_the_end(monkeypatch):
     monkeypatch.setattr(studio, "_PATIENCE", 0.1)
-    made, inside, done = Studio(), threading.Event(), threading.Event()
+    inside, done, explainer = threading.Event(), threading.Event(), studio._explainer
 
-    def hangs(*_):
+    def hangs(name, pretrained):
+        if inside.is_set():
+            return explainer(name, pretrained)
         inside.set()
         done.wait(60)
         raise DemoError("no such model")
 
     def first():
         with pytest.raises(DemoError, match="no such model"):
-            made.look(samples()[0], "vit-mini", pretrained=False)
+            made.case(samples()[0], "vit-mini", pretrained=False)
 
-    monkeypatch.setattr(studio, "_subject", hangs)
+    monkeypatch.setattr(studio, "_explainer", hangs)
+    made = Studio()
     thread = threading.Thread(target=first)
     thread.start()
     assert inside.wait(60)
     with pytest.raises(DemoError, match="try again later"):
-        made.look(samples()[1], "vit-mini", pretrained=False)
+        made.case(samples()[1], "vit-mini", pretrained=False)
     done.set()
     thread.join(60)
-    monkeypatch.undo()
-    assert made.look(samples()[1], "vit-mini", pretrained=False).depths > 1
+    assert made.case(samples()[1], "vit-mini", pretrained=False).depths > 1
 
 
 # What is said

@@ -23,3 +23,16 @@ def test_every_linked_file_exists():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))
         assert all((page.parent / link).exists() for link in links), page
+
+
+def test_the_page_of_a_package_index_runs_and_needs_nothing_beside_it():
+    """Relative links and pictures lead nowhere there."""
+    text = (ROOT / "docs" / "package" / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    assert all(target.startswith("https://") for target in targets)
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict = {}
+    exec(compile(snippet, "package/README.md", "exec"), names)
+    assert names["attribution"].shape == names["image"].shape
+    assert 'readme = "docs/package/README.md"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

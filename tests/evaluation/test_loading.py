@@ -23,7 +23,7 @@ class Stuck:
 
 
 class Frame:
-    def framed(self, sample):
+    def example(self, sample):
         return sample
 
 

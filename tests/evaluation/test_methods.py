@@ -92,7 +92,7 @@ def test_nothing_is_left_on_the_callers_images(subject, images):
     ("text", "message"),
     [
         ("lnsta", "unknown method 'lnsta'; did you mean 'lnstat'"),
-        ("ig(stepps=3)", "'ig' has no option 'stepps'; expected n_steps or steps"),
+        ("ig(stepps=3)", "'ig' has no option 'stepps'; expected n_steps or method or steps"),
         ("lnstat(depth=3)", "cannot be made: .*depth"),
         ("lnstat,lnstat", "named twice"),
         ("ig(3)", "expected key=value"),

@@ -98,7 +98,8 @@ def test_a_rule_that_is_not_there_is_refused() -> None:
 
 
 def test_the_default_comes_first() -> None:
-    assert rule_names() == ("lnstat", "evidence", "rollout", "gradient")
+    assert rule_names()[0] == "lnstat"
+    assert {"evidence", "rollout", "gradient"} < set(rule_names())
 
 
 def test_rules_side_by_side_are_the_rules_alone() -> None:

@@ -163,6 +163,15 @@ def test_one_of_two_can_be_named():
     assert torch.allclose(method.relevance(x, 1), LNStatAttribution(one, rule="evidence").relevance(x, 1))
 
 
+@pytest.mark.parametrize("make", [_tiny_vit, _tiny_swin])
+def test_a_block_that_is_compiled_alone_is_read_as_it_was(make):
+    model, x = make(), torch.randn(1, 3, 16, 16)
+    expected = LNStatAttribution(model).relevance(x, 1)
+    blocks = model.blocks if hasattr(model, "blocks") else model.layers[0].blocks
+    blocks[0] = torch.compile(blocks[0], backend="eager")
+    assert torch.equal(LNStatAttribution(model).relevance(x, 1), expected)
+
+
 def test_families():
     assert isinstance(find_topology(_tiny_vit()), PlainTopology)
     assert isinstance(find_topology(_tiny_swin()), WindowedTopology)

@@ -1,4 +1,6 @@
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, zoo
-from captum_lnstat.attribution import methods
+from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.visualize import Panel, Scale, colored, comparison, draw_sheet, overlay, scaled, to_map, to_picture
 from captum_lnstat.visualize import write_sheet as write
 
@@ -117,7 +119,8 @@ def test_an_overlay_needs_a_map_as_large_as_the_image():
 
 
 def test_the_comparison_holds_every_method_on_the_same_target(monkeypatch):
-    monkeypatch.setattr(methods, "INTEGRATED_STEPS", 4)
+    few = replace(METHODS["ig"], make=partial(METHODS["ig"].make, n_steps=4))
+    monkeypatch.setitem(METHODS, "ig", few)
     reference = zoo.load("swin-mini")
     model, inputs = reference.model, reference.transform(zoo.scenes()[0].image)[None]
     seen = []

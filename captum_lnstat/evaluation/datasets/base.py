@@ -14,7 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from captum_lnstat.explanation.subject.subject import to_rgb
+from captum_lnstat.explanation.subject.images import to_rgb
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Shaped

@@ -25,13 +25,11 @@ class Item:
         name: The file's name without its suffix, or ``"image"`` with a number.
         picture: 8-bit RGB; nothing if a model's input was given instead of an image.
         inputs: ``(channel, height, width)``, an input that goes to the model as it is.
-        path: The file that it was read from, if it was one.
     """
 
     name: str
     picture: Image.Image | None
     inputs: Tensor | None = None
-    path: Path | None = None
 
 
 def read_items(images: ImageLike | Sequence[ImageLike]) -> tuple[list[Item], bool]:
@@ -64,7 +62,7 @@ def _item(image: ImageLike, name: str) -> Item:
         path = Path(image)
         if path.is_dir():
             raise SourceError(f"{str(path)!r} is a folder; expected an image, or a list of the images in it")
-        return Item(path.stem, read_image(path), path=path)
+        return read_item(path)
     if isinstance(image, Image.Image):
         return Item(name, to_rgb(image))
     if isinstance(image, np.ndarray):
@@ -78,6 +76,11 @@ def _item(image: ImageLike, name: str) -> Item:
     raise SourceError(
         f"an image is a {type(image).__name__}; expected a path, a Pillow image, an array, a tensor, or a list of them"
     )
+
+
+def read_item(path: Path) -> Item:
+    """The image of a file, by the file's name."""
+    return Item(path.stem, read_image(path))
 
 
 def from_array(values: np.ndarray[Any, Any]) -> Image.Image:

@@ -39,7 +39,8 @@ class Preprocessing:
     def whole(self) -> Preprocessing:
         """The same size and normalisation, with the whole image squeezed to that size and nothing cut off."""
         view = measure(self.transform, _PROBE)
-        squeezed = _standard(view.size, view.mean, view.std, 1.0, self.interpolation, squeeze=True)
+        options = {"interpolation": self.interpolation, "crop_pct": 1.0, "crop_mode": "squash"}
+        squeezed = _standard(view.size, view.mean, view.std, **options)
         return Preprocessing(squeezed, f"{self.source}, the whole image", self.assumed, self.interpolation)
 
 
@@ -65,7 +66,8 @@ def preprocessing_of(model: nn.Module, *, download: bool = False) -> Preprocessi
         found = _of_transformers(model, download)
         if found is not None:
             return found
-    transform = _standard(image_size(model), IMAGENET_MEAN, IMAGENET_STD, IMAGENET_CROP)
+    options = {"interpolation": "bicubic", "crop_pct": IMAGENET_CROP}
+    transform = _standard(image_size(model), IMAGENET_MEAN, IMAGENET_STD, **options)
     return Preprocessing(transform, "the usual one for ImageNet", assumed=True)
 
 
@@ -78,6 +80,8 @@ def preprocessing_of_weights(weights: Any) -> Preprocessing:
 def image_size(model: nn.Module) -> tuple[int, int]:
     """Height and width of the images that a model expects, 224 if it does not say."""
     config, embedding = getattr(model, "config", None), getattr(model, "patch_embed", None)
+    if isinstance(given := getattr(model, "pretrained_cfg", None), dict):
+        return int(given["input_size"][1]), int(given["input_size"][2])
     for owner in (config, model, embedding):
         for name in ("image_size", "img_size"):
             size = getattr(owner, name, None)
@@ -130,21 +134,8 @@ def _of_transformers(model: Any, download: bool) -> Preprocessing | None:
 
 
 def _standard(
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    crop: float,
-    interpolation: str = "bicubic",
-    *,
-    squeeze: bool = False,
+    size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], **options: Any
 ) -> Callable[[Image.Image], Tensor]:
-    transform: Callable[[Image.Image], Tensor] = create_transform(
-        input_size=(len(mean), *size),
-        is_training=False,
-        interpolation=interpolation,
-        mean=mean,
-        std=std,
-        crop_pct=crop,
-        crop_mode="squash" if squeeze else "center",
-    )
+    shape = (len(mean), *size)
+    transform: Callable[[Image.Image], Tensor] = create_transform(shape, False, mean=mean, std=std, **options)
     return transform

@@ -17,7 +17,6 @@ from captum_lnstat import zoo
 from captum_lnstat.errors import SourceError, near, one_line
 from captum_lnstat.explanation.subject.checkpoints import load_checkpoint, read_checkpoint
 from captum_lnstat.explanation.subject.classes import class_count, class_names_of, find_class
-from captum_lnstat.explanation.subject.images import read_image, to_rgb
 from captum_lnstat.explanation.subject.preprocessing import (
     Preprocessing,
     image_size,
@@ -26,8 +25,6 @@ from captum_lnstat.explanation.subject.preprocessing import (
 )
 from captum_lnstat.explanation.subject.progress import progress
 from captum_lnstat.zoo import ReferenceModel
-
-__all__ = ["Subject", "class_index", "read_image", "read_model", "read_subject", "subject_of", "to_rgb"]
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,10 @@ class Subject:
         """From a Pillow image to ``(channel, height, width)``."""
         return self.preprocessing.transform
 
-    @property
-    def count(self) -> int | None:
-        """The number of classes, if it is known."""
-        return len(self.class_names) or class_count(self.model)
+    def find(self, target: str | None) -> int | None:
+        """The class that an index or a name means; none if there is no target."""
+        count = len(self.class_names) or class_count(self.model)
+        return None if target is None else find_class(target, self.class_names, count)
 
     def cautions(self, *, pictures: bool = True) -> tuple[str, ...]:
         """What has to be known before an explanation is believed; of ``pictures``, not of inputs made elsewhere."""
@@ -124,14 +121,7 @@ def read_model(name: str, pretrained: bool = False) -> tuple[Any, tuple[int, int
         SourceError: There is no such model, or it cannot be made.
     """
     model, _ = _build(name, pretrained)
-    config = getattr(model, "pretrained_cfg", None)
-    size = config["input_size"][1:] if isinstance(config, dict) else image_size(model)
-    return model, (int(size[0]), int(size[1]))
-
-
-def class_index(text: str, subject: Subject) -> int:
-    """The class that an index or a name means."""
-    return find_class(text, subject.class_names, subject.count)
+    return model, image_size(model)
 
 
 def _is_bare(name: str) -> bool:
@@ -159,7 +149,7 @@ def _build(name: str, pretrained: bool) -> tuple[Any, Any]:
                 elif library == "hf":
                     model = _from_transformers(rest, pretrained)
                 else:
-                    model = _resolve(library, rest)()
+                    model = resolve(library, rest)()
     except SourceError:
         raise
     except Exception as error:  # whatever a library, or the user's own callable, may raise
@@ -201,7 +191,8 @@ def _from_transformers(name: str, pretrained: bool) -> Any:
     return auto.from_config(getattr(transformers, name)() if own else transformers.AutoConfig.from_pretrained(name))
 
 
-def _resolve(module: str, path: str) -> Any:
+def resolve(module: str, path: str) -> Any:
+    """What an import path, ``module:path``, leads to."""
     found: Any = importlib.import_module(module)
     for part in path.split("."):
         found = getattr(found, part)

@@ -22,6 +22,11 @@ def named(model: nn.Module) -> dict[str, nn.Module]:
     return {recorded_name(name): module for name, module in model.named_modules()}
 
 
+def names_of(model: nn.Module) -> dict[int, str]:
+    """The names that a recording has for modules, by their ``id``: for one wrapped by ``torch.compile``, too."""
+    return {id(module): recorded_name(name) for name, module in model.named_modules()}
+
+
 def block_lists(model: nn.Module) -> dict[str, nn.Module]:
     """Lists of nothing but residual blocks, by name, in the order in which they are defined."""
     return {

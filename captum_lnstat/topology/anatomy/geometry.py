@@ -14,10 +14,8 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import PADDING, Grid, Groups, windows
 from captum_lnstat.recording.statistics import stream
 
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """A stream as ``(batch, token, channel)``, its channels being last."""
-    return stream(tensor)
+# A stream as ``(batch, token, channel)``, its channels being last.
+channels_last = stream
 
 
 def channels_first(tensor: Tensor) -> Tensor:

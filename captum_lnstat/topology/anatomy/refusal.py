@@ -1,8 +1,8 @@
-"""Why a model is of no known family: read off its structure, said in a short first line and a few further ones."""
+"""Why a model is of no known family: read off its structure, in a short first line and a few further ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,10 +14,14 @@ _WITHOUT_ATTENTION = (
     "to do: explain it with a method that needs no attention, such as Captum's IntegratedGradients or LayerGradCam;\n"
     "       if forward_func runs a transformer that is not inside this module, pass the transformer as model="
 )
+_ADD = (
+    "to do: pass a model of one of these, its blocks unedited;\n"
+    "       or add its family: one subclass of Topology with @register_topology"
+)
 
 
 def no_family(model: nn.Module, known: Mapping[str, str]) -> str:
-    """What to say of a model that no family matches.
+    """The message for a model that no family matches.
 
     Args:
         model: Any module.
@@ -29,59 +33,38 @@ def no_family(model: nn.Module, known: Mapping[str, str]) -> str:
     """
     kind = type(model).__name__
     if any(isinstance(module, _COPIES) for module in model.modules()):
-        return _lines(
-            f"{kind} is, or holds, a scripted, traced or exported copy of a model, whose attention cannot be seen",
-            "to do: pass the model that it was made from; a compiled model (torch.compile) may be passed as it is",
+        return (
+            f"{kind} is, or holds, a scripted, traced or exported copy of a model, whose attention cannot be seen\n"
+            "to do: pass the model that it was made from; a compiled model (torch.compile) may be passed as it is"
         )
     attention = {name: module for name, module in model.named_modules() if _is_attention(module)}
     norms = [module for module in model.modules() if _is_layer_norm(module)]
-    seen = f"seen: {_listing(attention)}; LayerNorms: {len(norms)} of {_count(model)} modules"
+    seen = f"seen: {_listing(attention)}; LayerNorms: {len(norms)} of {len(list(model.modules()))} modules"
+    over_channels = [(name, module) for name, module in attention.items() if _weighs_channels(module)]
     if not attention:
-        return _lines(_first(kind, "it holds no attention module"), seen, _WITHOUT_ATTENTION)
-    if not norms:
-        return _lines(
-            _first(kind, "it holds no LayerNorm, whose token statistics say what a block keeps"),
-            seen,
-            _WITHOUT_ATTENTION,
-        )
-    over_channels = {name: module for name, module in attention.items() if _weighs_channels(module)}
-    if over_channels:
-        name, module = next(iter(over_channels.items()))
-        return _lines(
-            _first(kind, f"{type(module).__name__} at {name!r} attends from channel to channel, not token to token"),
-            seen,
+        why, advice = "it holds no attention module", _WITHOUT_ATTENTION
+    elif not norms:
+        why, advice = "it holds no LayerNorm, whose token statistics say what a block keeps", _WITHOUT_ATTENTION
+    elif over_channels:
+        name, module = over_channels[0]
+        why = f"{type(module).__name__} at {name!r} attends from channel to channel, not token to token"
+        advice = (
             "to do: explain it with a method that needs no map from token to token, such as Captum's "
-            "IntegratedGradients",
+            "IntegratedGradients"
         )
-    return _lines(
-        _first(kind, "its attention and LayerNorms are not where those of a known family are"),
-        seen,
-        "known families:",
-        *(f"  {family}: {structure}" for family, structure in known.items()),
-        "to do: pass a model of one of these, its blocks unedited;\n"
-        "       or add its family: one subclass of Topology with @register_topology",
-    )
+    else:
+        why = "its attention and LayerNorms are not where those of a known family are"
+        advice = "\n".join(["known families:", *(f"  {name}: {structure}" for name, structure in known.items()), _ADD])
+    return f"{kind} is not a vision transformer of a known family: {why}\n{seen}\n{advice}"
 
 
 def several_models(model: nn.Module, found: Sequence[nn.Module]) -> str:
-    """What to say of a model that holds several transformers side by side."""
+    """The message for a model that holds several transformers side by side."""
     names = ", ".join(type(module).__name__ for module in found)
     return (
         f"{type(model).__name__} holds {len(found)} transformers side by side ({names}); expected one. Pass the one to "
         "explain as model="
     )
-
-
-def _first(kind: str, why: str) -> str:
-    return f"{kind} is not a vision transformer of a known family: {why}"
-
-
-def _lines(*lines: str) -> str:
-    return "\n".join(lines)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(1 for _ in model.modules())
 
 
 def _listing(attention: Mapping[str, nn.Module]) -> str:
@@ -94,13 +77,9 @@ def _listing(attention: Mapping[str, nn.Module]) -> str:
     return ", ".join(f"{len(names)} {kind} (first at {names[0]!r})" for kind, names in kinds.items())
 
 
-def _children(module: nn.Module) -> Iterable[str]:
-    return (name for name, _ in module.named_children())
-
-
 def _is_attention(module: nn.Module) -> bool:
     """By what it is made of: a projection to queries; or by its own claim, with nothing of that kind inside."""
-    if isinstance(module, nn.MultiheadAttention) or any(name in _QUERIES for name in _children(module)):
+    if isinstance(module, nn.MultiheadAttention) or any(name in _QUERIES for name, _ in module.named_children()):
         return True
     named = type(module).__name__.lower()
     claims = "attention" in named or named.endswith("attn")

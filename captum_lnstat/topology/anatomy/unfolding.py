@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -10,21 +12,36 @@ from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, SoftmaxSite
 
-
-@dataclass(frozen=True)
-class _FusedCut(FusedSite):
-    heads: int
-
-    def output_gradient(self, gradient: Tensor) -> Tensor:
-        return _windows_first(gradient, self.heads)
+Regroup = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _SoftmaxCut(SoftmaxSite):
-    heads: int
+class _Fused(FusedSite):
+    regroup: Regroup
 
     def output_gradient(self, gradient: Tensor) -> Tensor:
-        return _windows_first(gradient, self.heads)
+        return self.regroup(gradient)
+
+
+@dataclass(frozen=True)
+class _Softmax(SoftmaxSite):
+    regroup: Regroup
+
+    def output_gradient(self, gradient: Tensor) -> Tensor:
+        return self.regroup(gradient)
+
+
+def _regrouped(site: FusedSite | SoftmaxSite, regroup: Regroup, mask: Kept | None = None) -> AttentionSite:
+    """The same attention with the heads in the second dimension of all its tensors, and of its output's gradient."""
+
+    def each(kept: Kept) -> Kept:
+        return Kept.of(regroup(kept.read()))
+
+    if isinstance(site, SoftmaxSite):
+        value = None if site.value is None else each(site.value)
+        return _Softmax(site.module, each(site.attention), value, site.output, regroup)
+    query, key, value = each(site.query), each(site.key), each(site.value)
+    return _Fused(site.module, query, key, value, mask, site.scale, site.is_causal, site.output, regroup)
 
 
 def cut(site: AttentionSite) -> AttentionSite:
@@ -36,19 +53,15 @@ def cut(site: AttentionSite) -> AttentionSite:
     Raises:
         UnsupportedModelError: The windows have masks of their own.
     """
-    if isinstance(site, SoftmaxSite) and site.value is not None and site.attention.tensor.dim() == 5:
-        heads = _heads(site.value.tensor)
-        return _SoftmaxCut(site.module, _cut(site.attention, heads), _cut(site.value, heads), site.output, heads)
-    if isinstance(site, FusedSite) and site.value.tensor.dim() == 5:
-        heads = _heads(site.value.tensor)
-        if site.mask is not None and site.mask.tensor.dim() > 2:
-            raise UnsupportedModelError(
-                f"the attention at {site.module!r} has a mask of shape {tuple(site.mask.tensor.shape)} for its "
-                "windows; expected windows of one image without masks"
-            )
-        q, k, v = (_cut(kept, heads) for kept in (site.query, site.key, site.value))
-        return _FusedCut(site.module, q, k, v, site.mask, site.scale, site.is_causal, site.output, heads)
-    return site
+    if not isinstance(site, FusedSite | SoftmaxSite) or site.value is None or site.value.tensor.dim() != 5:
+        return site
+    mask = site.mask if isinstance(site, FusedSite) else None
+    if mask is not None and mask.tensor.dim() > 2:
+        raise UnsupportedModelError(
+            f"the attention at {site.module!r} has a mask of shape {tuple(mask.tensor.shape)} for its windows; "
+            "expected windows of one image without masks"
+        )
+    return _regrouped(site, partial(_windows_first, heads=_heads(site.value.tensor)), mask)
 
 
 def _heads(value: Tensor) -> int:
@@ -56,24 +69,8 @@ def _heads(value: Tensor) -> int:
     return 1 if value.stride(1) < value.stride(2) else 2
 
 
-def _cut(kept: Kept, heads: int) -> Kept:
-    return Kept.of(_windows_first(kept.read(), heads))
-
-
 def _windows_first(tensor: Tensor, heads: int) -> Tensor:
     return (tensor.transpose(1, 2) if heads == 1 else tensor).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class _FusedFolded(FusedSite):
-    def output_gradient(self, gradient: Tensor) -> Tensor:
-        return gradient.reshape(self.query.tensor.shape[:2] + gradient.shape[1:])
-
-
-@dataclass(frozen=True)
-class _SoftmaxFolded(SoftmaxSite):
-    def output_gradient(self, gradient: Tensor) -> Tensor:
-        return gradient.reshape(self.attention.tensor.shape[:2] + gradient.shape[1:])
 
 
 def unfolded(site: AttentionSite, width: int) -> AttentionSite:
@@ -96,15 +93,11 @@ def unfolded(site: AttentionSite, width: int) -> AttentionSite:
             f"{width} channels; expected the heads to divide both"
         )
 
-    def split(kept: Kept) -> Kept:
-        tensor = kept.read()
-        return Kept.of(tensor.reshape(len(tensor) // heads, heads, *tensor.shape[1:]))
+    def split(tensor: Tensor) -> Tensor:
+        return tensor.reshape(len(tensor) // heads, heads, *tensor.shape[1:])
 
-    if isinstance(site, SoftmaxSite):
-        return _SoftmaxFolded(site.module, split(site.attention), split(value), site.output)
-    assert isinstance(site, FusedSite)
-    mask = site.mask
+    mask = site.mask if isinstance(site, FusedSite) else None
     if mask is not None and mask.tensor.dim() == 3 and len(mask.tensor) > 1:
-        mask = split(mask)
-    parts = {"query": split(site.query), "key": split(site.key), "value": split(value), "mask": mask}
-    return _FusedFolded(**{**{name: getattr(site, name) for name in site.__dataclass_fields__}, **parts})
+        mask = Kept.of(split(mask.read()))
+    assert isinstance(site, FusedSite | SoftmaxSite)
+    return _regrouped(site, split, mask)

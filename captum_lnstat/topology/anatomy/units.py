@@ -79,17 +79,11 @@ def _leads(child: nn.Module, reads: int, gives: int) -> bool:
 def reads_channels_first(unit: nn.Module, recording: Recording, name: str) -> bool:
     """Whether the map that a unit was given has its channels before its rows."""
     given = recording.call(name).input.tensor
-    if given.dim() != 4:
-        return False
-    if isinstance(unit, nn.LayerNorm):
-        return norm_reads_channels_first(recording, name)
-    return bool(layers(unit, nn.Conv2d))
-
-
-def norm_reads_channels_first(recording: Recording, name: str) -> bool:
-    """Whether a norm was given a map with its channels before its rows, and turned it round for itself."""
-    given, normed = recording.call(name).input.tensor, recording.norm(name).input.tensor
-    return given.dim() == 4 and (given.shape != normed.shape or given.stride() != normed.stride())
+    if given.dim() == 4 and isinstance(unit, nn.LayerNorm):
+        # A norm that takes its channels first turns the map round for itself.
+        normed = recording.norm(name).input.tensor
+        return given.shape != normed.shape or given.stride() != normed.stride()
+    return given.dim() == 4 and bool(layers(unit, nn.Conv2d))
 
 
 def unit_steps(

@@ -18,13 +18,11 @@ from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.layout import PADDING, Cells, Grid, Groups, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
 from captum_lnstat.topology.anatomy.embedding import grid_of
-from captum_lnstat.topology.anatomy.geometry import channels_last
 from captum_lnstat.topology.anatomy.parts import find_parts
 from captum_lnstat.topology.anatomy.units import Stream
 from captum_lnstat.topology.readers.base import PartsReader, under
-from captum_lnstat.topology.residual import residual_block
+from captum_lnstat.topology.residual import residual_block, with_pooled_queries
 from captum_lnstat.trace.steps import Block, Update
 
 
@@ -69,16 +67,12 @@ class MultiscaleReader(PartsReader):
         grid, keys = self._grid_of(0, name, recording), self._grid_of(2, name, recording)
         device = before.tokens.device
         over = Cells(_with_prefix(under(poolings[2], before.grid, keys, device), before.prefix))
+        read = replace(read, keys=over)
         if grid == before.grid and self.widened is None:
-            return [replace(read, keys=over)]
-        shortcut = self._shortcut(before)
+            return [read]
         given = recording.call(name).input.read()
-        with torch.no_grad():
-            carried = stream(shortcut(given))
         below = _with_prefix(under(poolings[0], before.grid, grid, device), before.prefix)
-        layouts = channels_last, channels_last
-        pull_back = pull_back_by_autograd(name, shortcut, given, layouts, before.tokens, carried, self.block.training)
-        return [replace(read, keys=over, below=below, carried=carried, grid=grid, pull_back=pull_back)]
+        return [with_pooled_queries(read, self._shortcut(before), given, below, grid, self.block.training)]
 
     def _own(self, name: str, recording: Recording) -> Tensor | None:
         """What the pooled queries add to the attention's output, behind the Linear: ``W q``."""
