@@ -115,7 +115,7 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return EVERY_METHOD[request.param]
 
 
-@pytest.mark.parametrize("pair", product(EVERY_METHOD, MODELS), ids="-".join, indirect=True)
+@pytest.mark.parametrize("pair", list(product(EVERY_METHOD, MODELS)), ids="-".join, indirect=True)
 def test_plain_call(method: Any, model: nn.Module) -> None:
     image = images(3)
     with untouched(model, image):
