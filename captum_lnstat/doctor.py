@@ -65,7 +65,7 @@ def examine(model: nn.Module, image_size: tuple[int, int]) -> Examination:
     images = torch.randn(1, 3, *image_size, generator=random).to(parameter)
     rules: dict[str, str | None] = {}
     try:
-        description = LNStatAttribution(model, rule="rollout").describe(images)
+        description = LNStatAttribution(model).describe(images)
         for rule in rule_names():
             rules[rule] = _undefined(model, images, rule)
     except Exception as error:  # a model that fails on the images by itself is refused, too

@@ -40,13 +40,14 @@ def test_every_site_is_listed_with_its_shape_and_norms():
     assert lines[0] == "mine:swin: supported"
     assert lines[1].startswith("SwinTransformer: windowed transformer, 8 x 8 patches of 4 x 4 px, 0 prefix tokens")
     assert lines[2].startswith(f"head: mean of the tokens, output (1, {CLASSES})")
-    sites = [line.split(":")[0].strip() for line in lines[3:]]
+    assert lines[3].startswith("rule lnstat: max(P - mean P, P / 20)")
+    sites = [line.split(":")[0].strip() for line in lines[4:]]
     assert sites == [
         "layers.0.blocks.0", "layers.0.blocks.1", "layers.1.downsample", "layers.1.blocks.0", "layers.1.blocks.1",
     ]  # fmt: skip
-    assert "4 x 2 heads x 16 x 16, residual share" in lines[3]
-    assert lines[3].endswith("; norm1, norm2")
-    assert lines[5].endswith("merging, 16 tokens of 4 children; norm")
+    assert "4 x 2 heads x 16 x 16, residual share" in lines[4]
+    assert lines[4].endswith("; norm1, norm2")
+    assert lines[6].endswith("merging, 16 tokens of 4 children; norm")
 
 
 def test_the_json_record_holds_the_same():
@@ -77,7 +78,7 @@ def test_what_the_map_covers_is_said(monkeypatch):
     description = LNStatAttribution(vit()).describe(images(1))
     assert "covers" not in str(description)
     object.__setattr__(description, "covers", "not the stem")
-    assert str(description).splitlines()[2] == "covers: not the stem"
+    assert str(description).splitlines()[3] == "covers: not the stem"
     assert description.to_dict()["covers"] == "not the stem"
 
 
@@ -112,7 +113,7 @@ def test_a_rule_that_is_not_defined_is_named(monkeypatch):
     assert found.refusal is None
     assert found.rules["gradient"] == "no gradient here; rule='evidence' is defined"
     assert str(found).endswith("rule 'gradient' is not defined: no gradient here; rule='evidence' is defined")
-    monkeypatch.setattr(doctor, "RULES", ("gradient",))
+    monkeypatch.setattr(doctor, "rule_names", lambda: ("gradient",))
     assert isinstance(examine(vit(), (32, 32)).refusal, UnsupportedModelError)
 
 

@@ -33,7 +33,27 @@ from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import Rule
 
 
-class GridAttribution(GradientAttribution):  # type: ignore[misc]
+class OnePass(GradientAttribution):  # type: ignore[misc]
+    """What Captum asks of a method, as methods of one recorded pass answer it."""
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """True: relevance is what a patch contributed, not what a change of it would do."""
+        return True
+
+    def attribute_future(self) -> NoReturn:
+        """Not implemented, as for Captum's own one-pass methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not on offer: what ended on prefix tokens and biases is not in the attributions."""
+        raise NotImplementedError(
+            "the delta needs what ended on prefix tokens and biases, which no attribution holds; use "
+            "LNStatAttribution(..., rule='evidence').attribute(..., return_convergence_delta=True)"
+        )
+
+
+class GridAttribution(OnePass):
     """Attributions made on the patch grid of a vision transformer from one recorded forward pass.
 
     The base of ``LNStatAttribution`` and of the baselines; a subclass says by which rule.
@@ -59,8 +79,6 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
                 f"forward_func is a {type(forward_func).__name__}, not a module; pass the transformer that it runs as "
                 "model=, so that its layers can be recorded"
             )
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; expected the module that forward_func runs")
         super().__init__(forward_func)
         check_interpolation(interpolation)
         check_fusion(settings.head_fusion)
@@ -84,22 +102,6 @@ class GridAttribution(GradientAttribution):  # type: ignore[misc]
     def contrast(self) -> bool:
         """Whether the score is that of the target against the other classes."""
         return False
-
-    def attribute_future(self) -> NoReturn:
-        """Not implemented, as for Captum's own one-pass methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        """True: relevance is what a patch contributed, not what a change of it would do."""
-        return True
-
-    def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not on offer: what ended on prefix tokens and biases is not in the attributions."""
-        raise NotImplementedError(
-            "the delta needs what ended on prefix tokens and biases, which no attribution holds; use "
-            "LNStatAttribution(..., rule='evidence').attribute(..., return_convergence_delta=True)"
-        )
 
     @property
     def transformer(self) -> nn.Module:

@@ -11,7 +11,7 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
 from captum_lnstat.attribution.arguments import joined, the_image
-from captum_lnstat.attribution.base import record, relevance_of
+from captum_lnstat.attribution.base import OnePass, record, relevance_of
 from captum_lnstat.attribution.batches import chunks
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.errors import warn_caller
@@ -35,7 +35,7 @@ from captum_lnstat.topology import find_topology
 from captum_lnstat.trace.steps import Block, MergingShare
 
 
-class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
+class LayerLNStat(LayerAttribution, OnePass):  # type: ignore[misc]
     r"""Relevance of the tokens at the input or output of one transformer block.
 
     The rules of ``LNStatAttribution`` walk from the head down; here they stop at the block and read its tokens as they
@@ -112,15 +112,6 @@ class LayerLNStat(LayerAttribution, GradientAttribution):  # type: ignore[misc]
     def get_name(cls) -> str:
         """The name that Captum shows."""
         return "Layer LN Stat"
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        """True: relevance is what a token contributed, not what a change of it would do."""
-        return True
-
-    def attribute_future(self) -> NoReturn:
-        """Not implemented, as for Captum's own one-pass methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
     def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not on offer: what ended on biases and padded places is not in the attributions."""

@@ -62,8 +62,9 @@ class Frame:
     def __init__(self, transform: Callable[[Image.Image], Tensor], source: str = "a transform that was given") -> None:
         self.transform, self.source = transform, source
         self._cuts: dict[tuple[int, int], tuple[tuple[int, int], int, int]] = {}
-        self._probe = self._view(_PROBE)
-        self.size, self.mean, self.std = self._probe.size, self._probe.mean, self._probe.std
+        self._probe: View | None = None
+        self._probe = probe = self._view(_PROBE)
+        self.size, self.mean, self.std = probe.size, probe.mean, probe.std
 
     def record(self) -> dict[str, Any]:
         """Plain values, by which two of them are told apart."""
@@ -71,7 +72,7 @@ class Frame:
         return {"source": self.source, "size": self.size, "mean": self.mean, "std": self.std, "cut": [_PROBE, cut]}
 
     def _view(self, size: tuple[int, int]) -> View:
-        view = measure(self.transform, size)
+        view = measure(self.transform, size, self._probe)
         if view.cut is None:
             raise ValueError(
                 f"the preprocessing ({self.source}) does more with an image of {size[0]} x {size[1]} than resize it "

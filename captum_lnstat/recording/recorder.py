@@ -106,7 +106,7 @@ class Recorder(TorchFunctionMode):
         self._handles: list[RemovableHandle] = []
         self._running: list[str] = [""]
         self._events: list[AttentionSite | SoftmaxEvent] = []
-        self._softmaxes = Softmaxes(self._keep)
+        self._softmaxes = Softmaxes(self._arena)
         self._norms: list[NormCall] = []
         self._joins: list[tuple[int, ...]] = []
         self._calls: dict[str, list[ModuleCall]] = {}

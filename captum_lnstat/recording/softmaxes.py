@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.recording.attention_backward import ObservedProduct, product_can_be_observed
-from captum_lnstat.recording.kept import Kept, edge
+from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.sites import SoftmaxSite
 
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
@@ -43,11 +42,11 @@ class Softmaxes:
     """The softmaxes of a pass whose outputs may still be multiplied with values.
 
     Args:
-        keep: Keeps a tensor for the recording.
+        arena: Where large tensors are copied to for the recording, if they are.
     """
 
-    def __init__(self, keep: Callable[[Tensor], Kept]) -> None:
-        self._keep = keep
+    def __init__(self, arena: Arena | None) -> None:
+        self._arena = arena
         # By identity; the tensor is held, so that no other gets its identity.
         self._events: dict[int, tuple[Tensor, SoftmaxEvent]] = {}
 
@@ -65,7 +64,7 @@ class Softmaxes:
         """A softmax has run: an attention's if it is over the keys, the last of at least three dimensions."""
         if input.dim() < 3 or dim not in (-1, input.dim() - 1):
             return None
-        event = SoftmaxEvent(module, self._keep(output))
+        event = SoftmaxEvent(module, Kept.on(self._arena, output))
         self._events[id(output)] = (output, event)
         return event
 
@@ -79,7 +78,7 @@ class Softmaxes:
         if function in _PASSING:
             self._events[id(output)] = (output, event)
         elif function in _PRODUCTS and not event.multiplied:
-            event.value = self._keep(args[1] if len(args) > 1 else next(iter(kwargs.values())))
+            event.value = Kept.on(self._arena, args[1] if len(args) > 1 else next(iter(kwargs.values())))
             event.output = edge(output)
             event.multiplied = True
 
@@ -89,7 +88,7 @@ class Softmaxes:
             return None
         attention, value = args
         _, event = self._events[id(attention)]
-        site = SoftmaxSite(event.module, event.attention, self._keep(value), None)
+        site = SoftmaxSite(event.module, event.attention, Kept.on(self._arena, value), None)
         if event.multiplied or not product_can_be_observed(site, attention, value):
             return None
         output: Tensor = ObservedProduct.apply(attention, value, site)

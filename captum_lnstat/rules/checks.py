@@ -116,22 +116,12 @@ def check_stream(trace: Trace, stream_end: Tensor) -> None:
     names = [step.name for step in trace.steps[1:]] + ["the head"]
     for step, reader, name in zip(trace.steps, readers, names, strict=True):
         written = step.after
-        if written.shape != reader.shape:
-            same = False
-        else:
-            one = written.data_ptr() == reader.data_ptr() and written.stride() == reader.stride()
-            same = one or torch.equal(written, reader)
-        if not same:
+        one = written.data_ptr() == reader.data_ptr() and written.stride() == reader.stride()
+        if written.shape != reader.shape or not (one or torch.equal(written, reader)):
             raise RecordingError(
                 f"{name} does not read what the step before it returned: the model does something between its blocks "
                 "that its topology does not know, so relevance cannot be placed"
             )
-
-
-_OTHER_POOLING = (
-    "expected the head of the family. If several scores read a part each (a distilled model in train mode), explain "
-    "their mean with output=; a model with a pooling of its own needs a topology of its own"
-)
 
 
 def reads(slope: Tensor) -> Bool[Tensor, "batch token"]:
@@ -145,17 +135,12 @@ def check_start(trace: Trace, read: Bool[Tensor, "batch token"]) -> None:
     unexpected = read & ~expected
     # In float16 a cotangent can vanish for want of small numbers.
     exact = isinstance(trace.pooling, FixedPooling) and trace.blocks[0].site.dtype != torch.float16
-    if exact and not bool(unexpected.any()):
-        missing = expected & ~read & read.any(1, keepdim=True)
-        if bool(missing.any()):
-            token = int(missing.nonzero()[0, 1])
+    missing = expected & ~read & read.any(1, keepdim=True) & exact
+    for wrong, does, which in ((unexpected, "reads", "does not"), (missing, "does not read", "does")):
+        if bool(wrong.any()):
             raise RecordingError(
-                f"the head does not read token {token}, but pooling was recognised as {trace.pooling.name!r}, which "
-                f"does; {_OTHER_POOLING}"
+                f"the head {does} token {int(wrong.nonzero()[0, 1])}, but pooling was recognised as "
+                f"{trace.pooling.name!r}, which {which}; expected the head of the family. If several scores read a "
+                "part each (a distilled model in train mode), explain their mean with output=; a model with a pooling "
+                "of its own needs a topology of its own"
             )
-    if bool(unexpected.any()):
-        token = int(unexpected.nonzero()[0, 1])
-        raise RecordingError(
-            f"the head reads token {token}, but pooling was recognised as {trace.pooling.name!r}, which does not; "
-            f"{_OTHER_POOLING}"
-        )

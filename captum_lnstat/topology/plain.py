@@ -1,4 +1,8 @@
-"""ViT-like models of timm: one sequence of prefix and patch tokens through all blocks."""
+"""ViT-like models of timm: one sequence of prefix and patch tokens through all blocks.
+
+What timm's own attributes say no structure shows: patches cut by a Linear (NaFlex), images padded to whole patches,
+attention that pools prefix tokens too, and how the head reads where the scores leave no graph.
+"""
 
 from __future__ import annotations
 

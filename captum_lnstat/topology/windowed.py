@@ -70,8 +70,7 @@ class WindowedTopology(Topology):
 
     @property
     def entrance(self) -> str:
-        name: str = self._names[id(self._entrance)]
-        return name
+        return self._names[id(self._entrance)]
 
     @cached_property
     def _entrance(self) -> nn.Module:
@@ -105,9 +104,8 @@ class WindowedTopology(Topology):
                 steps.append(residual_block(name, module, recording, _layout(module, tokens, grid)))
                 last = trailing_norm(name, module, recording, grid)
                 steps += [] if last is None else [last]
-        height, width = self._patches.kernel_size
-        patch, tokens = (height, width), steps[0].before
-        return Trace(self.family, tuple(steps), tokens, 0, first_grid, patch, self._pooling(recording))
+        pooling = self._pooling(recording)
+        return Trace(self.family, tuple(steps), steps[0].before, 0, first_grid, self._patches.kernel_size, pooling)
 
     def _pooling(self, recording: Recording) -> Pooling:
         if recording.scores is not None and recording.scores.requires_grad:
@@ -145,11 +143,7 @@ def _outside(model: nn.Module, steps: list[Any]) -> list[nn.Module]:
 
 
 def _is_step(module: nn.Module) -> bool:
-    return _is_window_block(module) or _is_merging(module)
-
-
-def _is_window_block(module: Any) -> bool:
-    return _window_owner(module) is not None and is_residual_block(module)
+    return _is_merging(module) or (_window_owner(module) is not None and is_residual_block(module))
 
 
 def _window_owner(block: Any) -> Any:

@@ -97,11 +97,6 @@ class Block(_Step):
         """What the attention added to each token."""
         return self.between - self.base
 
-    @property
-    def mlp_update(self) -> Float[Tensor, "batch query_token out_channel"]:
-        """What the MLP added to each token."""
-        return self.after - self.between
-
     @cached_property
     def statistics(self) -> tuple[TokenStatistics, TokenStatistics]:
         """Of every token before and after the attention's update: what the block's two LayerNorms read."""

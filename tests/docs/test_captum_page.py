@@ -26,7 +26,7 @@ def test_the_snippets_run_in_order() -> None:
 
 
 def test_every_test_named_is_there() -> None:
-    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", PAGE)
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)(?:::(\w+))?`", PAGE)
     assert len(named) >= 30
     for file, name in named:
         tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))

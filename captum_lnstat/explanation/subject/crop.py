@@ -70,12 +70,13 @@ class View:
         return (round(height * down), round(width * across)), round(top * down), round(left * across)
 
 
-def measure(transform: Callable[[Image.Image], Tensor], size: tuple[int, int]) -> View:
+def measure(transform: Callable[[Image.Image], Tensor], size: tuple[int, int], like: View | None = None) -> View:
     """The view that a transform gives of an image of a size.
 
     Args:
         transform: From a Pillow image to ``(channel, height, width)``.
         size: Width and height of the image.
+        like: The view of an image of another size, whose normalisation need not be measured again.
 
     Example:
         >>> from torchvision.transforms import CenterCrop, Compose, Normalize, ToTensor
@@ -83,25 +84,28 @@ def measure(transform: Callable[[Image.Image], Tensor], size: tuple[int, int]) -
         >>> [round(edge, 1) for edge in view.box], [round(mean, 2) for mean in view.mean]
         ([16.0, 8.0, 48.0, 40.0], [0.5, 0.5, 0.5])
     """
-    black, white = (_through(transform, Image.new("RGB", size, color)) for color in ("black", "white"))
-    low, high = np.median(black, (1, 2)), np.median(white, (1, 2))
-    inner = (int(black.shape[1]), int(black.shape[2]))
-    if black.shape != white.shape or not (high > low).all():
-        return View((0.0,) * len(low), (1.0,) * len(low), inner, size)
-    std = 1 / (high - low)
-    mean = -low * std
-    # float32 measures no finer; transforms are given fewer digits.
-    view = View(tuple(round(float(m), 6) for m in mean), tuple(round(float(d), 6) for d in std), inner, size)
-    if len(low) != 3:
+    view = replace(like, image_size=size, measured=None) if like else _normalisation(transform, size)
+    if len(view.mean) != 3:
         return view
-    ramps = _through(transform, _ramps(size)) * std[:, None, None] + mean[:, None, None]
+    ramps = _through(transform, _ramps(size)) * np.reshape(view.std, (3, 1, 1)) + np.reshape(view.mean, (3, 1, 1))
     columns, rows = _line(ramps[0], size[0]), _line(ramps[1].T, size[1])
     if columns is None or rows is None:
         return view
     (left, right), (top, bottom) = columns, rows
-    return _sharper(
-        transform, replace(view, measured=(left * size[0], top * size[1], right * size[0], bottom * size[1]))
-    )
+    box = (left * size[0], top * size[1], right * size[0], bottom * size[1])
+    return _sharper(transform, replace(view, size=(ramps.shape[1], ramps.shape[2]), measured=box))
+
+
+def _normalisation(transform: Callable[[Image.Image], Tensor], size: tuple[int, int]) -> View:
+    black, white = (_through(transform, Image.new("RGB", size, color)) for color in ("black", "white"))
+    low, high = np.median(black, (1, 2)), np.median(white, (1, 2))
+    inner = (black.shape[1], black.shape[2])
+    if black.shape != white.shape or not (high > low).all():
+        return View((0.0,) * len(low), (1.0,) * len(low), inner, size)
+    std = 1 / (high - low)
+    # float32 measures no finer; transforms are given fewer digits.
+    mean, std = np.round(-low * std, 6), np.round(std, 6)
+    return View(tuple(map(float, mean)), tuple(map(float, std)), inner, size)
 
 
 def _through(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> Float[np.ndarray, "channel row column"]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class BlockParts:
 
 
 Layer = TypeVar("Layer", bound=nn.Module)
+Found = TypeVar("Found")
 Known = dict[tuple[str, int], Any]
 _known: ContextVar[Known | None] = ContextVar("parts found while the structure of a model cannot change", default=None)
 
@@ -67,14 +69,21 @@ def recall(known: Known) -> None:
         _known.set(known)
 
 
-def _once(name: str, module: nn.Module, find: Callable[[nn.Module], Any]) -> Any:
-    known = _known.get()
-    if known is None:
-        return find(module)
-    key = name, id(module)
-    if key not in known:
-        known[key] = find(module)
-    return known[key]
+def _once(find: Callable[[nn.Module], Found]) -> Callable[[nn.Module], Found]:
+    """While ``looked_up_once`` holds, a module is looked through once."""
+
+    @wraps(find)
+    def look_up(module: nn.Module) -> Found:
+        known = _known.get()
+        if known is None:
+            return find(module)
+        key = find.__name__, id(module)
+        if key not in known:
+            known[key] = find(module)
+        found: Found = known[key]
+        return found
+
+    return look_up
 
 
 def find_parts(block: nn.Module) -> BlockParts | None:
@@ -89,8 +98,7 @@ def find_parts(block: nn.Module) -> BlockParts | None:
         >>> parts.attention, parts.norms
         ('self_attn', ('norm1', 'norm2'))
     """
-    found: BlockParts | None = _once("parts", eager(block), _find_parts)
-    return found
+    return _find_parts(eager(block))
 
 
 def is_residual_block(block: nn.Module) -> bool:
@@ -110,6 +118,7 @@ def parts_of(block: nn.Module, name: str = "") -> BlockParts:
     return parts
 
 
+@_once
 def _find_parts(block: nn.Module) -> BlockParts | None:
     children = dict(block.named_children())
     norms = [name for name, child in children.items() if _channels(child) is not None]
@@ -135,13 +144,9 @@ def layers(module: nn.Module, kind: type[Layer]) -> list[Layer]:
     return [part for part in module.modules() if isinstance(part, kind)]
 
 
+@_once
 def has_heads(module: nn.Module) -> bool:
     """Whether a module, or one inside it, has a number of heads."""
-    found: bool = _once("heads", module, _has_heads)
-    return found
-
-
-def _has_heads(module: nn.Module) -> bool:
     own, kind = vars(module), type(module)  # a Module looks long for an attribute that it does not have
     named = any(isinstance(own.get(name, getattr(kind, name, None)), int) for name in _HEAD_COUNTS)
     return named or any(has_heads(child) for child in module.children())
@@ -159,12 +164,9 @@ def _attends(module: nn.Module) -> bool:
     return bool(layers(module, nn.Linear))
 
 
+@_once
 def _holds_block(module: nn.Module) -> bool:
-    def holds(module: nn.Module) -> bool:
-        return any(is_residual_block(child) or _holds_block(child) for child in module.children())
-
-    found: bool = _once("block inside", module, holds)
-    return found
+    return any(is_residual_block(child) or _holds_block(child) for child in module.children())
 
 
 def _scales(block: nn.Module, width: int | None) -> Iterator[Tensor]:

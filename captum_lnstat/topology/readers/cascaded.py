@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.recording.kept import Kept
@@ -103,9 +104,6 @@ def _folded(name: str, out: nn.Module) -> FrozenLinear:
     for norm in norms:
         if norm.running_mean is None or norm.running_var is None:
             raise UnsupportedModelError(f"the BatchNorm of {name!r} has no running statistics; expected some")
-        scale = (norm.running_var + norm.eps).rsqrt()
-        scale = scale if norm.weight is None else scale * norm.weight
-        shift = -norm.running_mean if bias is None else bias - norm.running_mean
-        shift = shift * scale if norm.bias is None else shift * scale + norm.bias
-        weight, bias = weight * scale[:, None], shift
+        mean, variance = norm.running_mean, norm.running_var
+        weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, norm.weight, norm.bias)
     return FrozenLinear(weight.detach(), None if bias is None else bias.detach())
