@@ -95,7 +95,7 @@ def test_lower_bounds_are_the_versions_that_were_run() -> None:
     (listed,) = re.findall(r"^dependencies = \[(.*?)\]", text, re.M | re.S)
     bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', listed))
     pinned = dict(
-        re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "tests" / "oldest-requirements.txt").read_text("utf-8"), re.M)
+        re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "tests" / "versions" / "oldest.txt").read_text("utf-8"), re.M)
     )
     assert len(bounds) == len(listed.split(",")) - 1
     for name, bound in bounds.items():

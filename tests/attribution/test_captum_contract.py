@@ -7,6 +7,7 @@ import inspect
 import unittest
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import captum
@@ -23,6 +24,7 @@ from helpers.contract import (
     EVERY_METHOD,
     METHODS,
     MODELS,
+    PAIRS,
     Normalise,
     a_block,
     expected_shape,
@@ -86,8 +88,25 @@ def grid_of(method: Any, *args: Any, **kwargs: Any) -> Tensor | None:
     return None if isinstance(method, LayerLNStat) else method.relevance(*args, **kwargs)
 
 
+@pytest.fixture(params=PAIRS, ids="-".join)
+def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """The names of a method and of a model."""
+    name, kind = request.param
+    return name, kind
+
+
+@pytest.fixture
+def model(pair: tuple[str, str]) -> nn.Module:
+    return model_of(pair[1])
+
+
+@pytest.fixture
+def method(pair: tuple[str, str], model: nn.Module) -> Any:
+    return EVERY_METHOD[pair[0]](model)
+
+
 @pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> nn.Module:
+def each_model(request: pytest.FixtureRequest) -> nn.Module:
     return model_of(request.param)
 
 
@@ -96,11 +115,7 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return EVERY_METHOD[request.param]
 
 
-@pytest.fixture
-def method(make: Callable[..., Any], model: nn.Module) -> Any:
-    return make(model)
-
-
+@pytest.mark.parametrize("pair", list(product(EVERY_METHOD, MODELS)), ids="-".join, indirect=True)
 def test_plain_call(method: Any, model: nn.Module) -> None:
     image = images(3)
     with untouched(model, image):
@@ -154,9 +169,9 @@ def test_noise_tunnel(method: Any, model: nn.Module, kind: str) -> None:
     check(method, attribution, image)
 
 
-def test_noise_tunnel_with_delta(model: nn.Module) -> None:
+def test_noise_tunnel_with_delta(each_model: nn.Module) -> None:
     for contrastive in (False, True):
-        evidence = LNStatAttribution(model, rule="evidence", contrastive=contrastive)
+        evidence = LNStatAttribution(each_model, rule="evidence", contrastive=contrastive)
         for kind in NOISE:
             attribution, delta = NoiseTunnel(evidence).attribute(
                 images(), nt_type=kind, nt_samples=3, target=1, return_convergence_delta=True
@@ -230,10 +245,10 @@ def test_visualize(method: Any) -> None:
     )
 
 
-def test_lnstat_has_something_positive_for_every_class(model: nn.Module) -> None:
+def test_lnstat_has_something_positive_for_every_class(each_model: nn.Module) -> None:
     image = images(5)
     for target in range(5):
-        attribution = LNStatAttribution(model).attribute(image, target=target)
+        attribution = LNStatAttribution(each_model).attribute(image, target=target)
         assert (attribution >= 0).all()
         assert (attribution.amax((1, 2, 3)) > 0).all()
 
@@ -350,10 +365,10 @@ def test_names() -> None:
     assert GenericAttention.get_name() == "Generic Attention"
 
 
-def test_convergence_delta(model: nn.Module) -> None:
+def test_convergence_delta(each_model: nn.Module) -> None:
     image = images(3)
     for contrastive in (False, True):
-        evidence = LNStatAttribution(model, rule="evidence", contrastive=contrastive)
+        evidence = LNStatAttribution(each_model, rule="evidence", contrastive=contrastive)
         attribution, delta = evidence.attribute(image, target=[0, 1, 2], return_convergence_delta=True)
         check(evidence, attribution, image)
         assert delta.shape == (3,)

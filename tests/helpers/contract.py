@@ -114,6 +114,15 @@ LAYERS: dict[str, Method] = {"LayerLNStat": lambda f, model=None: LayerLNStat(f,
 # Every public method, and what the whole contract is run on.
 EVERY_METHOD: dict[str, Method] = {**METHODS, **VARIANTS, **LAYERS}
 
+# What Captum, a thread or a caller's mode does to a method does not hang on the model's family: every method on one
+# model without and one with windows, and every model by a rule without and one with a backward pass.
+PAIRS = [
+    (name, kind)
+    for name in EVERY_METHOD
+    for kind in MODELS
+    if kind in {"vit", "swin"} or name in {"lnstat", "gradient"}
+]
+
 
 def expected_shape(method: Any, image: Tensor) -> tuple[int, ...]:
     """The image's shape; for the layer form that of the block's output, counted by hand for the models below."""

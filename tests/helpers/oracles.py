@@ -364,13 +364,19 @@ class Dense:
             rows.append(value)
         return torch.stack(rows)
 
-    def cotangent(self, target: Tensor, contrastive: bool = False) -> tuple[Tensor, Tensor]:
-        """``u`` of the stream after the last block, from autograd through detached norms, and what the head adds."""
-        head = copy.deepcopy(self.model)
-        for parent in list(head.modules()):
+    @cached_property
+    def _detached(self) -> Any:
+        """The model with detached norms."""
+        model = copy.deepcopy(self.model)
+        for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.LayerNorm):
                     setattr(parent, name, DetachedNorm(child))
+        return model
+
+    def cotangent(self, target: Tensor, contrastive: bool = False) -> tuple[Tensor, Tensor]:
+        """``u`` of the stream after the last block, from autograd through detached norms, and what the head adds."""
+        head = self._detached
         x = self.capture.inputs[self.model.norm].detach().requires_grad_()
         with torch.enable_grad():
             logits = head.forward_head(head.norm(x))

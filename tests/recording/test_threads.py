@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.contract import EVERY_METHOD, MODELS, images, untouched
+from helpers.contract import EVERY_METHOD, MODELS, PAIRS, images, untouched
 from torch import Tensor
 
 THREADS, ROUNDS = 4, 2
@@ -47,9 +47,8 @@ def side_by_side(work: Callable[[int], Tensor]) -> list[list[Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", EVERY_METHOD)
-def test_the_same_image(family: str, name: str) -> None:
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_the_same_image(name: str, family: str) -> None:
     model = MODELS[family]()
     method, image = EVERY_METHOD[name](model), images()
     expected = method.attribute(image, target=[1, 2])
@@ -60,9 +59,8 @@ def test_the_same_image(family: str, name: str) -> None:
         assert all(torch.equal(attribution, expected) for attribution in attributions)
 
 
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("name", EVERY_METHOD)
-def test_images_of_their_own(family: str, name: str) -> None:
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_images_of_their_own(name: str, family: str) -> None:
     """Other images, batch sizes and targets in every thread, and one thread whose target is always wrong."""
     model = MODELS[family]()
     method: Any = EVERY_METHOD[name](model)

@@ -56,9 +56,14 @@ def _flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _forward(model: nn.Module, image: torch.Tensor) -> int:
+def _image() -> torch.Tensor:
+    return torch.zeros(1, 3, 224, 224).normal_(generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def _forward(name: str) -> int:
     with torch.no_grad():
-        return _flops(lambda: model(image))
+        return _flops(lambda: _model(name)(_image()))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -74,15 +79,15 @@ def test_attention_is_counted_whatever_the_kernel_is_called(masked: bool) -> Non
 @pytest.mark.parametrize("method", BOUNDS)
 def test_work_of_a_map(method: str, name: str) -> None:
     make, *bounds = BOUNDS[method]
-    model, image = _model(name), torch.zeros(1, 3, 224, 224).normal_(generator=torch.Generator().manual_seed(0))
+    model, image = _model(name), _image()
     counted = CountCalls(model)
-    work = _flops(lambda: make(counted).attribute(image, target=1)) / _forward(model, image)
+    work = _flops(lambda: make(counted).attribute(image, target=1)) / _forward(name)
     assert 1 <= work < bounds[name == SWIN]
     assert counted.count == 1
 
 
 @pytest.mark.parametrize(("name", "bound"), [(VIT, 1.13), (SWIN, 2.24)])
 def test_work_of_a_hundred_maps(name: str, bound: float) -> None:
-    model, image = _model(name), torch.zeros(1, 3, 224, 224).normal_(generator=torch.Generator().manual_seed(0))
+    model, image = _model(name), _image()
     work = _flops(lambda: LNStatAttribution(model).relevance_per_target(image, range(100)))
-    assert work / _forward(model, image) < bound
+    assert work / _forward(name) < bound
