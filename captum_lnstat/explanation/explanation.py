@@ -29,9 +29,9 @@ _PIXELS = 1 << 20
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Explanation(Prediction):
-    """The explanation of one image.
+    """The explanation of one image, and with it the model's ``Prediction``.
 
-    Attributes, beside those of ``Prediction``:
+    Attributes:
         name: Of the image: its file's name without the suffix, or ``"image"``.
         rule: The rule of ``LNStatAttribution``.
         target: The class that is explained.
