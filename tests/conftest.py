@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,11 @@ from hypothesis import HealthCheck, Phase, settings
 from torch import nn
 
 from captum_lnstat.rules import rule
+
+# There is a process of the tests for every core. Threads of theirs besides would wait for one another, on a busy machine
+# ten times as long as they compute; processes that tests start are to know it too.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Scripts that measure: run by hand, and not imported for their examples.
 collect_ignore = ["benchmarks"]
