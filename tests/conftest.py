@@ -14,8 +14,8 @@ from torch import nn
 
 from captum_lnstat.rules import rule
 
-# There is a process of the tests for every core. Threads of theirs besides would wait for one another, on a busy machine
-# ten times as long as they compute; processes that tests start are to know it too.
+# There is a process of the tests for every core. Threads of theirs besides would wait for one another, on a busy
+# machine many times as long as they compute; processes that tests start are to know it too.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
