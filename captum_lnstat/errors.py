@@ -37,7 +37,7 @@ def near(name: str, known: Sequence[str], otherwise: str) -> str:
 _MACHINERY = ("captum_lnstat", "captum", "torch", "contextlib")
 
 
-def warn_caller(message: str) -> None:
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn as if from the innermost line that is neither this package's, Captum's nor torch's.
 
     ``warnings`` counts frames, and their number differs from one public method to the next and by what Captum wraps.
@@ -45,7 +45,7 @@ def warn_caller(message: str) -> None:
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _MACHINERY:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def one_line(text: object) -> str:

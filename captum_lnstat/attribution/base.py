@@ -83,8 +83,7 @@ class GridAttribution(OnePass):
         check_interpolation(interpolation)
         check_fusion(settings.head_fusion)
         check_output(output)
-        check_choice("residual", settings.residual, ("ratio", "update", "half"))
-        check_choice("evidence_residual", settings.evidence_residual, ("ratio", "update", "half"))
+        check_choice("residual", settings.residual, ("deviation", "update", "ratio", "half"))
         check_choice("merging", settings.merging, ("uniform", "variance"))
         self.model = model
         # The module given first: Captum's wrappers put a function in the place of forward_func afterwards.

@@ -50,7 +50,7 @@ class HeadRelevance:
     Attributes:
         name: Dotted name of the block.
         heads: What each head hands down to the patch tokens that the block reads: ``((1 - alpha) * r) A_h`` with ``r``
-            the class-agnostic relevance of the tokens after the block. Their mean is what the attention adds to it.
+            the class-agnostic relevance of the tokens after the block, rolled with the mean of the heads.
         cell: As for ``BlockRelevance``.
     """
 
@@ -127,7 +127,7 @@ def descend_heads(
         >>> [tuple(block.heads.shape) for block in heads[1:4]]
         [(2, 16, 16), (4, 8, 8), (4, 8, 8)]
     """
-    lnstat = LNStatAttribution(model, rule="rollout", output=output)
+    lnstat = LNStatAttribution(model, rule="rollout", head_fusion="mean", output=output)
     outcome = _record(lnstat, inputs, None)
     with torch.inference_mode(False), torch.no_grad():
         return tuple(_heads(block, outcome, lnstat) for block in outcome.trace.blocks)

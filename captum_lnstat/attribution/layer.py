@@ -43,9 +43,9 @@ class LayerLNStat(LayerAttribution, OnePass):  # type: ignore[misc]
     padded places and of the constant of everything above adds up to the score.
 
     The relevance of a token is spread evenly over its channels, so that the sum over the channels is the token's.
-    Prefix tokens have evidence and rollout of their own; ``"lnstat"`` takes its mean and median over the patch tokens
-    and gives prefix tokens zero. Behind the last block of a model that reads its class token alone, no patch token is
-    looked at any more: ``"lnstat"`` is zero there, and says so with a warning; ``"evidence"`` is not.
+    Prefix tokens have evidence and rollout of their own; ``"lnstat"`` gives prefix tokens zero. Behind the last block
+    of a model that reads its class token alone, no patch token is looked at any more: ``"lnstat"`` is zero there, and
+    says so with a warning.
 
     Args:
         forward_func (Callable): As for ``LNStatAttribution``.
@@ -53,11 +53,11 @@ class LayerLNStat(LayerAttribution, OnePass):  # type: ignore[misc]
         model (nn.Module, optional): As for ``LNStatAttribution``.
         rule (str): ``"lnstat"`` (default), ``"evidence"`` or ``"rollout"``.
         residual (str): As for ``LNStatAttribution``.
-        evidence_residual (str): As for ``LNStatAttribution``.
-        head_fusion (str or Callable): As for ``LNStatAttribution``.
+        head_fusion (str or Callable, optional): As for ``LNStatAttribution``.
         merging (str): As for ``LNStatAttribution``.
         contrastive (bool): As for ``LNStatAttribution``. Default: False
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
+        evidence_residual (str, optional): Deprecated, as for ``LNStatAttribution``.
 
     Raises:
         ValueError, TypeError: An option is none of those above; the message names them.
@@ -86,12 +86,12 @@ class LayerLNStat(LayerAttribution, OnePass):  # type: ignore[misc]
         model: nn.Module | None = None,
         *,
         rule: str = DEFAULT,
-        residual: ResidualShare = "ratio",
-        evidence_residual: ResidualShare = "half",
-        head_fusion: HeadFusion = "mean",
+        residual: ResidualShare = "deviation",
+        head_fusion: HeadFusion | None = None,
         merging: MergingShare = "variance",
         contrastive: bool = False,
         output: Output = None,
+        evidence_residual: ResidualShare | None = None,
     ) -> None:
         LayerAttribution.__init__(self, forward_func, layer)
         GradientAttribution.__init__(self, forward_func)
@@ -101,11 +101,11 @@ class LayerLNStat(LayerAttribution, OnePass):  # type: ignore[misc]
             model,
             rule=rule,
             residual=residual,
-            evidence_residual=evidence_residual,
             head_fusion=head_fusion,
             merging=merging,
             contrastive=contrastive,
             output=output,
+            evidence_residual=evidence_residual,
         )
 
     @classmethod

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from captum_lnstat.attribution.arguments import check_switch, joined
 from captum_lnstat.attribution.base import GridAttribution, record, relevance_of
 from captum_lnstat.attribution.pixels import Interpolation
+from captum_lnstat.errors import warn_caller
 from captum_lnstat.recording.forward import ForwardArgs, Output, Target, TensorOrTuple, log_usage
 from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.recording.statistics import ResidualShare
@@ -29,13 +30,27 @@ def check_effect(rule: Rule, given: list[str]) -> None:
             )
 
 
+def one_residual(residual: ResidualShare, evidence_residual: ResidualShare | None) -> ResidualShare:
+    """The residual share, with a warning for what will go."""
+    if evidence_residual is not None:
+        warn_caller("evidence_residual is deprecated: residual is the share of every rule since 0.2", FutureWarning)
+        residual = evidence_residual
+    if isinstance(residual, str) and residual == "ratio":
+        warn_caller(
+            "residual='ratio' is deprecated: it ends in the image's corners on ViTs with tokens of huge norm there. "
+            "Leave residual out, or take 'update'",
+            FutureWarning,
+        )
+    return residual
+
+
 class LNStatAttribution(GridAttribution):
     r"""Explains ViT, DeiT and Swin models from attention and the statistics of tokens at the LayerNorms.
 
-    The residual share of every token in every block follows from the variances at the two LayerNorms that read it.
-    With these shares the head's view is rolled back to the patches (perception ``P``), and every part of the target's
-    score is put on the token that it came from and rolled back in the same way (evidence ``E``). Shifted windows are
-    undone exactly. One forward pass; only the classifier head is differentiated.
+    Every part of the target's score is put on the token that it came from, and rolled back to the patches (evidence
+    ``E``): by the residual share of each token, which follows from variances at the LayerNorms, and by attention
+    weighted by its share of the variance that it brings to a token. Shifted windows are undone exactly. One forward
+    pass; only the classifier head is differentiated.
 
     The idea is that of Nguyen, Lee and Kim, "Inspecting Explainability of Transformer Models with Additional
     Statistical Information" (arXiv 2311.11378). Its formulas are not public to us: those used here are derived, and
@@ -45,18 +60,21 @@ class LNStatAttribution(GridAttribution):
         forward_func (Callable): The model, or any function that runs it once and returns one score, or one row of class
             scores, an image.
         model (nn.Module, optional): The transformer that ``forward_func`` runs. Needed if ``forward_func`` is not it.
-        rule (str): ``"lnstat"`` (default), ``max(P - mean P, P / 20) * max(G - median G, 0)`` in units of the score,
-            with ``G`` the evidence smoothed over neighbouring patches.
-            ``"evidence"``, ``E``: signed and complete. ``"rollout"``, ``P``: class-agnostic, sums to 1.
-            ``"gradient"``: Chefer's generic rule with token statistics, ``r <- alpha * r + ((1 - alpha) * r) A'`` with
-            the rows of ``A' = E_h[(dA * A)^+]`` divided by their sums, and one partial backward pass.
-        residual (str): The residual share of perception and of ``"gradient"``: ``"ratio"`` (default),
-            ``min(1, var(x) / var(x + d))``; ``"update"``, ``var(x) / (var(x) + var(d))``; ``"half"``. ``"evidence"``
-            has none.
-        evidence_residual (str): The share with which evidence is rolled; same names, default ``"half"``. For
-            ``"lnstat"`` and ``"evidence"``.
-        head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable from
-            ``(batch, head, query, key)`` to ``(batch, query, key)``. ``"gradient"`` always takes the mean.
+        rule (str): ``"lnstat"`` (default), the positive part of the evidence, smoothed by a 28th of the map's side.
+            ``"evidence"``, ``E``: signed and complete. ``"rollout"``, ``P``: what the head looks at, rolled back in the
+            same way; class-agnostic, sums to 1. ``"gradient"``: Chefer's generic rule with token statistics,
+            ``r <- alpha * r + ((1 - alpha) * r) A'`` with the rows of ``A' = E_h[(dA * A)^+]`` divided by their sums,
+            and one partial backward pass.
+        residual (str): The residual share ``alpha``, the part of a token after the attention that is the token before
+            it: ``"deviation"`` (default), ``var(x - mean x) / (var(x - mean x) + var(e))``, ``x`` less the mean token
+            and ``e`` what the update is apart from that of the mean value; ``"update"``,
+            ``var(x) / (var(x) + var(d))``; ``"half"``; ``"ratio"``, ``min(1, var(x) / var(x + d))``, which ends in the
+            image's corners on a ViT with tokens of huge norm there, and is deprecated.
+        head_fusion (str or Callable, optional): How the heads become one map. Attention weighted by its share of the
+            update's variance: ``"deviation"``, of the variance of ``e`` (default of ``"lnstat"`` and ``"evidence"``),
+            or ``"variance"``, of that of ``d`` (default of ``"rollout"``). Or the probabilities alone: ``"mean"``,
+            ``"max"``, ``"min"`` or a callable from ``(batch, head, query, key)`` to ``(batch, query, key)``.
+            ``"gradient"`` always takes the mean.
         merging (str): How a merged token gives its relevance to its children: ``"variance"`` (default), by
             their share of the variance at the merging's LayerNorm, or ``"uniform"``.
         contrastive (bool): Explain the target's score minus the probability-weighted mean of the others: sharper
@@ -67,6 +85,7 @@ class LNStatAttribution(GridAttribution):
         output (str, int or Callable, optional): Which scores to explain if ``forward_func`` returns several: a key or
             attribute, a position, or a function of what it returns. By default the tensor itself, or a Hugging Face
             output's ``logits``.
+        evidence_residual (str, optional): Deprecated: ``residual`` is the share of every rule.
 
     Raises:
         ValueError, TypeError: An option is none of those above, or one that the rule would ignore; the message says
@@ -94,24 +113,25 @@ class LNStatAttribution(GridAttribution):
         model: nn.Module | None = None,
         *,
         rule: str = DEFAULT,
-        residual: ResidualShare = "ratio",
-        evidence_residual: ResidualShare = "half",
-        head_fusion: HeadFusion = "mean",
+        residual: ResidualShare = "deviation",
+        head_fusion: HeadFusion | None = None,
         merging: MergingShare = "variance",
         contrastive: bool = False,
         normalized: bool = True,
         interpolation: Interpolation = "bilinear",
         output: Output = None,
+        evidence_residual: ResidualShare | None = None,
     ) -> None:
         chosen = find_rule(rule)
+        residual = one_residual(residual, evidence_residual)
         check_switch("contrastive", contrastive)
         check_switch("normalized", normalized)
-        settings = Settings(residual, head_fusion, merging, evidence_residual, normalized)
+        fusion = chosen.head_fusion if head_fusion is None else head_fusion
+        settings = Settings(residual, fusion, merging, normalized)
         super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
         given = {
-            "residual": residual != "ratio",
-            "evidence_residual": evidence_residual != "half",
-            "head_fusion": head_fusion != "mean",
+            "residual": residual != "deviation",
+            "head_fusion": head_fusion is not None,
             "contrastive": contrastive,
             "normalized": not normalized,
         }

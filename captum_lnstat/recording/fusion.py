@@ -14,8 +14,8 @@ from captum_lnstat.recording.sites import AttentionSite
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-HeadFusion = Union[Literal["mean", "max", "min"], Callable[[Tensor], Tensor]]
-_NAMES = ("mean", "max", "min")
+HeadFusion = Union[Literal["deviation", "variance", "mean", "max", "min"], Callable[[Tensor], Tensor]]
+_NAMES = ("deviation", "variance", "mean", "max", "min")
 
 
 def check_fusion(fusion: HeadFusion) -> None:
@@ -43,7 +43,7 @@ class Fuser:
         self._chunks: list[Tensor] = []
         self._running: Tensor | None = None
 
-    def add(self, attention: Float[Tensor, "batch head query key"]) -> None:
+    def add(self, heads: slice, attention: Float[Tensor, "batch head query key"]) -> None:
         """Take in the maps of some heads."""
         if callable(self._fusion):
             self._chunks.append(attention.clamp(min=0) if self._signed else attention)
@@ -88,7 +88,7 @@ def fuse(site: AttentionSite, fusion: HeadFusion) -> Float[Tensor, "batch query 
     parts = []
     for _, some_heads in site.chunks(whole_maps=callable(fusion)):
         fuser = Fuser(fusion, site.shape[1], signed=site.signed)
-        for _, attention in some_heads:
-            fuser.add(attention)
+        for heads, attention in some_heads:
+            fuser.add(heads, attention)
         parts.append(fuser.fused())
     return torch.cat(parts, 1)

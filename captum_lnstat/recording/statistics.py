@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-ResidualShare = Literal["ratio", "update", "half"]
+ResidualShare = Literal["deviation", "update", "ratio", "half"]
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -58,7 +58,10 @@ def token_statistics(x: Float[Tensor, "batch *tokens channel"], channel_dims: in
 
 def token_variance(x: Float[Tensor, "batch *tokens channel"]) -> Float[Tensor, "batch *tokens"]:
     """Biased variance of every token over its channels."""
-    return token_statistics(x).variance
+    x = x.detach().to(accumulation_dtype(x))
+    centred = x - x.mean(-1, keepdim=True)
+    variance: Tensor = torch.linalg.vecdot(centred, centred) / x.shape[-1]  # several times faster than torch.var
+    return variance
 
 
 def residual_share(

@@ -2,7 +2,8 @@
 
 ``y_c = sum_i u_i . x_i + constant`` at the end of the stream, and the stream is a sum: of what each attention head
 put on each token from each token, of what each MLP put there, and of the input tokens. Each term is put on the token
-that it came from, and rolled down by the relations of the blocks below.
+that it came from, and rolled down by the relations of the blocks below. Of what the attention heads read, the mean
+value of the image tells no token from another; what it contributes belongs to the constant.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ if TYPE_CHECKING:
 
 
 def evidence(trace: Trace, head: Head, settings: Settings) -> Walk:
-    """``r <- s * r + ((1 - s) * r) A + c``: signed relevance; its sum over tokens and constant is the score.
+    """``r <- alpha * r + ((1 - alpha) * r) W + c``: signed relevance; over tokens and constant it sums to the score.
 
     Args:
         trace: The traced forward pass.
         head: The scores, and their cotangent at the end of the stream.
-        settings: The share ``s`` that evidence is rolled with, how heads are fused, how mergings are undone.
+        settings: The residual share ``alpha``, how heads are fused, how mergings are undone.
     """
     rest = Rest(*head.cotangent)
     r = rest.no_relevance()
     for step in reversed(trace.steps):
         if isinstance(step, Block):
             r = r.plus(rest.read(step.after, step.between))  # <u, MLP update>
-            kept = step.residual_share(settings.evidence_residual)[..., None] * r.tokens
+            kept = step.residual_share(settings.residual)[..., None] * r.tokens
             came = yield Request(step, r.tokens - kept, r.at, rest.u)
             rows = came.rows
-            if came.contributions is not None:  # c_j = sum_h sum_i A^h_ij (u_i W_O^h) . v^h_j
+            if came.contributions is not None:  # c_j = sum_h sum_i A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)
                 rows, rest = rows + came.contributions, rest.plus(came.contributions_padding).plus(came.constant)
             if step.below is not None and step.pull_back is None:
                 kept = plus(kept, rest.read(step.base))
@@ -121,8 +122,8 @@ def check_complete(evidence: Sequence[Relevance], trace: Trace, scores: Sequence
 
 @register(
     "evidence",
-    formula="E: r <- s * r + ((1 - s) * r) A + c, signed; adds up to the score",
-    options=("evidence_residual", "head_fusion", "contrastive"),
+    formula="E: r <- alpha * r + ((1 - alpha) * r) W + c, signed; adds up to the score",
+    options=("residual", "head_fusion", "contrastive"),
     complete=True,
 )
 def evidence_rule(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:

@@ -18,12 +18,12 @@ from captum_lnstat.recording.statistics import accumulation_dtype
 from captum_lnstat.rules.checks import check_start, reads
 from captum_lnstat.rules.head import check_differentiable, gradients
 from captum_lnstat.rules.perception import ShareOf
-from captum_lnstat.rules.relation import Propagated, add_product, check_layout, queries_wanted
+from captum_lnstat.rules.relation import Propagated, add_product, queries_wanted
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import layer_rule_names, register
 from captum_lnstat.rules.walk import Request, RowVector, Walk, advance
 from captum_lnstat.rules.wiring import Probe, Wiring
-from captum_lnstat.trace.steps import Block
+from captum_lnstat.trace.steps import Block, check_layout
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class PositiveGradient:
             add_product(self._products, heads, self._probing[:, :, queries], attention)
         elif self._probe is not None:
             self._probe.add(queries, heads, attention)
-        self._fuser.add(weighted.clamp_(min=0))
+        self._fuser.add(heads, weighted.clamp_(min=0))
 
     def end_chunk(self, queries: Queries) -> None:
         """All heads of these queries have been added."""

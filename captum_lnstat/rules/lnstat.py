@@ -1,4 +1,4 @@
-"""The default rule: what the model looked at, and what counted in favour of the class."""
+"""The default rule: what counted in favour of the class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.rules.evidence import evidence
-from captum_lnstat.rules.perception import perception
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import register
 from captum_lnstat.rules.walk import walk
@@ -18,42 +17,30 @@ if TYPE_CHECKING:
 
     from captum_lnstat.rules.engine import Pass
 
-# What is left of the weight of a patch that was looked at less than the average one.
-FAINT = 20
+# Part of the map's side by which it is smoothed: half a patch of 14 x 14.
+BLUR = 1 / 28
 
 
 @register(
     "lnstat",
-    formula="max(P - mean P, P / 20) * max(G - median G, 0) in units of the score, G = E smoothed",
-    options=("residual", "evidence_residual", "head_fusion", "contrastive"),
+    formula="max(G, 0), G = E smoothed where no stage is coarser than another",
+    options=("residual", "head_fusion", "contrastive"),
 )
 def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
-    """``max(P - mean P, P / 20) * max(G - median G, 0)``, scaled to the sum of ``max(G - median G, 0)``.
+    """``max(G, 0)`` with ``G`` the evidence ``E``, smoothed: what counted in favour of the class.
 
-    ``G`` is the evidence ``E``, smoothed.
-    What the model looked at more than at the average patch, and counted in favour of the class more than around a
-    typical patch, in units of the score. Evidence is put on the token that a term of the score came from, which had
-    mixed with its neighbours by then: it is known no finer than a token of the last stage, so it is smoothed by a
-    quarter of its side, by one patch at least. Where exactly the model looked is for ``P`` to say. A patch that was
-    looked at less keeps a twentieth of its weight, so that a class that only such patches argue for still gets a map.
+    Of the attention, evidence is what a token contributed beyond what the mean value would have. What counts against
+    the class is left out, and so is what ended on prefix tokens or belongs to no token. Where all blocks see the same
+    grid, the map is smoothed by a 28th of its side. Where stages merge, how fine it is known is for the merging shares
+    to say, and it is left as it is.
     """
     trace = outcome.trace
-    (p,), e = walk(trace, settings, perception(trace, settings), evidence(trace, outcome.head, settings))
-    sigma = max(1.0, trace.grain[0] / 4), max(1.0, trace.grain[1] / 4)
-    grids = _both(p.grid, torch.stack([one.grid for one in e]), sigma)
+    e = walk(trace, settings, evidence(trace, outcome.head, settings))[0]
+    g = torch.stack([one.grid for one in e])
+    if trace.grain == (1.0, 1.0):
+        g = smoothed(g, (BLUR * g.shape[-2], BLUR * g.shape[-1]))
     prefix, nothing = torch.zeros_like(e[0].prefix), torch.zeros_like(e[0].padding)
-    return tuple(Relevance(grid, prefix, nothing, nothing) for grid in grids)
-
-
-def _both(
-    p: Float[Tensor, "batch row column"], e: Float[Tensor, "score batch row column"], sigma: tuple[float, float]
-) -> Float[Tensor, "score batch row column"]:
-    attention = torch.maximum(p - p.mean((1, 2), keepdim=True), p / FAINT)
-    g = smoothed(e, sigma)
-    favour = (g - g.flatten(2).median(2).values[..., None, None]).clamp(min=0)
-    product = attention * favour
-    total = product.sum((2, 3), keepdim=True)
-    return torch.where(total > 0, product * favour.sum((2, 3), keepdim=True) / total, product)
+    return tuple(Relevance(grid, prefix, nothing, nothing) for grid in g.clamp(min=0))
 
 
 def smoothed(

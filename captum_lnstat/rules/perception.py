@@ -22,7 +22,7 @@ ShareOf = Callable[[Block], "Float[Tensor, 'batch token']"]
 
 
 def perception(trace: Trace, settings: Settings, share: ShareOf | None = None) -> Walk:
-    """``r <- alpha * r + ((1 - alpha) * r) A``, from what the head reads. Sums to 1, no gradient of any kind.
+    """``r <- alpha * r + ((1 - alpha) * r) W``, from what the head reads. Sums to 1, no gradient of any kind.
 
     Args:
         trace: The traced forward pass.
@@ -43,9 +43,10 @@ def perception(trace: Trace, settings: Settings, share: ShareOf | None = None) -
 
 @register(
     "rollout",
-    formula="P: r <- alpha * r + ((1 - alpha) * r) A, class-agnostic, sums to 1",
+    formula="P: r <- alpha * r + ((1 - alpha) * r) W, class-agnostic, sums to 1",
     options=("residual", "head_fusion"),
     class_specific=False,
+    head_fusion="variance",
 )
 def rollout(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     """Perception alone."""

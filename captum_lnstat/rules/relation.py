@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.layout import WholeImage
 from captum_lnstat.recording.fusion import Fuser, HeadFusion
 from captum_lnstat.recording.sites import Queries
 from captum_lnstat.rules.many_scores import read_many
+from captum_lnstat.rules.variance import VarianceWeights
 from captum_lnstat.rules.wiring import Probe, Wiring, read_values
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.maps import pull_back
-from captum_lnstat.trace.steps import Block
+from captum_lnstat.trace.steps import Block, check_layout
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -44,9 +44,10 @@ class Propagated:
     Attributes:
         rows: ``r A`` for every row vector given.
         padding: What of it fell on padded places.
-        contributions: ``c_j``: what each token's values contributed to every score, if there was a cotangent.
+        contributions: ``c_j``: what each token's values, less their mean, contributed to every score, if there was a
+            cotangent.
         contributions_padding: What padded places contributed.
-        constant: What the biases on the way contributed.
+        constant: What the mean value and the biases on the way contributed.
     """
 
     rows: Float[Tensor, "batch token row"]
@@ -68,14 +69,15 @@ def propagate(
     fusion: HeadFusion = "mean",
     wiring: Wiring | None = None,
 ) -> Propagated:
-    """``r A`` with head-fused ``A``, and ``c_j = sum_h sum_i A^h_ij (u_i W_O^h) . v^h_j``.
+    """``r A`` with head-fused ``A``, and ``c_j = sum_h sum_i A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)``.
 
     Args:
         block: The block.
         rows: Row vectors at the tokens after the attention.
         at: The only tokens at which they are not zero, if that is known.
         u: Cotangent of the stream.
-        fusion: How the heads become one for ``r A``; contributions are summed over the heads as they are.
+        fusion: How the heads become one for ``r A``, ``"variance"`` for ``W``; contributions are summed over the
+            heads as they are.
         wiring: Where the block's update is compared with what the attention was seen to do.
     """
     check_layout(block)
@@ -90,12 +92,18 @@ def propagate(
     lefts = block.layout.gather(torch.cat(columns, -1)).transpose(-2, -1) if columns else grouped[:, :0]
     products = lefts.new_zeros(len(lefts), site.shape[1], lefts.shape[1], site.shape[3])
     mixed = rows.new_zeros(len(grouped), count, site.shape[3])
+    weights = None
+    if fusion == "deviation":
+        weights = VarianceWeights(block, block.deviations, wanted)
+    elif fusion == "variance":
+        weights = VarianceWeights(block, block.deviations_from_mean(False), wanted)
     for queries, some_heads in site.chunks(wanted, whole_maps=callable(fusion)):
-        left, fuser = lefts[:, :, queries], Fuser(fusion, site.shape[1], signed=site.signed)
+        left = lefts[:, :, queries]
+        fuser = weights or Fuser(fusion, site.shape[1], signed=site.signed)
         for heads, attention in some_heads:
             add_product(products, heads, left, attention)
             if not additive:
-                fuser.add(attention)
+                fuser.add(heads, attention)
             for part in (contributions, probe):
                 if part is not None and part.columns is None:
                     part.add(queries, heads, attention)
@@ -127,7 +135,7 @@ def queries_wanted(block: Block, at: Tensor | None, u: Cotangent | None) -> Tens
 
 
 class _Contributions:
-    """Collects what the values of a block contribute to the scores.
+    """Collects what the values of a block, less their mean, contribute to the scores; what the mean does is constant.
 
     Of a cotangent with few directions ``p_k``: ``sum_k (sum_{i of kind k} s_i A_ij) (p_k . v_j)``, where nothing wide
     is multiplied with a map. The inner sums are the ``columns`` times the map, head by head. With more directions there
@@ -141,6 +149,7 @@ class _Contributions:
         pulled, constant = pull_back(block.path, u)
         self.constant = constant.sum(1)
         batch, heads = len(u.scale), block.site.shape[1]
+        self._values, self._mean = block.deviations.values, block.deviations.common
         self.columns: Tensor | None = None
         if u.kinds <= (FEW if u.scores == 1 else FEW_OF_MANY_SCORES):
             one_hot = F.one_hot(pulled.kind, pulled.kinds).to(u.scale.dtype)
@@ -155,16 +164,22 @@ class _Contributions:
 
     def add(self, queries: Queries, heads: slice, attention: Float[Tensor, "group head query key"]) -> None:
         """Without columns: the maps of some heads, for some queries."""
-        values, pulled = self._site.values(heads), self._dense[:, heads][:, :, queries]
+        values, pulled = self._values[:, heads], self._dense[:, heads][:, :, queries]
         carried = attention.transpose(-2, -1) @ pulled.flatten(3)
         carried = carried.reshape(*carried.shape[:3], *pulled.shape[3:])
         self.total += (carried * values[:, :, :, None]).sum((1, 4))
+        whole = carried.sum(2)  # (group, head, score, channel)
+        whole = whole.reshape(len(self._mean), -1, *whole.shape[1:]).sum(1)
+        self.constant = self.constant + torch.einsum("bhsc,bhc->bs", whole, self._mean[:, heads])
 
     def add_products(
         self, products: Float[Tensor, "group head kind key"], columns: Float[Tensor, "group kind query"]
     ) -> None:
         """With columns: their products with the maps of all heads."""
-        values, directions = self._site.values(slice(0, products.shape[1])), self._directions
+        values, directions = self._values, self._directions
+        # What the mean value contributes, which belongs to no token.
+        weight = products.sum(-1).reshape(len(self._mean), -1, *products.shape[1:3]).sum(1)  # (batch, head, kind)
+        self.constant = self.constant + torch.einsum("bhk,bkshc,bhc->bs", weight, directions, self._mean)
         if directions.shape[2] == 1 and 1 < directions.shape[1] <= FEW_TO_WEIGH:
             # The directions that read each key, weighted: as large as the values, which are read where they lie.
             every = directions[:, :, 0].transpose(1, 2).repeat_interleave(len(values) // len(directions), 0)
@@ -175,17 +190,6 @@ class _Contributions:
             self.total = (products * read.transpose(-2, -1)).sum((1, 2))[..., None]
             return
         self.total = read_many(products, values, directions.flatten(3), columns.any(-1))
-
-
-def check_layout(block: Block) -> None:
-    """Attention has to be from token to token."""
-    members = block.layout.gather(block.between[:1, :, :1]).shape[1]
-    queries, keys = block.site.shape[2:]
-    if queries != members or (block.keys is None and keys != members):
-        raise UnsupportedModelError(
-            f"the attention of {block.name!r} is {queries} x {keys}, its tokens are "
-            f"{members}; expected attention from token to token (not from channel to channel)"
-        )
 
 
 def add_product(

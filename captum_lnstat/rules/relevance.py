@@ -28,16 +28,15 @@ class Settings:
 
     Attributes:
         residual: How the residual share of a token follows from its statistics.
-        head_fusion: How the maps of the heads become one.
+        head_fusion: How the maps of the heads become one; ``"deviation"`` and ``"variance"`` weigh what each
+            source brings.
         merging: How a merged token gives its relevance to its children.
-        evidence_residual: The residual share with which evidence, once found, is rolled down.
         normalized: Rows of the positive gradient attention are divided by their sum.
     """
 
-    residual: ResidualShare = "ratio"
-    head_fusion: HeadFusion = "mean"
+    residual: ResidualShare = "deviation"
+    head_fusion: HeadFusion = "deviation"
     merging: MergingShare = "variance"
-    evidence_residual: ResidualShare = "half"
     normalized: bool = True
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from captum_lnstat.errors import near
+from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.recording.recorder import Differentiable
 from captum_lnstat.rules.relevance import Relevance, Settings
 
@@ -42,6 +43,7 @@ class Rule:
         complete: Relevance of patches, prefix tokens, padding and constant adds up to the score.
         differentiable: What of the model has to be differentiable: its ``"head"``, all of it (``"model"``), or all of
             it with everything held constant that is not affine (``"affine"``).
+        head_fusion: How the heads become one map where the caller does not say.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Rule:
     class_specific: bool = True
     complete: bool = False
     differentiable: Differentiable = "head"
+    head_fusion: HeadFusion = "deviation"
 
     @property
     def at_every_block(self) -> bool:
@@ -69,6 +72,7 @@ def register(
     class_specific: bool = True,
     complete: bool = False,
     differentiable: Differentiable = "head",
+    head_fusion: HeadFusion = "deviation",
 ) -> Callable[[Function], Function]:
     """A decorator: the function becomes the rule of this name, in every class, command and page that takes a rule.
 
@@ -79,10 +83,13 @@ def register(
         class_specific: Whether it explains a target.
         complete: Whether it adds up to the score.
         differentiable: What of the model has to be differentiable.
+        head_fusion: How the heads become one map by default.
     """
 
     def add(compute: Function) -> Function:
-        _RULES[name] = Rule(name, formula, compute, options, class_specific, complete, differentiable)
+        _RULES[name] = Rule(
+            name, formula, compute, options, class_specific, complete, differentiable, head_fusion
+        )
         return compute
 
     return add
@@ -110,7 +117,7 @@ def find_rule(name: object, *, at_every_block: bool = False) -> Rule:
 
     Example:
         >>> find_rule("rollout").formula
-        'P: r <- alpha * r + ((1 - alpha) * r) A, class-agnostic, sums to 1'
+        'P: r <- alpha * r + ((1 - alpha) * r) W, class-agnostic, sums to 1'
     """
     known = layer_rule_names() if at_every_block else rule_names()
     hint = ""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from captum_lnstat.recording.recording import NormCall
@@ -25,6 +26,10 @@ class FrozenMap(Protocol):
 
     def pull_back(self, u: Cotangent) -> tuple[Cotangent, Float[Tensor, "batch place score"]]:
         """Return ``M^T u`` and ``<u_i, b>`` of every token that ``u`` is at."""
+        ...
+
+    def apply(self, x: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token out"]:
+        """Return ``M x + b``; a single token stands for all of them."""
         ...
 
 
@@ -43,6 +48,10 @@ class FrozenLinear:
         constant = _nothing(u) if self.bias is None else u.read_vector(self.bias)
         return u.with_directions(u.directions @ self.weight.detach().to(u.directions.dtype)), constant
 
+    def apply(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
+        return F.linear(x, self.weight.detach().to(x.dtype), bias)
+
 
 @dataclass(frozen=True)
 class FrozenScale:
@@ -54,6 +63,10 @@ class FrozenScale:
         gamma = self.gamma.detach().to(u.directions.dtype)
         scaled = u.with_directions(u.directions * gamma) if gamma.dim() <= 1 else u.times(gamma.flatten(1, -2))
         return scaled, _nothing(u)
+
+    def apply(self, x: Tensor) -> Tensor:
+        gamma = self.gamma.detach().to(x.dtype)
+        return x * (gamma if gamma.dim() <= 1 else gamma.flatten(1, -2))
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,11 @@ class FrozenNorm:
         centred = u.with_directions(scaled - scaled.mean(-1, keepdim=True))
         return centred.scaled(1 / self.deviation.flatten(1).to(u.scale.dtype)), constant
 
+    def apply(self, x: Tensor) -> Tensor:
+        y = (x - x.mean(-1, keepdim=True)) / self.deviation.flatten(1).to(x.dtype)[..., None]
+        y = y if self.gamma is None else y * self.gamma.detach().to(x.dtype)
+        return y if self.beta is None else y + self.beta.detach().to(x.dtype)
+
 
 def pull_back(path: Iterable[FrozenMap], u: Cotangent) -> tuple[Cotangent, Float[Tensor, "batch place score"]]:
     """Pull ``u`` from the end of a path of maps to its beginning, collecting the constants of every token."""
@@ -86,6 +104,13 @@ def pull_back(path: Iterable[FrozenMap], u: Cotangent) -> tuple[Cotangent, Float
         u, offset = step.pull_back(u)
         constant = constant + offset
     return u, constant
+
+
+def apply(path: Iterable[FrozenMap], x: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token out"]:
+    """Take ``x`` from the beginning of a path of maps to its end."""
+    for step in path:
+        x = step.apply(x)
+    return x
 
 
 def pulled_through(*path: FrozenMap) -> PullBack:

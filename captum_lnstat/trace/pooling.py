@@ -55,5 +55,6 @@ class AttentionPooling:
     skipped: int
 
     def start(self, batch: int, fusion: HeadFusion) -> Tensor:
-        attention = fuse(self.site, fusion).mean(1)
+        # Nothing is added to a stream here, so no variance weighs the heads.
+        attention = fuse(self.site, "mean" if fusion in ("deviation", "variance") else fusion).mean(1)
         return F.pad(attention / attention.sum(-1, keepdim=True), (self.skipped, 0))

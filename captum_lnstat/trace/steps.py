@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Union
 import torch
 from torch import Tensor
 
+from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.layout import Grid, Groups, Layout, even_shares
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import (
@@ -21,6 +22,7 @@ from captum_lnstat.recording.statistics import (
     token_variance,
 )
 from captum_lnstat.trace.cotangent import Cotangent, PullBack, to_children
+from captum_lnstat.trace.deviations import Deviations, deviations, less_the_mean
 from captum_lnstat.trace.maps import FrozenMap, pull_back
 
 if TYPE_CHECKING:
@@ -98,6 +100,17 @@ class Block(_Step):
         return self.between - self.base
 
     @cached_property
+    def deviations(self) -> Deviations:
+        """Its values and its update, less what all tokens have in common."""
+        return self.deviations_from_mean(True)
+
+    def deviations_from_mean(self, from_mean: bool) -> Deviations:
+        """The same, or those from zero."""
+        check_layout(self)
+        keys, update = self.keys or self.layout, self.attention_update
+        return deviations(self.site, self.path, self.layout, keys, update, from_mean=from_mean)
+
+    @cached_property
     def statistics(self) -> tuple[TokenStatistics, TokenStatistics]:
         """Of every token before and after the attention's update: what the block's two LayerNorms read."""
         first, second = self.norms or (None, None)
@@ -106,11 +119,15 @@ class Block(_Step):
     def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
         """Share of each token after the attention that is the token before it; 1 where it takes no part.
 
+        ``"deviation"``: ``var(x - mean x) / (var(x - mean x) + var(e))``, ``x`` less the mean token and ``e`` the
+        update less that of the mean value.
         ``"ratio"`` is a ratio of what two LayerNorms read. In a post-norm block they do not read the stream: the
         update was given its variance by the norm, and ``var(x) / (var(x) + var(d))`` is what the statistics give.
         """
         if form == "half":
             share = self.base.new_full(self.base.shape[:2], 0.5)
+        elif form == "deviation":
+            share = residual_share(less_the_mean(self.base), self.deviations.update, "update")
         elif form == "ratio" and not self.post_norm:
             own, joined = self.statistics
             share = ratio_share(own.variance, joined.variance)
@@ -118,6 +135,17 @@ class Block(_Step):
             share = residual_share(self.base, self.attention_update, "update" if form == "ratio" else form)
         covered = self.layout.covered
         return share if covered is None else torch.where(covered, share, 1.0)
+
+
+def check_layout(block: Block) -> None:
+    """Attention has to be from token to token."""
+    members = block.layout.gather(block.between[:1, :, :1]).shape[1]
+    queries, keys = block.site.shape[2:]
+    if queries != members or (block.keys is None and keys != members):
+        raise UnsupportedModelError(
+            f"the attention of {block.name!r} is {queries} x {keys}, its tokens are "
+            f"{members}; expected attention from token to token (not from channel to channel)"
+        )
 
 
 def _statistics(tokens: Tensor, norm: NormCall | None) -> TokenStatistics:

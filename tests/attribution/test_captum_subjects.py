@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from helpers.contract import METHODS, Normalise, distilled, images, same_when_checkpointed, swin, untouched, vit
+from helpers.contract import (
+    METHODS,
+    Normalise,
+    a_block,
+    distilled,
+    images,
+    same_when_checkpointed,
+    swin,
+    untouched,
+    vit,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -89,8 +99,7 @@ def test_a_warning_in_a_script_names_the_script(tmp_path: Path) -> None:
 # An option that the rule ignores is refused.
 
 IGNORED: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "residual": ("update", ("evidence",)),
-    "evidence_residual": ("ratio", ("rollout", "gradient")),
+    "residual": ("update", ()),
     "head_fusion": ("max", ("gradient",)),
     "contrastive": (True, ("rollout",)),
     "normalized": (False, ("lnstat", "evidence", "rollout")),
@@ -118,9 +127,8 @@ def test_the_defaults_said_in_full_are_no_mistake(model: nn.Module, rule: Any) -
     LNStatAttribution(
         model,
         rule=rule,
-        residual="ratio",
-        evidence_residual="half",
-        head_fusion="mean",
+        residual="deviation",
+        head_fusion=None,
         merging="variance",
         contrastive=False,
         normalized=True,
@@ -131,8 +139,6 @@ def test_the_defaults_said_in_full_are_no_mistake(model: nn.Module, rule: Any) -
     ("rule", "options"),
     [
         ("rollout", {"contrastive": True}),
-        ("rollout", {"evidence_residual": "ratio"}),
-        ("evidence", {"residual": "half"}),
     ],
 )
 def test_the_layer_form_refuses_them_too(rule: Any, options: dict[str, Any]) -> None:
@@ -331,3 +337,19 @@ def test_logits_of_an_output_object(model: nn.Module, make: Make) -> None:
         make(nn.Sequential(Normalise(), Classifier())).attribute(images(), target=1),
         make(nn.Sequential(Normalise(), model)).attribute(images(), target=1),
     )
+
+
+@pytest.mark.parametrize("kind", ["image", "layer"])
+def test_options_that_will_go_warn_and_still_work(model: nn.Module, kind: str) -> None:
+    image = images()
+
+    def make(**options: Any) -> Any:
+        if kind == "image":
+            return LNStatAttribution(model, rule="evidence", **options)
+        return LayerLNStat(model, a_block(model), rule="evidence", **options)
+
+    with pytest.warns(FutureWarning, match="evidence_residual is deprecated"):
+        old = make(evidence_residual="half")
+    assert torch.equal(old.attribute(image, target=1), make(residual="half").attribute(image, target=1))
+    with pytest.warns(FutureWarning, match="residual='ratio' is deprecated"):
+        make(residual="ratio").attribute(image, target=1)

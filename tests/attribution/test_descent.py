@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers.contract import registers, vit
 from timm.models.hiera import Hiera
+from torch import Tensor
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, UnsupportedModelError, zoo
 from captum_lnstat.attribution.descent import descend, descend_heads
@@ -71,11 +74,15 @@ def test_the_mean_of_the_heads_is_what_the_attention_hands_down(reference):
     rolled = {block.name: block for block in descend(model, inputs)}
     for heads in descend_heads(model, inputs):
         block = rolled[heads.name]
-        kept = (block.relevance - heads.heads.mean(0)) / block.residual
+        layer = LayerLNStat(model, model.get_submodule(heads.name), rule="rollout", head_fusion="mean")
+
+        def tokens(*given: Any, layer: LayerLNStat = layer, like: Tensor = block.relevance) -> Tensor:
+            values = layer.attribute(given[0], None, None, *given[1:]).sum(-1).flatten()
+            return values[len(values) - like.numel() :].reshape(like.shape)
+
+        kept = (tokens(inputs, True) - heads.heads.mean(0)) / block.residual
         # The kept part is the relevance after the block, which no head changes: LayerLNStat knows it.
-        layer = LayerLNStat(model, model.get_submodule(heads.name), rule="rollout")
-        after = layer.attribute(inputs).sum(-1).flatten()
-        after = after[len(after) - kept.numel() :].reshape(kept.shape)
+        after = tokens(inputs)
         torch.testing.assert_close(kept, after, rtol=1e-3, atol=1e-6)
         assert float(heads.heads.min()) >= 0
 
@@ -93,8 +100,9 @@ def test_heads_of_a_vit_against_the_dense_product():
     attention = block.attn
     qkv = attention.qkv(block.norm1(x)).reshape(1, x.shape[1], 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     maps = (qkv[0] @ qkv[1].transpose(-2, -1) * attention.scale).softmax(-1)[0]
-    middle = x + attention(block.norm1(x))
-    share = (x.var(-1, correction=0) / middle.var(-1, correction=0)).clamp(max=1)[0, 0]
+    update = attention(block.norm1(x)) - attention.proj(qkv[2].mean(2).flatten(1))
+    own, other = ((one - one.mean(-1, keepdim=True)).square().mean(-1)[0, 0] for one in (x - x.mean(1), update))
+    share = own / (own + other)
     prefix = model.num_prefix_tokens
     expected = ((1 - share) * maps[:, 0, prefix:]).reshape(last.heads.shape)
     torch.testing.assert_close(last.heads, expected.detach(), rtol=1e-4, atol=1e-6)

@@ -115,15 +115,16 @@ def test_no_target(model: nn.Module, name: str) -> None:
     ("option", "names"),
     [
         ("rule", ["lnstat", "evidence", "rollout", "gradient"]),
-        ("residual", ["ratio", "update", "half"]),
-        ("evidence_residual", ["ratio", "update", "half"]),
-        ("head_fusion", ["mean", "max", "min"]),
+        ("residual", ["deviation", "update", "ratio", "half"]),
+        ("head_fusion", ["deviation", "variance", "mean", "max", "min"]),
         ("merging", ["uniform", "variance"]),
         ("interpolation", ["bilinear", "nearest"]),
     ],
 )
 @pytest.mark.parametrize("value", ["nonsense", None, 3, [], {}, np.array(["mean", "ratio"])])
 def test_constructor_names_the_options(model: nn.Module, option: str, names: list[str], value: Any) -> None:
+    if option == "head_fusion" and value is None:
+        pytest.skip("None is what the rule takes by itself")
     with pytest.raises(ValueError, match=option) as raised:
         LNStatAttribution(model, **{option: value})
     assert all(name in str(raised.value) for name in [*names, repr(value)])

@@ -71,12 +71,11 @@ BAD_CALLS: dict[str, tuple[int, set[type[Exception]]]] = {
 }
 STATES = ("eval", "train", "float64", "bfloat16", "float16")
 GOOD_CALLS = 12
-SHARES = ["ratio", "update", "half"]
+SHARES = ["deviation", "update", "half"]
 OPTIONS: dict[str, list[Any]] = {
     "rule": ["lnstat", "evidence", "rollout", "gradient"],
     "residual": SHARES,
-    "evidence_residual": SHARES,
-    "head_fusion": ["mean", "max", "min", lambda attention: attention.mean(1)],
+    "head_fusion": [None, "deviation", "variance", "mean", "max", "min", lambda attention: attention.mean(1)],
     "merging": ["uniform", "variance"],
     "contrastive": [True, False],
     "normalized": [True],

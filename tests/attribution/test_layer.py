@@ -53,17 +53,13 @@ def expected(case: Any, oracle: Dense, name: str, into: bool, target: Tensor) ->
     looked = short.rollout().tokens if short.steps else start
     argued = short.evidence(target).tokens if short.steps else (end * tokens).sum(-1)
     found = torch.zeros_like(argued)
-    below = sum(isinstance(step, DenseMerging) for step in oracle.steps) - sum(
-        isinstance(step, DenseMerging) for step in short.steps
+    merged, merged_above = (
+        sum(isinstance(step, DenseMerging) for step in one.steps) for one in (oracle, short)
     )
-    grid = halved(case.grid, below)
-    last = halved(case.grid, sum(isinstance(step, DenseMerging) for step in oracle.steps))
+    grid = halved(case.grid, merged - merged_above)
     for i in range(len(argued)):
-        p, e = looked[i, case.prefix :], argued[i, case.prefix :]
-        g = out_of_focus(e.reshape(grid), (grid[0] / last[0], grid[1] / last[1])).flatten()
-        favour = (g - g.sort().values[(len(g) - 1) // 2]).clamp(min=0)
-        product = torch.maximum(p - p.mean(), p / 20) * favour
-        found[i, case.prefix :] = product * favour.sum() / product.sum().clamp(min=1e-300)
+        e = argued[i, case.prefix :].reshape(grid)
+        found[i, case.prefix :] = (e if merged_above else out_of_focus(e)).flatten().clamp(min=0)
     return {"lnstat": found, "evidence": argued, "rollout": looked}
 
 

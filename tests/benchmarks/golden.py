@@ -87,8 +87,8 @@ def maps(model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[tuple[st
     for rule in ("lnstat", "evidence", "rollout", "gradient"):
         method = LNStatAttribution(model, rule=rule)
         yield rule, lambda method=method: method.attribute(images, target=targets)
-    for share in ("ratio", "update", "half"):
-        either = LNStatAttribution(model, residual=share, evidence_residual=share, merging="uniform", head_fusion="max")
+    for share in ("deviation", "update", "half"):
+        either = LNStatAttribution(model, residual=share, merging="uniform", head_fusion="max")
         yield f"lnstat {share}", lambda either=either: either.relevance(images, target=targets)
         raw = LNStatAttribution(model, rule="gradient", residual=share, normalized=False)
         yield f"gradient {share}", lambda raw=raw: raw.relevance(images, target=targets)

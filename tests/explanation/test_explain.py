@@ -69,8 +69,8 @@ def test_without_a_target_it_is_the_predicted_class(swin):
 
 def test_rules_and_options_are_those_of_the_attribution(swin):
     inputs = swin.transform(SCENES[0])[None]
-    found = explain(swin, SCENES[0], 3, rule="evidence", evidence_residual="ratio")
-    expected = LNStatAttribution(swin.model, rule="evidence", evidence_residual="ratio").relevance(inputs, 3)[0]
+    found = explain(swin, SCENES[0], 3, rule="evidence", residual="half")
+    expected = LNStatAttribution(swin.model, rule="evidence", residual="half").relevance(inputs, 3)[0]
     np.testing.assert_allclose(found.grid, expected, rtol=1e-4, atol=1e-7)
     assert found.signed
     with pytest.raises(ValueError, match="rule is 'nope'"):

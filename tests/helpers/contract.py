@@ -97,7 +97,7 @@ CLASS_AGNOSTIC = ("rollout", "RawAttention", "AttentionRollout")
 # Options that take a way of their own through the package.
 VARIANTS: dict[str, Method] = {
     "contrastive": lambda f, model=None: LNStatAttribution(f, model, contrastive=True),
-    "update": lambda f, model=None: LNStatAttribution(f, model, residual="update", evidence_residual="update"),
+    "update": lambda f, model=None: LNStatAttribution(f, model, residual="update", head_fusion="mean"),
 }
 
 

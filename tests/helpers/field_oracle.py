@@ -31,20 +31,63 @@ class Mixing(nn.Module):
 
 
 class Speaking(nn.Module):
-    """Stands in for attention: the last channel is a field that every token's values are multiplied with."""
+    """Stands in for attention: the last channel is a field that the values, less their mean, are multiplied with."""
 
-    def __init__(self, attn: Any, maps: Tensor) -> None:
+    def __init__(self, attn: Any, maps: Tensor, mean: Tensor) -> None:
         super().__init__()
-        self.attn, self.maps = attn, maps
+        self.attn, self.maps, self.mean = attn, maps, mean
         assert isinstance(getattr(attn, "norm", None), nn.Identity | None)
         assert getattr(attn, "gate", None) is None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x, field = x[..., :-1], x[..., -1:]
-        values = self.attn.qkv(x).unflatten(-1, (3, self.attn.num_heads, -1))[..., 2, :, :] * field[..., None]
-        heard = self.maps @ values.transpose(1, 2)
-        update = self.attn.proj(heard.transpose(1, 2).flatten(2))
+        values = (values_of(self.attn, x) - self.mean) * field[:, None] + self.mean
+        update = self.attn.proj((self.maps @ values).transpose(1, 2).flatten(2))
         return torch.cat([update, torch.zeros_like(field)], -1)  # as many channels as came
+
+
+class Averaging(nn.Module):
+    """Stands in for attention: the mean value of all places at which the last channel is one, head by head."""
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        values, real = values_of(self.attn, x[..., :-1]), x[:, None, :, -1:]
+        self.mean = (values * real).sum((0, 2), keepdim=True) / real.sum()
+        return x
+
+
+class Weighing(nn.Module):
+    """Stands in for attention, and is given ``gamma`` times what the update of every token is apart from its mean.
+
+    Keeps the maps in which every source has its share of the update's variance.
+    """
+
+    def __init__(self, attn: Any, maps: Tensor, mean: Tensor, gamma: Tensor, channels: int) -> None:
+        super().__init__()
+        self.attn, self.maps, self.mean, self.gamma, self.channels = attn, maps, mean, gamma, channels
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        tokens, update = x[..., : self.channels], x[..., self.channels :]
+        apart = values_of(self.attn, tokens) - self.mean
+        total = torch.zeros_like(self.maps[:, 0])
+        width = apart.shape[-1]
+        for head in range(apart.shape[1]):
+            told = apart[:, head] @ self.attn.proj.weight[:, head * width : (head + 1) * width].T * self.gamma
+            told = told - told.mean(-1, keepdim=True)
+            total += self.maps[:, head] * (update @ told.transpose(-2, -1))
+        total = total.clamp(min=0)
+        rows = total.sum(-1, keepdim=True)
+        # Padded places have no update: what they take from whom is nothing that reaches a token.
+        self.weighed = torch.where(rows > 0, total / torch.where(rows > 0, rows, 1), self.maps.mean(1))
+        return x
+
+
+def values_of(attn: Any, x: Tensor) -> Tensor:
+    """(window, head, place, channel)."""
+    return attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1))[..., 2, :, :].transpose(1, 2)
 
 
 class Sharing(nn.Module):
@@ -138,9 +181,33 @@ class FieldOracle:
             return tokens
         return torch.ones_like(tokens) / tokens.numel()
 
-    def share(self, block: Any) -> Tensor:
-        before, between = spread(self.streams[block]), spread(self.streams[block.norm2])
-        return (before / between.reshape(before.shape)).clamp(max=1)
+    def share(self, block: Any, mean: Tensor) -> Tensor:
+        """``var(x - mean x) / (var(x - mean x) + var(e))``."""
+        x = self.streams[block]
+        own = spread(x - x.mean(tuple(range(1, x.dim() - 1)), keepdim=True))
+        return own / (own + spread(self._update(block) - self._common(block, mean)))
+
+    def _common(self, block: Any, value: Tensor) -> Tensor:
+        """The update that a value would make if all tokens had it."""
+        return getattr(block, "ls1", nn.Identity())(block.attn.proj(value.flatten()))
+
+    def _update(self, block: Any) -> Tensor:
+        x = self.streams[block]
+        return self.streams[block.norm2].reshape(x.shape) - x
+
+    def _mean_value(self, block: Any) -> Tensor:
+        x, averaging = block.norm1(self.streams[block]), Averaging(block.attn)
+        self.through(block, averaging, torch.cat([x, torch.ones_like(x[..., :1])], -1))
+        return averaging.mean
+
+    def _weighed(self, block: Any, maps: Tensor, common: Tensor) -> Tensor:
+        """What each source accounts for of the variance of a token's update, what all have in common left out."""
+        x, d = block.norm1(self.streams[block]), self._update(block)
+        d = d - self._common(block, common)
+        gamma = getattr(getattr(block, "ls1", None), "gamma", torch.ones_like(d[0, 0]).flatten()[: d.shape[-1]])
+        weighing = Weighing(block.attn, maps, common, gamma, x.shape[-1])
+        self.through(block, weighing, torch.cat([x, d - d.mean(-1, keepdim=True)], -1))
+        return weighing.weighed
 
     def merging_shares(self, joined: Tensor, real: Tensor) -> Tensor:
         """(.., parent, child): of the sum over all children of ``(x - mean)^2``; nothing for what was padded."""
@@ -172,7 +239,7 @@ class FieldOracle:
             "evidence": self._split(self.said),
             "gradient": self._split(self.shown),
         }
-        grid = self._both(found["rollout"].grid, found["evidence"].grid)
+        grid = self._in_favour(found["evidence"].grid)
         return {**found, "lnstat": Field(grid, torch.zeros_like(found["rollout"].prefix))}
 
     def _block(self, block: Any) -> None:
@@ -188,15 +255,17 @@ class FieldOracle:
         self.g = pulled
         positive = one_by_one(weights, maps)
         del weights, pulled
-        alpha = self.share(block)
+        with torch.no_grad():
+            mean = self._mean_value(block)
+            alpha = self.share(block, mean)
+            weighed, whole = (self._weighed(block, maps, common) for common in (mean, torch.zeros_like(mean)))
         self.shown = self._roll(block, positive, self.shown, alpha)
         del positive
-        fused = maps.mean(1)
-        self.peaks.append(float(fused.amax(-1).mean()))
+        self.peaks.append(float(maps.mean(1).amax(-1).mean()))
         between = self.streams[block.norm2].reshape(self.u.shape)
         self.said = self.said + (self.u * (self.after[block] - between)).sum(-1, keepdim=True)
-        self.seen = self._roll(block, fused, self.seen, alpha)
-        self.said = self._roll(block, fused, self.said, torch.full_like(alpha, 0.5)) + self._spoken(block, maps)
+        self.seen = self._roll(block, whole, self.seen, alpha)
+        self.said = self._roll(block, weighed, self.said, alpha) + self._spoken(block, maps, mean)
 
     def _roll(self, block: Any, maps: Tensor, row: Tensor, alpha: Tensor) -> Tensor:
         """``alpha r + ((1 - alpha) r) A``: what a field before the block has to do with it after the block."""
@@ -204,12 +273,12 @@ class FieldOracle:
         (handed,) = slope((self.through(block, Mixing(maps), field) * (1 - alpha) * row).sum(), field)
         return alpha * row + handed
 
-    def _spoken(self, block: Any, maps: Tensor) -> Tensor:
-        """What every token's values did to ``<u, update>``."""
+    def _spoken(self, block: Any, maps: Tensor, mean: Tensor) -> Tensor:
+        """What every token's values, less their mean, did to ``<u, update>``."""
         x = self.streams[block]
         field = torch.ones_like(x[..., :1]).requires_grad_()
         told = torch.cat([block.norm1(x), field], -1)
-        update = getattr(block, "ls1", nn.Identity())(self.through(block, Speaking(block.attn, maps), told)[..., :-1])
+        update = getattr(block, "ls1", nn.Identity())(self.through(block, Speaking(block.attn, maps, mean), told)[..., :-1])
         window = getattr(block, "window_size", (1, 1))
         if x.dim() == 3 or not any(n % w for n, w in zip(x.shape[1:3], window, strict=True)):
             # With the field as it is nothing is changed; padded places are multiplied with zero.
@@ -237,16 +306,11 @@ class FieldOracle:
         row = row.reshape(1, -1)
         return Field(row[:, self.prefix :].reshape(1, *self.size), row[:, : self.prefix])
 
-    def _both(self, seen: Tensor, said: Tensor) -> Tensor:
-        """``max(P - mean P, P / 20) * max(G - median G, 0)`` with the sum of the second factor."""
-        last = self.streams[self.model.norm]
-        ends = self.size if last.dim() == 3 else last.shape[1:3]
-        around = out_of_focus(said[0], [max(1.0, n / m / 4) for n, m in zip(self.size, ends, strict=True)])
-        values = around.flatten().sort().values
-        favour = (around - values[(len(values) - 1) // 2]).clamp(min=0)
-        looked = torch.maximum(seen[0] - seen.sum() / seen.numel(), seen[0] / 20)
-        both = looked * favour
-        return (both / both.sum() * favour.sum())[None]
+    def _in_favour(self, said: Tensor) -> Tensor:
+        """``max(G, 0)``, ``G`` the evidence, of a ViT smoothed by a 28th of its sides."""
+        if self.prefix:
+            said = out_of_focus(said[0], [n / 28 for n in self.size])[None]
+        return said.clamp(min=0)
 
 
 def out_of_focus(grid: Tensor, sigma: list[float]) -> Tensor:

@@ -265,9 +265,8 @@ def explain(method: GridAttribution, x: Tensor, target: Tensor | None = None) ->
 
 # Said in full, so that what the tests compare does not hang on what the defaults are.
 OPTIONS: dict[str, object] = {
-    "residual": "ratio",
-    "evidence_residual": "half",
-    "head_fusion": "mean",
+    "residual": "deviation",
+    "head_fusion": None,
     "merging": "uniform",
     "contrastive": False,
     "normalized": True,

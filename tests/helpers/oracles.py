@@ -139,7 +139,36 @@ class DenseBlock:
     place: Callable[[Tensor], Tensor]  # windowed (.., head, query, key) to dense (batch, head, token, column)
     post: bool = False  # the update was normalised, and no norm reads the stream
 
+    @property
+    def mean(self) -> Tensor:
+        """The mean value of the tokens, padded places left out: (batch, head, channel)."""
+        return self.values[:, :, : self.before.shape[1]].mean(2)
+
+    @property
+    def apart(self) -> Tensor:
+        return self.values - self.mean[:, :, None]
+
+    def by_variance(self, common: Tensor) -> Tensor:
+        """What every column accounts for of the variance of every token's update, the positive part, rows to one.
+
+        ``common``, (batch, head, channel), is taken out of all values, and what becomes of it out of the updates.
+        """
+        heads, channels = self.values.shape[1], self.values.shape[-1]
+        total = torch.zeros_like(self.attention[:, 0])
+        d = self.update - torch.einsum("bica,ba->bic", self.out, common.flatten(1)) - self.offset
+        d = d - d.mean(-1, keepdim=True)
+        for h in range(heads):
+            out = self.out[..., h * channels : (h + 1) * channels]
+            for column in range(total.shape[-1]):
+                f = torch.einsum("bica,ba->bic", out, self.values[:, h, column] - common[:, h])
+                f = f - f.mean(-1, keepdim=True)
+                total[..., column] += self.attention[:, h, :, column] * (f * d).sum(-1)
+        positive = total.clamp(min=0)
+        return normalised(torch.where(positive.any(-1, keepdim=True), positive, self.attention.mean(1)))
+
     def fused(self, fusion: Fusion) -> Tensor:
+        if fusion in ("deviation", "variance"):
+            return self.by_variance(self.mean if fusion == "deviation" else torch.zeros_like(self.mean))
         if callable(fusion):
             fused = fusion(self.attention)
         else:
@@ -148,6 +177,10 @@ class DenseBlock:
 
     def share(self, form: str) -> Tensor:
         own = variance(self.before)
+        if form == "deviation":
+            common = torch.einsum("bica,ba->bic", self.out, self.mean.flatten(1)) + self.offset
+            own = variance(self.before - self.before.mean(1, keepdim=True))
+            return own / (own + variance(self.update - common))
         if form == "half":
             return torch.full_like(own, 0.5)
         if form == "ratio" and not self.post:
@@ -409,6 +442,7 @@ class Dense:
         attention = (q @ k.transpose(-2, -1) / pool.head_dim**0.5).softmax(-1)
         if callable(fusion):
             return normalised(fusion(attention))[:, 0]
+        fusion = "mean" if fusion in ("deviation", "variance") else fusion
         fused = {"mean": Tensor.mean, "max": Tensor.amax, "min": Tensor.amin}[fusion](attention, 1)
         return normalised(fused)[:, 0]
 
@@ -428,7 +462,9 @@ class Dense:
                 found.append(_absorbing(mixed, count))
         return found
 
-    def rollout(self, residual: str = "ratio", fusion: Fusion = "mean", merging: str = "uniform") -> Answer:
+    def rollout(
+        self, residual: str = "deviation", fusion: Fusion = "variance", merging: str = "uniform"
+    ) -> Answer:
         relations = self.relations(residual, fusion, merging)
         product = relations[-1]
         for relation in reversed(relations[:-1]):
@@ -455,8 +491,8 @@ class Dense:
         target: Tensor,
         *,
         contrastive: bool = False,
-        residual: str = "half",
-        fusion: Fusion = "mean",
+        residual: str = "deviation",
+        fusion: Fusion = "deviation",
         merging: str = "uniform",
     ) -> Answer:
         u, constant = self.cotangent(target, contrastive)
@@ -481,11 +517,10 @@ class Dense:
             for h in range(heads):
                 w = pulled[..., h * channels : (h + 1) * channels]
                 for key in range(said.shape[1]):
-                    # Over the queries i: A^h_ij (u_i W_O^h) . v^h_j
-                    said[:, key] += (step.attention[:, h, :, key] * (w @ step.values[:, h, key, :, None])[..., 0]).sum(
-                        1
-                    )
-            constant = constant + (u * step.offset).sum((1, 2)) + said[:, count:].sum(1)
+                    # Over the queries i: A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)
+                    said[:, key] += (step.attention[:, h, :, key] * (w @ step.apart[:, h, key, :, None])[..., 0]).sum(1)
+            common = torch.einsum("bica,ba->bic", step.out, step.mean.flatten(1)) + step.offset
+            constant = constant + (u * common).sum((1, 2)) + said[:, count:].sum(1)
             share = step.share(residual)
             rolled = (((1 - share) * r)[:, None] @ step.fused(fusion))[:, 0]
             lost = lost + rolled[:, count:].sum(1)
@@ -498,7 +533,7 @@ class Dense:
         *,
         keep: bool = False,
         normalize: bool = False,
-        residual: str = "ratio",
+        residual: str = "deviation",
         merging: str = "uniform",
         contrastive: bool = False,
     ) -> Answer:
@@ -621,9 +656,9 @@ def dense(name: str, seed: int = 0, batch: int = 2, graph: bool = False) -> Dens
     return oracle
 
 
-def out_of_focus(grid: Tensor, side: tuple[float, float]) -> Tensor:
-    """Every patch as the mean over all, weighted by a Gaussian of a quarter of a side, or one patch if that is more."""
-    down, across = (max(1.0, length / 4) for length in side)
+def out_of_focus(grid: Tensor) -> Tensor:
+    """Every patch as the mean over all, weighted by a Gaussian of a 28th of the side."""
+    down, across = (length / 28 for length in grid.shape)
     result = torch.zeros_like(grid)
     for row, column in itertools.product(range(grid.shape[0]), range(grid.shape[1])):
         weights = torch.zeros_like(grid)

@@ -55,7 +55,7 @@ def test_evidence_adds_up_in_float64(name, seed, contrastive):
     model, x, target = build(name, seed), images(CASES[name], 2, seed), targets(2, seed)
     with torch.no_grad():
         score = _score(model(x), target, contrastive)
-    found = rule(model, "evidence", x, target, contrastive=contrastive, evidence_residual="ratio", head_fusion="max")
+    found = rule(model, "evidence", x, target, contrastive=contrastive, residual="update", head_fusion="max")
     assert bool(((found.total - score).abs() <= 1e-9 * score.abs().clamp(min=1)).all())
 
 

@@ -59,6 +59,10 @@ def _uniform(merging, form, shares=Merging.shares):
     return shares(merging, "uniform")
 
 
+def _a_thousandth_less(*args):
+    return 0.999 * statistics.residual_share(*args)
+
+
 def _other_shift(grid, window, shift, device=None, **options):
     return layout.windows(grid, window, (shift[0], max(0, shift[1] - 1)), device, **options)
 
@@ -67,7 +71,7 @@ def _other_shift(grid, window, shift, device=None, **options):
     ("place", "mistake", "kinds"),
     [
         # A thousandth of every share; what the topology knows of a shift; a merging that gives all children the same.
-        ("trace.steps.ratio_share", lambda own, joined: 0.999 * statistics.ratio_share(own, joined), RULES[0::2]),
+        ("trace.steps.residual_share", _a_thousandth_less, RULES),
         ("topology.windowed.windows", _other_shift, RULES),
         ("trace.steps.Merging.shares", _uniform, RULES),
     ],

@@ -24,8 +24,9 @@ def test_rollout_is_the_dense_product(name):
 SETTINGS = [
     ("update", "max", "variance"),
     ("half", "min", "variance"),
-    ("ratio", middle_heavy, "uniform"),
-    ("ratio", "max", "variance"),
+    ("deviation", middle_heavy, "uniform"),
+    ("update", "variance", "variance"),
+    ("half", "deviation", "variance"),
     ("half", "mean", "uniform"),
 ]
 
@@ -53,7 +54,7 @@ PADDED = ["padded-4", "padded-7", "windows-per-stage", "odd-grids", "always-part
 def test_padding_takes_mass_where_there_is_padding(name):
     lost = rule(build(name), "rollout", images(CASES[name])).padding
     if any(part in name for part in PADDED):
-        assert bool((lost > 1e-3).all())
+        assert bool((lost > 1e-4).all())
     else:
         assert torch.equal(lost, torch.zeros(2).double())
 
@@ -61,8 +62,8 @@ def test_padding_takes_mass_where_there_is_padding(name):
 @pytest.mark.parametrize("name", ALL)
 def test_mass_is_conserved_in_float32(name):
     model, x = float32_model(name), images(CASES[name], 3, dtype=torch.float32)
-    for residual in ("ratio", "update"):
-        found = rule(model, "rollout", x, residual=residual, head_fusion="max", merging="variance")
+    for residual, fusion in (("deviation", "variance"), ("update", "max")):
+        found = rule(model, "rollout", x, residual=residual, head_fusion=fusion, merging="variance")
         assert found.grid.dtype == torch.float32
         assert float((found.total - 1).abs().max()) <= 1e-5
         assert bool((found.grid >= 0).all())
@@ -71,7 +72,7 @@ def test_mass_is_conserved_in_float32(name):
 @pytest.mark.parametrize("name", FEW)
 def test_attention_rollout_is_the_dense_product(name):
     found = explain(AttentionRollout(build(name)), images(CASES[name]))
-    assert_same(found, dense(name).rollout("half"), name)
+    assert_same(found, dense(name).rollout("half", "mean"), name)
 
 
 @pytest.mark.parametrize("name", ["vit-class", "vit-map", "swin1-padded-7", "swin2-padded-4"])
@@ -104,37 +105,22 @@ def test_evidence_settings_are_the_dense_sum(name, residual, fusion, merging):
     if name not in CASES:
         pytest.skip("this timm has no gated attention")
     target = targets(2)
-    options = {"evidence_residual": residual, "head_fusion": fusion, "merging": merging}
+    options = {"residual": residual, "head_fusion": fusion, "merging": merging}
     found = rule(build(name), "evidence", images(CASES[name]), target, **options)
     expected = dense(name).evidence(target, residual=residual, fusion=fusion, merging=merging)
     assert_same(found, expected, name)
 
 
-def merged(name: str) -> tuple[float, float]:
-    """How many patches of the first stage are beside each other under a token at the head, down and across."""
-    first = grid = CASES[name].grid
-    for _ in range(len(getattr(build(name), "layers", [None])) - 1):
-        grid = -(-grid[0] // 2), -(-grid[1] // 2)
-    return first[0] / grid[0], first[1] / grid[1]
-
-
 @pytest.mark.parametrize("name", [*FEW, "vit-map", "swin2-shift"])
 @pytest.mark.parametrize("contrastive", [True, False])
-def test_lnstat_is_centred_perception_times_centred_evidence(name, contrastive):
+def test_lnstat_is_the_positive_part_of_the_smoothed_evidence(name, contrastive):
     target = targets(2, 1)
     found = rule(build(name), "lnstat", images(CASES[name]), target, contrastive=contrastive)
-    seen, _ = dense(name).rollout().split(CASES[name])
     said, _ = dense(name).evidence(target, contrastive=contrastive).split(CASES[name])
-    for got, p, e in zip(found.grid, seen, said, strict=True):
-        g = out_of_focus(e, merged(name))
-        typical = sorted(g.flatten().tolist())[(g.numel() - 1) // 2]
-        favour = torch.relu(g - typical)
-        looked = torch.where(p - p.sum() / p.numel() > p / 20, p - p.sum() / p.numel(), p / 20)
-        expected = looked * favour * favour.sum() / (looked * favour).sum()
+    for got, e in zip(found.grid, said, strict=True):
+        expected = torch.relu(e if name in SWINS else out_of_focus(e))
         assert float((got - expected).abs().max()) <= 1e-9 * float(expected.max())
-        assert float(got.sum()) == pytest.approx(float(favour.sum()), rel=1e-9)
-        assert bool(((got > 0) == (favour > 0)).all())
-        assert 0 < int((got > 0).sum()) < got.numel()
+        assert float(expected.max()) > 0
     # Everything is on the grid: there is no constant, and nothing on prefix tokens or padding.
     assert torch.equal(found.total, found.grid.flatten(1).sum(1))
 

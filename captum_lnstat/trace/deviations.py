@@ -1,0 +1,93 @@
+"""A block's values and its update, less what all tokens have in common.
+
+With the affine maps of the path, an attention's update is ``d_i = M_i sum_j A_ij v_j + b``. Where the rows of ``A`` sum
+to one, any vector ``m`` can be taken out of all values: with ``w_j = v_j - m``,
+
+    e_i = d_i - (M_i m + b) = M_i sum_j A_ij w_j.
+
+With ``m`` the mean value of the image, ``M_i m + b`` is what a token's update would be whatever it attended to: it tells
+no token from another, and ``e_i`` is what does. With ``m = 0``, ``e_i`` is all of the update that came from a source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from captum_lnstat.layout import PADDING, Groups, Layout
+from captum_lnstat.recording.sites import AttentionSite
+from captum_lnstat.trace.maps import FrozenMap, apply
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """Of one block.
+
+    Attributes:
+        values: ``w_j^h = v_j^h - m^h``.
+        common: ``m^h``.
+        update: ``e_i = d_i - (M_i m + b)``.
+    """
+
+    values: Float[Tensor, "group head key channel"]
+    common: Float[Tensor, "batch head channel"]
+    update: Float[Tensor, "batch query_token out_channel"]
+
+
+def deviations(
+    site: AttentionSite,
+    path: Iterable[FrozenMap],
+    layout: Layout,
+    keys: Layout,
+    update: Float[Tensor, "batch query_token out_channel"],
+    *,
+    from_mean: bool = True,
+) -> Deviations:
+    """An attention's values and its update, less what all tokens have in common.
+
+    Args:
+        site: The attention.
+        path: From its joined heads to the update.
+        layout: How tokens became queries.
+        keys: How tokens became keys.
+        update: What the attention added to each token.
+        from_mean: ``m`` is the mean value; otherwise zero.
+    """
+    batch, heads = len(update), site.shape[1]
+    values = site.values(slice(0, heads))
+    images = values.reshape(batch, -1, *values.shape[1:])  # (batch, group, head, key, channel)
+    if not from_mean:
+        common = values.new_zeros(batch, heads, values.shape[-1])
+        return Deviations(values, common, update - apply(path, common.flatten(1)[:, None]))
+    common = _mean(images, keys)
+    joined = common.flatten(1)[:, None]
+    if site.signed:
+        joined = layout.scatter(_row_sums(site).repeat_interleave(common.shape[-1], -1), batch)[0] * joined
+    apart = (images - common[:, None, :, None]).flatten(0, 1)
+    return Deviations(apart, common, update - apply(path, joined))
+
+
+def less_the_mean(tokens: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token channel"]:
+    """Tokens less the mean token; a token that is alone stays as it is."""
+    return tokens - tokens.mean(1, keepdim=True) if tokens.shape[1] > 1 else tokens
+
+
+def _mean(values: Float[Tensor, "batch group head key channel"], keys: Layout) -> Float[Tensor, "batch head channel"]:
+    """The mean value of an image, padded places left out."""
+    if not isinstance(keys, Groups):
+        return values.mean((1, 3))
+    real = (keys.index != PADDING).to(values.dtype)
+    return torch.einsum("bghkc,gk->bhc", values, real / real.sum())
+
+
+def _row_sums(site: AttentionSite) -> Float[Tensor, "group query head"]:
+    """What the maps of a site sum to over the keys; one, but where they were mixed after the softmax."""
+    parts = [torch.cat([attention.sum(-1) for _, attention in some], 1) for _, some in site.chunks()]
+    return torch.cat(parts, 2).transpose(1, 2)
