@@ -106,6 +106,22 @@ def _infidelity(forward: Any, images: Tensor, maps: Tensor, target: Tensor, **op
     return metrics.infidelity(forward, images, maps, target, max_examples_per_batch=len(maps), **options)
 
 
+def _corners(spec: Spec) -> Measure:
+    """How much of a map is in the corners of the image, and whether its peak is."""
+    options = _options(spec, part=1 / 14)
+    energy, peak = f"{spec.text}.energy", f"{spec.text}.peak"
+
+    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+        masks = metrics.corners(maps, **options)
+        return {energy: metrics.energy(maps, masks), peak: metrics.pointing(maps, masks)}
+
+    quantities = (
+        Quantity(f"{spec.text} energy", False, ((energy, None),)),
+        Quantity(f"{spec.text} peak", False, ((peak, None),)),
+    )
+    return Measure(spec.text, quantities, _image, compute)
+
+
 def _two(spec: Spec) -> Measure:
     _options(spec)
 
@@ -249,6 +265,7 @@ MEASURES: dict[str, Callable[[Spec], Measure]] = {
     "negative": partial(_removing, partial(metrics.perturbation_curve, order="negative"), usual="black", higher=True),
     "insertion": partial(_removing, metrics.insertion, usual="blur", higher=True, steps=50),
     "deletion": partial(_removing, metrics.deletion, usual="black", higher=False, steps=50),
+    "corners": _corners,
     "two": _two,
     "grid": _grid,
     "segmentation": _segmentation,

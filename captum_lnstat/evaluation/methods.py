@@ -106,9 +106,9 @@ def _method(spec: Spec, subject: Subject, batch_size: int) -> Method:
     base, colon, rest = spec.name.partition(":")
     if spec.name in METHODS or base == "gradcam":
         return _registered(spec, subject, batch_size)
-    if spec.name == "random":
+    if spec.name in _BLIND:
         _expect(spec, ())
-        return Method(spec.text, _random, alone=True)
+        return Method(spec.text, _BLIND[spec.name], alone=spec.name == "random")
     if colon:
         return _imported(spec, subject, base, rest)
     raise ValueError(
@@ -146,9 +146,21 @@ def _random(images: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.interpolate(grid, images.shape[2:], mode="bilinear", align_corners=False)
 
 
+def _centre(images: Tensor, targets: Tensor) -> Tensor:
+    """A Gaussian in the middle, its standard deviation a quarter of each side: what photographers give away."""
+    height, width = images.shape[2:]
+    down, across = (torch.linspace(-2, 2, 2 * side + 1)[1::2].square() for side in (height, width))
+    bell = torch.exp(-(down[:, None] + across) / 2)
+    return bell.to(images).expand(len(images), 1, height, width)
+
+
+# What any method has to beat: maps that know neither the model nor the class.
+_BLIND: dict[str, Attribute] = {"random": _random, "centre": _centre}
+
+
 def names() -> tuple[str, ...]:
     """The names that need no import path."""
-    return (*METHODS, "random")
+    return (*METHODS, *_BLIND)
 
 
 def _imported(spec: Spec, subject: Subject, module: str, path: str) -> Method:
