@@ -31,7 +31,7 @@ Examples:
     default="scenes",
     show_default=True,
     metavar="KIND[:PATH]",
-    help="scenes, imagenet, imagenet-segmentation, voc, coco, folder or human; all but scenes with a path.",
+    help="scenes, imagenet, tiny-imagenet, imagenet-segmentation, voc, coco, folder, human; all but scenes: a path.",
 )
 @click.option(
     "--only",

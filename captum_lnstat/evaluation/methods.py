@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +32,23 @@ class Method:
         name: As it was given.
         attribute: From images and classes to attributions of the images' shape, or ``(batch, 1, height, width)``.
         alone: Explain one image at a time: for methods that draw random numbers, or that may mix the images of a batch.
+        make: The same method from another model.
     """
 
     name: str
     attribute: Attribute
     alone: bool = False
+    make: Callable[[Subject], Method] | None = None
+
+    def on(self, subject: Subject) -> Method:
+        """The same method on another model of the same structure.
+
+        Raises:
+            ValueError: It was not made from a name.
+        """
+        if self.make is None:
+            raise ValueError(f"method {self.name!r} was made for one model; expected one of methods.build")
+        return self.make(subject)
 
     def maps(
         self, images: Tensor, targets: Int64[Tensor, " batch"], names: list[str], seed: int = 0
@@ -96,7 +109,8 @@ def build(text: str, subject: Subject, batch_size: int = 32) -> tuple[Method, ..
     methods = []
     for spec in parse(text, "method"):
         try:
-            methods.append(_method(spec, subject, batch_size))
+            again = partial(_method, spec, batch_size=batch_size)
+            methods.append(replace(_method(spec, subject, batch_size), make=again))
         except TypeError as error:
             raise ValueError(f"method {spec.text!r} cannot be made: {error}") from error
     return tuple(methods)

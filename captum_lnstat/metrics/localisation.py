@@ -49,9 +49,9 @@ def energy(maps: Maps, masks: Masks) -> PerImage:
 def corners(maps: Maps, part: float = 1 / 14) -> Masks:
     """The four corners of every map, each a rectangle with ``part`` of both sides, rounded, at least a pixel.
 
-    ViTs keep notes about the whole image on patches in the background, often on those in the corners; a map that follows
-    attention there is bright where nothing is. ``energy`` and ``pointing`` on this mask say how much: a map that is the
-    same everywhere has 2 % of its relevance on the corner patches of a 14 x 14 grid.
+    ViTs keep notes about the whole image on patches in the background, often on those in the corners; a map that
+    follows attention there is bright where nothing is. ``energy`` and ``pointing`` on this mask say how much: a map
+    that is the same everywhere has 2 % of its relevance on the corner patches of a 14 x 14 grid.
 
     Args:
         maps: One map an image, for its size.

@@ -14,6 +14,7 @@ photograph takes about a second for all methods, a perturbed one a minute.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_subjects import COVER, REAL, Photographs, known, open_model
+from real_subjects import REAL, Photographs, known, open_model
 
 from captum_lnstat.evaluation import measures
 from captum_lnstat.evaluation.datasets import Dataset, open_dataset
@@ -159,7 +160,7 @@ def others(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.glob("*/manifest.json")):
         if path.parent.name not in listed:
-            found += [name for name in re.findall(r'"methods": "(.*)"', path.read_text())]
+            found.append(json.loads(path.read_text())["methods"])
     return found
 
 

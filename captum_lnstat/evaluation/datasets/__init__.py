@@ -15,6 +15,7 @@ __all__ = ["KINDS", "BrokenFileError", "Dataset", "DatasetError", "Only", "Sampl
 KINDS = {
     "scenes": "scenes:Scenes",
     "imagenet": "imagenet:ImageNet",
+    "tiny-imagenet": "tiny_imagenet:TinyImageNet",
     "imagenet-segmentation": "segmentation:ImageNetSegmentation",
     "voc": "voc:PascalVoc",
     "coco": "coco:Coco",

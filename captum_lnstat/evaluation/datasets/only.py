@@ -40,8 +40,8 @@ class Only(Dataset):
         left = sorted(wanted - found)
         if left:
             raise DatasetError(
-                f"{len(left)} of {len(wanted)} names are not in the data, the first is {left[0]!r}; expected names like "
-                f"{dataset.name(0)!r}"
+                f"{len(left)} of {len(wanted)} names are not in the data, the first is {left[0]!r}; expected names "
+                f"like {dataset.name(0)!r}"
             )
 
     def __len__(self) -> int:
