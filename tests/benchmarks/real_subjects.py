@@ -29,6 +29,8 @@ HERE = Path(__file__).parent
 REAL = Path(os.environ.get("CAPTUM_LNSTAT_REAL", HERE.parents[2] / "shared" / "real"))
 COVER = (0.02, 0.5)  # part of the image that the boxes cover
 TINY_TUNING = 5  # training images of each class of Tiny-ImageNet that the other split has
+CONFIDENT = 0.8  # least probability of the true class in a mosaic; the small models are trained with soft labels
+TINY_CONFIDENT = 0.5
 TIMM = {"deit": "deit_tiny_patch16_224", "vit": "vit_tiny_patch16_224"}
 
 
@@ -40,6 +42,11 @@ class Seen:
     right: bool
     confidence: float  # probability of the true class
 
+    @property
+    def says_where(self) -> bool:
+        """Whether the model classes it right and its boxes leave enough of the image out."""
+        return self.right and COVER[0] <= self.cover <= COVER[1]
+
 
 @dataclass(frozen=True)
 class Photographs:
@@ -47,21 +54,17 @@ class Photographs:
 
     Attributes:
         name: The model's, in the options and folders of the benchmark.
-        title: What the page says of it.
         read: Reads the model.
         data: ``KIND:PATH``, the photographs with boxes.
         split: Which of them are taken.
         pets: ``KIND:PATH``, the photographs with masks, or None.
-        confident: The least probability of the true class in a mosaic.
     """
 
     name: str
-    title: str
     read: Callable[[], Subject]
     data: str
     split: Split
     pets: str | None
-    confident: float
 
     @functools.cached_property
     def subject(self) -> Subject:
@@ -90,12 +93,11 @@ class Photographs:
 
     def small_objects(self, seen: dict[str, Seen]) -> Only:
         """Photographs classed right whose boxes say where the object is."""
-        low, high = COVER
-        return Only(self.dataset, [name for name, one in seen.items() if one.right and low <= one.cover <= high])
+        return Only(self.dataset, [name for name, one in seen.items() if one.says_where])
 
     def confident_ones(self, seen: dict[str, Seen]) -> Only:
         """Photographs for the mosaics: the model is sure of each alone."""
-        return Only(self.dataset, [name for name, one in seen.items() if one.confidence >= self.confident])
+        return Only(self.dataset, [name for name, one in seen.items() if one.confidence >= confident(self.name)])
 
 
 def in_split(name: str, split: Split) -> bool:
@@ -112,7 +114,7 @@ def look(subject: Subject, dataset: Dataset, size: int = 32) -> Iterator[tuple[s
     """What a model makes of every photograph."""
     for start in range(0, len(dataset), size):
         examples = [subject.frame.example(dataset[i]) for i in range(start, min(start + size, len(dataset)))]
-        probabilities = subject.forward(torch.stack([one.image for one in examples])).softmax(-1)
+        probabilities = subject.forward(torch.stack([one.image for one in examples]).to(subject.device)).softmax(-1)
         for one, row in zip(examples, probabilities, strict=True):
             target = one.sample.target
             assert target is not None
@@ -137,7 +139,19 @@ def known(weights: Path = HERE / "weights") -> list[str]:
     return [*TIMM, *(f"tiny-{path.stem}" for path in sorted(weights.glob("*.safetensors")))]
 
 
-def open_model(name: str, split: Split, real: Path, folder: Path) -> Photographs:
+def title(name: str) -> str:
+    """What the page says of a model."""
+    if name in TIMM:
+        return f"{TIMM[name]}, ImageNet-1k, 224 px"
+    return f"{name.removeprefix('tiny-')}, 100 classes of Tiny-ImageNet, 64 px"
+
+
+def confident(name: str) -> float:
+    """The least probability of the true class in a mosaic for a model."""
+    return CONFIDENT if name in TIMM else TINY_CONFIDENT
+
+
+def open_model(name: str, split: Split, real: Path, folder: Path, device: str = "cpu") -> Photographs:
     """A model by its name, with its photographs.
 
     Args:
@@ -145,6 +159,7 @@ def open_model(name: str, split: Split, real: Path, folder: Path) -> Photographs
         split: Which photographs.
         real: The folder of the data.
         folder: Where Tiny-ImageNet's images are unpacked to.
+        device: Where the model is.
     """
     if not real.is_dir():
         raise SystemExit(f"there is no folder {str(real)!r} with photographs and weights; give it as --data")
@@ -153,21 +168,18 @@ def open_model(name: str, split: Split, real: Path, folder: Path) -> Photographs
         checkpoint = real / f"{model}.safetensors"
         return Photographs(
             name,
-            f"{model}, ImageNet-1k, 224 px",
-            lambda: read(model, checkpoint=checkpoint, fit="squash"),
+            lambda: read(model, checkpoint=checkpoint, fit="squash", device=device),
             f"imagenet:{real / 'ilsvrc-val'}",
             split,
             f"folder:{real / 'pets'}" if split == "report" else None,
-            confident=0.8,
         )
     if name not in known():
         raise SystemExit(f"unknown model {name!r}; expected one of {', '.join(known())}")
     data = unpacked(real / "tiny-imagenet-100.tar", folder / f"tiny-imagenet-{split}", split)
-    title = f"{name.removeprefix('tiny-')}, 100 classes of Tiny-ImageNet, 64 px"
-    return Photographs(name, title, lambda: tiny_subject(name), f"tiny-imagenet:{data}", split, None, confident=0.5)
+    return Photographs(name, lambda: tiny_subject(name, device), f"tiny-imagenet:{data}", split, None)
 
 
-def tiny_subject(name: str) -> Subject:
+def tiny_subject(name: str, device: str) -> Subject:
     """A model of ``tiny_imagenet.py``, and how its images are made."""
     from tiny_imagenet import load
 
@@ -176,7 +188,8 @@ def tiny_subject(name: str) -> Subject:
         raise SystemExit(f"the classes of {name} are not in sorted order, which those of the data are")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return Subject.of(model, Frame(lambda image: normalize(pil_to_tensor(image.resize((64, 64))) / 255, mean, std)))
+    frame = Frame(lambda image: normalize(pil_to_tensor(image.resize((64, 64))) / 255, mean, std))
+    return Subject.of(model, frame, device)
 
 
 def unpacked(archive: Path, folder: Path, split: Split) -> Path:

@@ -34,8 +34,8 @@ def scenes(monkeypatch):
         def dataset(self):
             return real_subjects.Only(open_dataset(self.data), [f"scene-{number:05}" for number in range(24)])
 
-    model = Scenes("mini", "", lambda: read("vit-mini"), "scenes", "report", None, confident=0.5)
-    monkeypatch.setattr(real, "open_model", lambda name, split, data, folder: model)
+    model = Scenes("mini", lambda: read("vit-mini"), "scenes", "report", None)
+    monkeypatch.setattr(real, "open_model", lambda name, split, data, folder, device="cpu": model)
     monkeypatch.setattr(real, "known", lambda: ["mini"])
     # Scenes have masks and no boxes.
     monkeypatch.setattr(real_subjects, "covered", lambda boxes, size: 0.3)
@@ -75,6 +75,7 @@ def test_a_run_is_gone_on_with_and_a_method_done_again_alone(tmp_path, monkeypat
     page = call(monkeypatch, folder, *some, "--limit", "3")
     assert page.startswith("# Mine\n\n<!-- tables -->\n\nSplit: **report**.")
     assert "old" not in page
+    assert "24 photographs with boxes in the split, " in page
     assert page.count("\n| rollout | ") == page.count("\n| centre | ") == 3
     assert "3 photographs, true class; compared with rollout." in page
     assert page.count("\n| *n* | 3 |") == 3
