@@ -9,7 +9,7 @@ writes ``docs/real.md``. Every method of every part of every model is a run of i
 goes on, a larger ``--limit`` adds photographs, a method can be added or done again alone; nothing notices that the
 code has changed, so that is what ``--again`` is for. ``--split tune`` is for choosing an option, and its page is
 beside the records. Seconds of one core for a photograph of 224 px and all methods: localisation and pets about 5,
-randomisation 8, perturbation 60, a mosaic with its four questions 90; more than half of it all is ``ig``.
+randomisation 8, perturbation 60, a mosaic with its four questions 60; but for perturbation, more than half is ``ig``.
 """
 
 from __future__ import annotations
