@@ -31,7 +31,13 @@ Examples:
     default="scenes",
     show_default=True,
     metavar="KIND[:PATH]",
-    help="scenes, imagenet, imagenet-segmentation, voc, coco, folder or human; all but scenes with a path.",
+    help="scenes, imagenet, tiny-imagenet, imagenet-segmentation, voc, coco, folder, human; all but scenes: a path.",
+)
+@click.option(
+    "--only",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Of the data, the samples that the file names, one a line.",
 )
 @click.option("--model", "name", default="swin-mini", show_default=True, metavar="MODEL", help="As for doctor.")
 @click.option("--pretrained", is_flag=True, help="Take the library's weights; they are downloaded.")
@@ -68,6 +74,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead of the table.")
 def evaluate(
     data: str,
+    only: Path | None,
     name: str,
     pretrained: bool,
     checkpoint: Path | None,
@@ -87,7 +94,7 @@ def evaluate(
     --skip-broken, 2 if it cannot go on.
     """
     from captum_lnstat.evaluation import subject as subjects
-    from captum_lnstat.evaluation.datasets import open_dataset
+    from captum_lnstat.evaluation.datasets import Only, open_dataset, read_names
     from captum_lnstat.evaluation.run import Settings
     from captum_lnstat.evaluation.run import evaluate as run
     from captum_lnstat.evaluation.team import team as gathered
@@ -95,6 +102,8 @@ def evaluate(
     try:
         with gathered(device) as team:
             dataset = open_dataset(data)
+            if only is not None:
+                dataset = Only(dataset, read_names(only))
             subject = subjects.read(
                 name, pretrained=pretrained, checkpoint=checkpoint, fit=fit, seed=seed, device=team.device
             )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from captum_lnstat import metrics
 from captum_lnstat.errors import near
+from captum_lnstat.evaluation.enlarging import enlarged
 from captum_lnstat.evaluation.frame import Example
 from captum_lnstat.evaluation.methods import Method
+from captum_lnstat.evaluation.mosaics import Mosaic, cell_masks, mosaic
+from captum_lnstat.evaluation.other_model import OtherModel
 from captum_lnstat.evaluation.question import Batch, Measure, Quantity, Values
-from captum_lnstat.evaluation.seeds import seed_of
 from captum_lnstat.evaluation.specs import Spec, parse
+from captum_lnstat.evaluation.subject import Scores, Subject
 
 FILLS = ("black", "blur", "mean")
 
@@ -106,6 +109,22 @@ def _infidelity(forward: Any, images: Tensor, maps: Tensor, target: Tensor, **op
     return metrics.infidelity(forward, images, maps, target, max_examples_per_batch=len(maps), **options)
 
 
+def _corners(spec: Spec) -> Measure:
+    """How much of a map is in the corners of the image, and whether its peak is."""
+    options = _options(spec, part=1 / 14)
+    energy, peak = f"{spec.text}.energy", f"{spec.text}.peak"
+
+    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+        masks = metrics.corners(maps, **options)
+        return {energy: metrics.energy(maps, masks), peak: metrics.pointing(maps, masks)}
+
+    quantities = (
+        Quantity(f"{spec.text} energy", False, ((energy, None),)),
+        Quantity(f"{spec.text} peak", False, ((peak, None),)),
+    )
+    return Measure(spec.text, quantities, _image, compute)
+
+
 def _two(spec: Spec) -> Measure:
     _options(spec)
 
@@ -117,38 +136,68 @@ def _two(spec: Spec) -> Measure:
 
 
 def _grid(spec: Spec) -> Measure:
-    """Relevance in the right cell of a mosaic of images of different classes, shrunk to fit the model's input."""
-    options = _options(spec, rows=2, cols=2)
+    """Relevance in the right cell of a mosaic of images of different classes."""
+    options = _options(spec, rows=2, cols=2, size="shrunk", ask="own")
     rows, cols = int(options["rows"]), int(options["cols"])
+    _check_choice(spec, "size", options["size"], ("shrunk", "full"))
+    _check_choice(spec, "ask", options["ask"], ("own", "all"))
+    full = options["size"] == "full"
+    share, peak = spec.text, f"{spec.text}.pointing"
+    larger = OtherModel(
+        lambda subject, seed: enlarged(subject, rows * subject.frame.size[0], cols * subject.frame.size[1])
+    )
 
-    def mosaic(batch: Batch, one: Example) -> tuple[Tensor, int] | None:
-        partners = batch.partners(one, rows * cols - 1)
-        if partners is None:
-            return None
-        height, width = one.image.shape[1:]
-        if height % rows or width % cols:
-            raise ValueError(f"an input of {height} x {width} px cannot be cut into {rows} x {cols} equal cells")
-        place = seed_of(f"{one.sample.name}/cell", batch.seed) % (rows * cols)
-        cells = [partner.image for partner in partners]
-        cells.insert(place, one.image)
-        small = interpolate(
-            torch.stack(cells), (height // rows, width // cols), mode="bilinear", align_corners=False, antialias=True
-        )
-        return metrics.grid_mosaic(small[None], rows, cols)[0], place
+    def asked(batch: Batch, method: Method, mosaics: list[Mosaic], cells: list[int]) -> tuple[Tensor, Tensor]:
+        """Share and peak of one cell of each mosaic."""
+        images = torch.stack([one.image for one in mosaics]).to(batch.images)
+        classes = [one.classes[cell] for one, cell in zip(mosaics, cells, strict=True)]
+        maps = method.maps(images, torch.tensor(classes, device=images.device), batch.names, batch.seed)
+        chosen = torch.tensor(cells, device=maps.device)
+        pointing = metrics.pointing(maps, cell_masks(maps, rows, cols, chosen))
+        return metrics.grid_share(maps, rows, cols, chosen).float().cpu(), pointing.float().cpu()
+
+    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+        values = torch.full((2, len(batch.examples)), float("nan"))
+        made = [mosaic(batch, one, rows, cols, full=full) for one in batch.examples]
+        able = [row for row, found in enumerate(made) if found is not None]
+        if able and full:
+            method = larger.method(batch, method)
+        size = max(1, len(batch.examples) // (rows * cols)) if full else len(batch.examples)  # as many pixels at a time
+        for start in range(0, len(able), size):
+            part = able[start : start + size]
+            mosaics = [found for found in (made[row] for row in part) if found is not None]
+            turns = range(rows * cols) if options["ask"] == "all" else [0]
+            answers = []
+            for turn in turns:
+                cells = [turn if options["ask"] == "all" else one.own for one in mosaics]
+                answers.append(torch.stack(asked(batch.of(part), method, mosaics, cells)))
+            values[:, part] = torch.stack(answers).mean(0)
+        return {share: values[0], peak: values[1]}
+
+    quantities = (Quantity(share, True, ((share, None),)), Quantity(f"{share} pointing", True, ((peak, None),)))
+    return Measure(share, quantities, _in_grid, compute)
+
+
+def _check_choice(spec: Spec, key: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{key} of metric {spec.name!r} is {value!r}; expected {' or '.join(known)}")
+
+
+def _randomisation(spec: Spec) -> Measure:
+    """How much of a map is left when the upper layers of the model have forgotten what they learned."""
+    options = _options(spec, layers=0.5, manner="reset", absolute=False)
+
+    def forgetful(subject: Subject, seed: int) -> Subject:
+        model = metrics.randomised(subject.model, options["layers"], manner=options["manner"], seed=seed)
+        return replace(subject, model=model, forward=Scores(model) if isinstance(subject.forward, Scores) else model)
+
+    other = OtherModel(forgetful)
 
     def value(batch: Batch, maps: Tensor, method: Method) -> Tensor:
-        made = [mosaic(batch, one) for one in batch.examples]
-        able = [row for row, found in enumerate(made) if found is not None]
-        values = torch.full((len(made),), float("nan"))
-        if able:
-            images = torch.stack([found[0] for found in made if found is not None]).to(batch.images)
-            cells = torch.tensor([found[1] for found in made if found is not None])
-            part = batch.of(able)
-            found = method.maps(images, part.targets, part.names, batch.seed)
-            values[able] = metrics.grid_share(found, rows, cols, cells.to(found.device)).float().cpu()
-        return values
+        after = other.method(batch, method).maps(batch.images, batch.targets, batch.names, batch.seed)
+        return metrics.map_correlation(maps, after, absolute=options["absolute"])
 
-    return _single(spec, value, True, _in_grid)
+    return _single(spec, value, False, _image)
 
 
 def _segmentation(spec: Spec) -> Measure:
@@ -249,8 +298,10 @@ MEASURES: dict[str, Callable[[Spec], Measure]] = {
     "negative": partial(_removing, partial(metrics.perturbation_curve, order="negative"), usual="black", higher=True),
     "insertion": partial(_removing, metrics.insertion, usual="blur", higher=True, steps=50),
     "deletion": partial(_removing, metrics.deletion, usual="black", higher=False, steps=50),
+    "corners": _corners,
     "two": _two,
     "grid": _grid,
+    "randomisation": _randomisation,
     "segmentation": _segmentation,
     "box": _box,
     "spearman": _spearman,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +32,23 @@ class Method:
         name: As it was given.
         attribute: From images and classes to attributions of the images' shape, or ``(batch, 1, height, width)``.
         alone: Explain one image at a time: for methods that draw random numbers, or that may mix the images of a batch.
+        make: The same method from another model.
     """
 
     name: str
     attribute: Attribute
     alone: bool = False
+    make: Callable[[Subject], Method] | None = None
+
+    def on(self, subject: Subject) -> Method:
+        """The same method on another model of the same structure.
+
+        Raises:
+            ValueError: It was not made from a name.
+        """
+        if self.make is None:
+            raise ValueError(f"method {self.name!r} was made for one model; expected one of methods.build")
+        return self.make(subject)
 
     def maps(
         self, images: Tensor, targets: Int64[Tensor, " batch"], names: list[str], seed: int = 0
@@ -96,7 +109,8 @@ def build(text: str, subject: Subject, batch_size: int = 32) -> tuple[Method, ..
     methods = []
     for spec in parse(text, "method"):
         try:
-            methods.append(_method(spec, subject, batch_size))
+            again = partial(_method, spec, batch_size=batch_size)
+            methods.append(replace(_method(spec, subject, batch_size), make=again))
         except TypeError as error:
             raise ValueError(f"method {spec.text!r} cannot be made: {error}") from error
     return tuple(methods)
@@ -106,9 +120,9 @@ def _method(spec: Spec, subject: Subject, batch_size: int) -> Method:
     base, colon, rest = spec.name.partition(":")
     if spec.name in METHODS or base == "gradcam":
         return _registered(spec, subject, batch_size)
-    if spec.name == "random":
+    if spec.name in _BLIND:
         _expect(spec, ())
-        return Method(spec.text, _random, alone=True)
+        return Method(spec.text, _BLIND[spec.name], alone=spec.name == "random")
     if colon:
         return _imported(spec, subject, base, rest)
     raise ValueError(
@@ -146,9 +160,21 @@ def _random(images: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.interpolate(grid, images.shape[2:], mode="bilinear", align_corners=False)
 
 
+def _centre(images: Tensor, targets: Tensor) -> Tensor:
+    """A Gaussian in the middle, its standard deviation a quarter of each side: what photographers give away."""
+    height, width = images.shape[2:]
+    down, across = (torch.linspace(-2, 2, 2 * side + 1)[1::2].square() for side in (height, width))
+    bell = torch.exp(-(down[:, None] + across) / 2)
+    return bell.to(images).expand(len(images), 1, height, width)
+
+
+# What any method has to beat: maps that know neither the model nor the class.
+_BLIND: dict[str, Attribute] = {"random": _random, "centre": _centre}
+
+
 def names() -> tuple[str, ...]:
     """The names that need no import path."""
-    return (*METHODS, "random")
+    return (*METHODS, *_BLIND)
 
 
 def _imported(spec: Spec, subject: Subject, module: str, path: str) -> Method:

@@ -12,7 +12,7 @@ from captum_lnstat.metrics.boxes import box_iou, top1_localisation
 from captum_lnstat.metrics.captum_measures import infidelity, sensitivity
 from captum_lnstat.metrics.fills import black, blurred, mean_colour
 from captum_lnstat.metrics.games import grid_mosaic, grid_share
-from captum_lnstat.metrics.localisation import asked_share, energy, pointing, two_object
+from captum_lnstat.metrics.localisation import asked_share, corners, energy, pointing, two_object
 from captum_lnstat.metrics.overlap import average_precision, f1, iou, pixel_accuracy
 from captum_lnstat.metrics.perturbation import Curve, deletion, insertion, perturbation_curve
 from captum_lnstat.metrics.sanity import cascade, randomised
@@ -59,6 +59,7 @@ __all__ = [
     "blurred",
     "box_iou",
     "cascade",
+    "corners",
     "deletion",
     "energy",
     "f1",

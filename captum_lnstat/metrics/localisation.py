@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from captum_lnstat.metrics.checks import check_masks, result_dtype, share_of
+from captum_lnstat.metrics.checks import check_maps, check_masks, result_dtype, share_of
 
 if TYPE_CHECKING:
     from captum_lnstat.metrics.shapes import Maps, Masks, PerImage
@@ -43,6 +44,35 @@ def energy(maps: Maps, masks: Masks) -> PerImage:
     positive = maps.double().clamp(min=0)
     chance = masks.double().mean((1, 2))
     return share_of((positive * masks).sum((1, 2)), positive.sum((1, 2)), chance).to(result_dtype(maps))
+
+
+def corners(maps: Maps, part: float = 1 / 14) -> Masks:
+    """The four corners of every map, each a rectangle with ``part`` of both sides, rounded, at least a pixel.
+
+    ViTs keep notes about the whole image on patches in the background, often on those in the corners; a map that
+    follows attention there is bright where nothing is. ``energy`` and ``pointing`` on this mask say how much: a map
+    that is the same everywhere has 2 % of its relevance on the corner patches of a 14 x 14 grid.
+
+    Args:
+        maps: One map an image, for its size.
+        part: Part of a side, above 0 and at most a half; 1/14 is a patch of 16 px in an image of 224.
+
+    Example:
+        >>> import torch
+        >>> corners(torch.zeros(1, 3, 4), part=0.3).int()
+        tensor([[[1, 0, 0, 1],
+                 [0, 0, 0, 0],
+                 [1, 0, 0, 1]]], dtype=torch.int32)
+    """
+    check_maps(maps)
+    if not 0 < part <= 0.5:
+        raise ValueError(f"part is {part}; expected a number above 0 and at most 0.5")
+    edges = []
+    for side in maps.shape[1:]:
+        wide = max(1, round(part * side))
+        places = torch.arange(side, device=maps.device)
+        edges.append((places < wide) | (places >= side - wide))
+    return (edges[0][:, None] & edges[1]).expand(maps.shape)
 
 
 def _on_both(maps: Tensor, asked: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

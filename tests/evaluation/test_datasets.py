@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from captum_lnstat import zoo
-from captum_lnstat.evaluation.datasets import BrokenFileError, DatasetError, open_dataset
+from captum_lnstat.evaluation.datasets import BrokenFileError, DatasetError, Only, open_dataset, read_names
 from captum_lnstat.evaluation.datasets.coco import decode
 
 RNG = np.random.default_rng(0)
@@ -108,6 +108,48 @@ def test_imagenet_flat_by_the_kits_own_table(imagenet):
     savemat(flat / "meta.mat", {"synsets": np.array([*rows, (4, "n00000001", "above", "c", 3)], kinds)})
     data = open_dataset(f"imagenet:{flat}")
     assert [data[index].target for index in range(3)] == [2, 0, 1]
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    (tmp_path / "wnids.txt").write_text("n2\nn1\n")
+    picture(tmp_path / "val" / "images" / "val_0.JPEG", (64, 64))
+    picture(tmp_path / "val" / "n1" / "images" / "val_10.JPEG", (64, 64))
+    lines = "val_0.JPEG\tn2\t0\t32\t44\t63\nval_10.JPEG\tn1\t0\t0\t63\t63\n"
+    (tmp_path / "val" / "val_annotations.txt").write_text(lines)
+    return tmp_path
+
+
+def test_tiny_imagenet(tiny_imagenet):
+    data = open_dataset(f"tiny-imagenet:{tiny_imagenet}")
+    assert data.class_names == ("n1", "n2")
+    assert [(data[index].name, data[index].target) for index in range(2)] == [("val_0", 1), ("val_10", 0)]
+    assert data[0].boxes.tolist() == [[0, 32, 45, 64]]  # its pixels count from 0 and include the last
+    (tiny_imagenet / "val" / "images" / "val_0.JPEG").unlink()
+    with pytest.raises(BrokenFileError, match=r"val_0\.JPEG"):
+        data[0]
+    (tiny_imagenet / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn3\t0\t32\t44\t63\n")
+    with pytest.raises(DatasetError, match=r"line 1 of .* a known wnid"):
+        open_dataset(f"tiny-imagenet:{tiny_imagenet}")
+    (tiny_imagenet / "wnids.txt").unlink()
+    with pytest.raises(DatasetError, match=r"no file .*wnids\.txt"):
+        open_dataset(f"tiny-imagenet:{tiny_imagenet}")
+
+
+def test_only_some_of_the_samples(tmp_path):
+    scenes = open_dataset("scenes")
+    two = scenes.name(len(scenes) - 1).partition("#")[0]
+    (tmp_path / "names.txt").write_text(f"# chosen\n\n{two}\n  scene-00003#0\n")
+    names = read_names(tmp_path / "names.txt")
+    assert names == [two, "scene-00003#0"]
+    few = Only(scenes, names)
+    assert [few.name(index) for index in range(len(few))] == ["scene-00003#0", f"{two}#0", f"{two}#1"]
+    assert few[2].name == f"{two}#1"
+    assert few.class_names == scenes.class_names
+    with pytest.raises(DatasetError, match="1 of 2 names are not in the data, the first is 'scene-3'; expected names"):
+        Only(scenes, ["scene-3", two])
+    with pytest.raises(DatasetError, match="no sample is named"):
+        Only(scenes, [])
 
 
 def test_imagenet_segmentation(tmp_path):
@@ -300,6 +342,7 @@ def test_orientation_does_not_turn_an_image_away_from_its_mask(tmp_path):
         ("voc:nowhere", "there is no folder 'nowhere'"),
         ("coco:nowhere.json", r"there is no file 'nowhere\.json'"),
         ("scenes:nowhere.npz", r"nowhere\.npz' cannot be read as scenes"),
+        ("tiny-imagenet:nowhere", "there is no folder 'nowhere'"),
         ("imagenet-segmentation:nowhere.mat", r"gtsegs_ijcv\.mat"),
     ],
 )

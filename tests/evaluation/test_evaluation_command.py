@@ -79,6 +79,14 @@ def test_what_makes_no_sense_is_one_line(finished, more, message):
     assert not result.stdout
 
 
+def test_only_the_samples_of_a_file(tmp_path):
+    (tmp_path / "names.txt").write_text("scene-00004\nscene-00002\n")
+    result = CliRunner().invoke(main, command(tmp_path / "run", "--only", str(tmp_path / "names.txt")))
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "run" / "results.csv").open() as file:
+        assert {row["group"] for row in csv.DictReader(file)} == {"scene-00002", "scene-00004"}
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 

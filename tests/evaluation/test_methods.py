@@ -1,6 +1,7 @@
 """Methods by name are the classes they say, and Grad-CAM is Captum's once its layer looks like an image."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from captum_lnstat import (
 )
 from captum_lnstat.attribution.gradcam import GradCam, last_first_norm
 from captum_lnstat.evaluation.frame import Frame
-from captum_lnstat.evaluation.methods import build, names
+from captum_lnstat.evaluation.methods import Method, build, names
 from captum_lnstat.evaluation.specs import parse
 from captum_lnstat.evaluation.subject import Subject, read
+from captum_lnstat.metrics import randomised
 
 TARGETS = torch.tensor([1, 4])
 
@@ -62,7 +64,7 @@ DIRECT = {
 @pytest.mark.filterwarnings("ignore:Input Tensor")  # Captum's, in the direct calls
 @pytest.mark.filterwarnings("ignore:Setting forward")
 def test_names_are_the_classes_they_say(subject, images):
-    assert {text.partition("(")[0] for text in DIRECT} >= set(names()) - {"gradcam", "random"}
+    assert {text.partition("(")[0] for text in DIRECT} >= set(names()) - {"gradcam", "random", "centre"}
     for text, direct in DIRECT.items():
         (method,) = build(text, subject)
         expected = direct(subject.model, images.clone(), TARGETS).detach().sum(1)
@@ -77,6 +79,26 @@ def test_the_random_map_hangs_on_the_name(subject, images):
     assert torch.equal(method.maps(images[:1], TARGETS[:1], ["b"], 3)[0], both[1])
     assert not torch.equal(method.maps(images, TARGETS, ["a", "b"], 4), both)
     assert not torch.equal(both[0], both[1])
+
+
+def test_the_centre_is_a_gaussian_a_quarter_wide(subject, images):
+    (method,) = build("centre", subject)
+    (one, other) = method.maps(images, TARGETS, ["a", "b"])
+    assert torch.equal(one, other)
+    places = (torch.arange(64) + 0.5 - 32) / 16
+    expected = torch.exp(-(places[:, None].square() + places.square()) / 2)
+    torch.testing.assert_close(one, expected)
+
+
+def test_a_method_on_another_model(subject, images):
+    model = randomised(subject.model, ["head"])
+    other = replace(subject, model=model, forward=model)
+    for method in build("lnstat,captum.attr:Saliency", subject):
+        (expected,) = build(method.name, other)
+        maps = method.on(other).maps(images, TARGETS, ["a", "b"])
+        assert torch.equal(maps, expected.maps(images, TARGETS, ["a", "b"]))
+    with pytest.raises(ValueError, match="was made for one model"):
+        Method("mine", lambda images, targets: images).on(other)
 
 
 def test_nothing_is_left_on_the_callers_images(subject, images):

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from captum_lnstat.errors import near
 from captum_lnstat.evaluation.datasets.base import BrokenFileError, Dataset, DatasetError, Sample
+from captum_lnstat.evaluation.datasets.only import Only, read_names
 
-__all__ = ["KINDS", "BrokenFileError", "Dataset", "DatasetError", "Sample", "open_dataset"]
+__all__ = ["KINDS", "BrokenFileError", "Dataset", "DatasetError", "Only", "Sample", "open_dataset", "read_names"]
 
 # Kind to its class; a module is imported only when its kind is asked for.
 KINDS = {
     "scenes": "scenes:Scenes",
     "imagenet": "imagenet:ImageNet",
+    "tiny-imagenet": "tiny_imagenet:TinyImageNet",
     "imagenet-segmentation": "segmentation:ImageNetSegmentation",
     "voc": "voc:PascalVoc",
     "coco": "coco:Coco",
