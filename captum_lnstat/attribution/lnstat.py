@@ -30,9 +30,11 @@ def check_effect(rule: Rule, given: list[str]) -> None:
             )
 
 
-def one_residual(residual: ResidualShare, evidence_residual: ResidualShare | None) -> ResidualShare:
+def one_residual(rule: Rule, residual: ResidualShare, evidence_residual: ResidualShare | None) -> ResidualShare:
     """The residual share, with a warning for what will go."""
     if evidence_residual is not None:
+        if not (rule.class_specific and rule.at_every_block):
+            raise ValueError(f"evidence_residual does nothing with rule={rule.name!r}; expected residual")
         warn_caller("evidence_residual is deprecated: residual is the share of every rule since 0.2", FutureWarning)
         residual = evidence_residual
     if isinstance(residual, str) and residual == "ratio":
@@ -123,7 +125,7 @@ class LNStatAttribution(GridAttribution):
         evidence_residual: ResidualShare | None = None,
     ) -> None:
         chosen = find_rule(rule)
-        residual = one_residual(residual, evidence_residual)
+        residual = one_residual(chosen, residual, evidence_residual)
         check_switch("contrastive", contrastive)
         check_switch("normalized", normalized)
         fusion = chosen.head_fusion if head_fusion is None else head_fusion

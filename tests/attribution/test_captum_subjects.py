@@ -139,6 +139,7 @@ def test_the_defaults_said_in_full_are_no_mistake(model: nn.Module, rule: Any) -
     ("rule", "options"),
     [
         ("rollout", {"contrastive": True}),
+        ("rollout", {"evidence_residual": "half"}),
     ],
 )
 def test_the_layer_form_refuses_them_too(rule: Any, options: dict[str, Any]) -> None:

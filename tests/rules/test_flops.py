@@ -25,9 +25,9 @@ VIT, SWIN = "vit_small_patch16_224", "swin_tiny_patch4_window7_224"
 
 # In floating-point operations of a plain forward pass. 2 is a forward pass and a backward pass to the activations.
 BOUNDS: dict[str, tuple[Callable[[nn.Module], object], float, float]] = {
-    "lnstat": (LNStatAttribution, 1.05, 1.03),
-    "evidence": (lambda model: LNStatAttribution(model, rule="evidence"), 1.05, 1.03),
-    "rollout": (lambda model: LNStatAttribution(model, rule="rollout"), 1.05, 1.02),
+    "lnstat": (LNStatAttribution, 1.15, 1.12),
+    "evidence": (lambda model: LNStatAttribution(model, rule="evidence"), 1.15, 1.12),
+    "rollout": (lambda model: LNStatAttribution(model, rule="rollout"), 1.15, 1.1),
     "gradient": (lambda model: LNStatAttribution(model, rule="gradient"), 1.97, 2.03),
     "RawAttention": (RawAttention, 1.05, 1.02),
     "AttentionRollout": (AttentionRollout, 1.05, 1.02),
@@ -86,7 +86,7 @@ def test_work_of_a_map(method: str, name: str) -> None:
     assert counted.count == 1
 
 
-@pytest.mark.parametrize(("name", "bound"), [(VIT, 1.13), (SWIN, 2.24)])
+@pytest.mark.parametrize(("name", "bound"), [(VIT, 1.23), (SWIN, 2.31)])
 def test_work_of_a_hundred_maps(name: str, bound: float) -> None:
     model, image = _model(name), _image()
     work = _flops(lambda: LNStatAttribution(model).relevance_per_target(image, range(100)))
