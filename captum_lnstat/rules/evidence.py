@@ -31,16 +31,18 @@ if TYPE_CHECKING:
     from captum_lnstat.rules.engine import Pass
 
 
-def evidence(trace: Trace, head: Head, settings: Settings) -> Walk:
+def evidence(trace: Trace, head: Head, settings: Settings, since: int = 0) -> Walk:
     """``r <- alpha * r + ((1 - alpha) * r) W + c``: signed relevance; over tokens and constant it sums to the score.
 
     Args:
         trace: The traced forward pass.
         head: The scores, and their cotangent at the end of the stream.
         settings: The residual share ``alpha``, how heads are fused, how mergings are undone.
+        since: What is read from the steps before this block, and from the image, belongs to the constant.
     """
     rest = Rest(*head.cotangent)
     r = rest.no_relevance()
+    first = trace.blocks[since].before if since else None
     for step in reversed(trace.steps):
         if isinstance(step, Block):
             r = r.plus(rest.read(step.after, step.between))  # <u, MLP update>
@@ -52,6 +54,8 @@ def evidence(trace: Trace, head: Head, settings: Settings) -> Walk:
             if step.below is not None and step.pull_back is None:
                 kept = plus(kept, rest.read(step.base))
             r, rest = r.through(step, kept, rows, came.padding), rest.before(step)
+            if step.before is first:
+                rest = rest.ended(step.before)
         else:
             if isinstance(step, Update):
                 r = r.plus(rest.read(step.after, step.before))
@@ -91,6 +95,11 @@ class Rest:
     def plus(self, constant: Tensor | None) -> Rest:
         """With more that belongs to no token."""
         return self if constant is None else Rest(self.u, self.constant + constant)
+
+    def ended(self, tokens: Tensor) -> Rest:
+        """All that is on no token yet, at these tokens, belongs to the constant."""
+        read = self.read(tokens)
+        return self if read is None else Rest(None, self.constant + read.sum(1))
 
     def before(self, step: Step) -> Rest:
         """Pulled back through a step; nothing is left where it is not affine: what it says has been read after it."""

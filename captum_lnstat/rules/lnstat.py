@@ -11,6 +11,7 @@ from captum_lnstat.rules.evidence import evidence
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import register
 from captum_lnstat.rules.walk import walk
+from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -23,24 +24,34 @@ BLUR = 1 / 28
 
 @register(
     "lnstat",
-    formula="max(G, 0), G = E smoothed where no stage is coarser than another",
+    formula="max(G, 0), G = E; with one grid, E of the upper half of the blocks, smoothed",
     options=("residual", "head_fusion", "contrastive"),
 )
 def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     """``max(G, 0)`` with ``G`` the evidence ``E``, smoothed: what counted in favour of the class.
 
     Of the attention, evidence is what a token contributed beyond what the mean value would have. What counts against
-    the class is left out, and so is what ended on prefix tokens or belongs to no token. Where all blocks see the same
-    grid, the map is smoothed by a 28th of its side. Where stages merge, how fine it is known is for the merging shares
-    to say, and it is left as it is.
+    the class is left out, and so is what ended on prefix tokens or belongs to no token.
+
+    Where all blocks see the same grid, only what the upper half of them contributed counts: what the lower blocks write
+    is read by the blocks above them, and little of it by the head itself. And the map is smoothed by a 28th of its
+    side. Where stages merge, the lower ones alone know where things are, and the merging shares how fine that is: all
+    blocks count, and the map is left as it is.
     """
     trace = outcome.trace
-    e = walk(trace, settings, evidence(trace, outcome.head, settings))[0]
+    one_grid = trace.grain == (1.0, 1.0)
+    e = walk(trace, settings, evidence(trace, outcome.head, settings, _upper_half(trace) if one_grid else 0))[0]
     g = torch.stack([one.grid for one in e])
-    if trace.grain == (1.0, 1.0):
+    if one_grid:
         g = smoothed(g, (BLUR * g.shape[-2], BLUR * g.shape[-1]))
     prefix, nothing = torch.zeros_like(e[0].prefix), torch.zeros_like(e[0].padding)
     return tuple(Relevance(grid, prefix, nothing, nothing) for grid in g.clamp(min=0))
+
+
+def _upper_half(trace: Trace) -> int:
+    """The first block of the model's upper half, counted from where the trace begins."""
+    whole = trace.blocks_below + len(trace.blocks)
+    return max(0, whole // 2 - trace.blocks_below)
 
 
 def smoothed(

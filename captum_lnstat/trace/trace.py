@@ -33,6 +33,7 @@ class Trace:
         place: Which patch token is at each place of the grid, row by row, if they are not in that order.
         covers: What the map leaves out, in words: stages that attention cannot see through.
         gradients: Every attention has an output that a gradient can be taken at.
+        blocks_below: How many blocks of the model lie before the first step.
     """
 
     family: str
@@ -46,6 +47,7 @@ class Trace:
     place: Int[Tensor, " patch"] | None = None
     covers: str = ""
     gradients: bool = True
+    blocks_below: int = 0
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -62,7 +64,9 @@ class Trace:
         first = self._place_of(block) + (0 if into else 1)
         grid = self._grid_after(first)
         tokens = block.before if into else block.after
-        return replace(self, steps=self.steps[first:], tokens=tokens, grid=grid, place=None)
+        skipped = sum(isinstance(step, Block) for step in self.steps[:first])
+        below = self.blocks_below + skipped
+        return replace(self, steps=self.steps[first:], tokens=tokens, grid=grid, place=None, blocks_below=below)
 
     @property
     def grain(self) -> tuple[float, float]:

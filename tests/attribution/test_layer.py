@@ -57,8 +57,12 @@ def expected(case: Any, oracle: Dense, name: str, into: bool, target: Tensor) ->
         sum(isinstance(step, DenseMerging) for step in one.steps) for one in (oracle, short)
     )
     grid = halved(case.grid, merged - merged_above)
+    # Of one grid, what the upper half of the model contributed.
+    skipped = len(oracle.blocks) - len(short.blocks)
+    since = 0 if merged_above else max(0, len(oracle.blocks) // 2 - skipped)
+    counted = short.evidence(target, since=since).tokens if since else argued
     for i in range(len(argued)):
-        e = argued[i, case.prefix :].reshape(grid)
+        e = counted[i, case.prefix :].reshape(grid)
         found[i, case.prefix :] = (e if merged_above else out_of_focus(e)).flatten().clamp(min=0)
     return {"lnstat": found, "evidence": argued, "rollout": looked}
 

@@ -228,7 +228,7 @@ class FieldOracle:
         """All rules at once: the maps of a block are made, used and dropped."""
         self.u, self.g = self._at_the_head(frozen=True), self._at_the_head(frozen=False)
         self.seen, self.shown = self.start(), self.start()
-        self.said = torch.zeros_like(self.seen)
+        self.said = self.counted = torch.zeros_like(self.seen)
         self.peaks: list[float] = []
         for step in reversed(self.steps):
             (self._merging if hasattr(step, "reduction") else self._block)(step)
@@ -239,7 +239,7 @@ class FieldOracle:
             "evidence": self._split(self.said),
             "gradient": self._split(self.shown),
         }
-        grid = self._in_favour(found["evidence"].grid)
+        grid = self._in_favour(self._split(self.counted if self.prefix else self.said).grid)
         return {**found, "lnstat": Field(grid, torch.zeros_like(found["rollout"].prefix))}
 
     def _block(self, block: Any) -> None:
@@ -263,9 +263,13 @@ class FieldOracle:
         del positive
         self.peaks.append(float(maps.mean(1).amax(-1).mean()))
         between = self.streams[block.norm2].reshape(self.u.shape)
-        self.said = self.said + (self.u * (self.after[block] - between)).sum(-1, keepdim=True)
+        mlp = (self.u * (self.after[block] - between)).sum(-1, keepdim=True)
+        spoken = self._spoken(block, maps, mean)
         self.seen = self._roll(block, whole, self.seen, alpha)
-        self.said = self._roll(block, weighed, self.said, alpha) + self._spoken(block, maps, mean)
+        self.said = self._roll(block, weighed, self.said + mlp, alpha) + spoken
+        if self.prefix:  # of a ViT, what the upper half of the blocks contributed
+            upper = self.steps.index(block) >= len(self.steps) // 2
+            self.counted = self._roll(block, weighed, self.counted + mlp * upper, alpha) + spoken * upper
 
     def _roll(self, block: Any, maps: Tensor, row: Tensor, alpha: Tensor) -> Tensor:
         """``alpha r + ((1 - alpha) r) A``: what a field before the block has to do with it after the block."""

@@ -494,7 +494,9 @@ class Dense:
         residual: str = "deviation",
         fusion: Fusion = "deviation",
         merging: str = "uniform",
+        since: int = 0,
     ) -> Answer:
+        """``since``: what is read from the blocks before this one, and from the image, belongs to the constant."""
         u, constant = self.cotangent(target, contrastive)
         r = torch.zeros_like(u[..., 0])
         lost = torch.zeros_like(constant)
@@ -510,6 +512,9 @@ class Dense:
                 u = below
                 continue
             count = step.before.shape[1]
+            if since and step is self.blocks[since - 1]:
+                constant = constant + (u * (step.before + step.update + step.mlp)).sum((1, 2))
+                u = torch.zeros_like(u)
             r = r + (u * step.mlp).sum(-1)
             said = torch.zeros_like(step.attention[:, 0, 0])
             pulled = torch.einsum("bic,bica->bia", u, step.out)
