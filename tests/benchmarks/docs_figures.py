@@ -235,7 +235,7 @@ def swin_blocks() -> None:
 
 
 def swin_rollout() -> None:
-    """Rollout with 1/2 everywhere, with residual shares, with what attention brings, with merging shares; ``lnstat``."""
+    """Rollout with 1/2 everywhere, residual shares, what attention brings, merging shares; ``lnstat``."""
     swin = zoo.load("swin-mini")
     shares = LNStatAttribution(
         swin.model, rule="rollout", head_fusion="mean", merging="uniform", interpolation="nearest"
@@ -295,7 +295,8 @@ def print_swin_figures(count: int = 240) -> None:
         agreement += [np.corrcoef(attended[i], plain[i])[0, 1] for i in range(batch)]
     border = torch.ones(16, 16, dtype=torch.bool)
     border[1:-1, 1:-1] = False
-    print(f"\n| residual share | an update is shared by | mergings | peak on the object, {count} scenes | on the outermost |")
+    print(f"\n{count} scenes, the peak:")
+    print("| residual share | an update is shared by | mergings | on the object | on the outermost tokens |")
     print("|---|---|---|---|---|")
     for (name, relation, merging), parts in found.items():
         tokens = torch.cat(parts).reshape(count, 16, 16)
