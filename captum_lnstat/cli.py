@@ -160,6 +160,6 @@ Exit codes: 0 done; 1 done in part, or the model is refused; 2 nothing could be 
 @click.version_option(__version__, prog_name="captum-lnstat")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """Explain what a ViT or Swin model looked at, and what of it argued for a class."""
+    """Explain what of an image counted for a class in a ViT or Swin model, or what the model looked at."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

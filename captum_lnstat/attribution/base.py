@@ -239,7 +239,6 @@ def explain_batch(
     if empty:
         warn_caller(
             f"the map of image {', '.join(map(str, empty))} of the batch is zero everywhere: nothing reached the "
-            "patches. In a model that is not trained, the variance of the class token may grow in no block; for an "
-            "image of one colour, no patch contributes more than another. rule='evidence' shows all contributions"
+            "patches, or nothing that did was for the target. rule='evidence' shows what was against it as well"
         )
     return outcome, relevance

@@ -128,7 +128,7 @@ def _ours(
 
 
 METHODS: dict[str, Method] = {
-    "lnstat": _ours("LNStat", _SCORE, "looked at, and counted for the class"),
+    "lnstat": _ours("LNStat", _SCORE, "counted for the class"),
     "lnstat-contrastive": _ours(
         "LNStat, contrastive", "of the contrast, a pixel", "counted for the class, not for others", contrastive=True
     ),

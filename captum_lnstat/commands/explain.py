@@ -1,4 +1,4 @@
-"""``captum-lnstat explain``: what a model looked at in an image, and what of it argued for a class."""
+"""``captum-lnstat explain``: what of an image counted for a class, or what the model looked at."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ Examples:
     type=RuleName(),
     default="lnstat",
     show_default=True,
-    help="lnstat: looked at, and counted for the class. evidence: for and against it. rollout: looked at, "
-    "whatever the class. gradient: Chefer's rule with token statistics.",
+    help="lnstat: counted for the class. evidence: for and against it. rollout: looked at, whatever the class. "
+    "gradient: Chefer's rule with token statistics.",
 )
 @click.option(
     "--picture",
@@ -86,7 +86,7 @@ def explain(
     against: str | None,
     **request: Any,
 ) -> None:
-    """Explain images: draw what the model looked at and what of it argued for a class.
+    """Explain images: draw what counted for a class, or what the model looked at.
 
     Without IMAGE, a scene that comes with the package is explained. Of a FOLDER every image in it is; one that cannot
     be read is named, skipped and counted.

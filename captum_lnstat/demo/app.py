@@ -20,8 +20,8 @@ _SESSION = 3600  # seconds that the image of a visitor is kept
 _TOP, _LISTED = 5, 1000
 _HEADER = """
 <header><h1>captum-lnstat</h1>
-<p>What did a vision transformer look at, and what of it argued for a class? Attribution from attention and the
-statistics of tokens at the LayerNorms, beside other methods.</p></header>
+<p>What of an image counted for a class in a vision transformer? Attribution from attention and the statistics of tokens
+at the LayerNorms, beside other methods.</p></header>
 """
 
 

@@ -1,4 +1,7 @@
-"""Head fusion: one attention map from the maps of all heads."""
+"""Head fusion: one attention map from the maps of all heads.
+
+``"deviation"`` and ``"variance"`` weigh what the heads bring as well, which is not for here: ``rules.variance``.
+"""
 
 from __future__ import annotations
 

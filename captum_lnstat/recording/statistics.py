@@ -74,8 +74,9 @@ def residual_share(
     Args:
         before: The residual stream ``x`` before the attention's update ``d`` is added.
         update: The update ``d``.
-        form: ``"ratio"``: ``min(1, var(x) / var(x + d))``, from the statistics of the two LayerNorms that read the
-            stream. ``"update"``: ``var(x) / (var(x) + var(d))``. ``"half"``: 1/2, as attention rollout assumes.
+        form: ``"update"``: ``var(x) / (var(x) + var(d))``. ``"ratio"``: ``min(1, var(x) / var(x + d))``, from the
+            statistics of the two LayerNorms that read the stream. ``"half"``: 1/2, as attention rollout assumes.
+            ``"deviation"`` is ``"update"`` of deviations, which the caller takes.
 
     Returns:
         alpha, one value per token. A token of no variance at all, before and after, keeps half.

@@ -69,15 +69,15 @@ def propagate(
     fusion: HeadFusion = "mean",
     wiring: Wiring | None = None,
 ) -> Propagated:
-    """``r A`` with head-fused ``A``, and ``c_j = sum_h sum_i A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)``.
+    """``r A`` with ``A`` as ``fusion`` says, and ``c_j = sum_h sum_i A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)``.
 
     Args:
         block: The block.
         rows: Row vectors at the tokens after the attention.
         at: The only tokens at which they are not zero, if that is known.
         u: Cotangent of the stream.
-        fusion: How the heads become one for ``r A``, ``"variance"`` for ``W``; contributions are summed over the
-            heads as they are.
+        fusion: How the heads become one for ``r A``, ``"deviation"`` or ``"variance"`` for ``W``; contributions are
+            summed over the heads as they are.
         wiring: Where the block's update is compared with what the attention was seen to do.
     """
     check_layout(block)

@@ -87,9 +87,7 @@ def register(
     """
 
     def add(compute: Function) -> Function:
-        _RULES[name] = Rule(
-            name, formula, compute, options, class_specific, complete, differentiable, head_fusion
-        )
+        _RULES[name] = Rule(name, formula, compute, options, class_specific, complete, differentiable, head_fusion)
         return compute
 
     return add

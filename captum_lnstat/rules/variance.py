@@ -68,7 +68,8 @@ class VarianceWeights:
 
     def fused(self) -> Float[Tensor, "group query key"]:
         """``W`` of these queries: the maps of all heads have been taken in."""
-        assert self._weights is not None and self._plain is not None
+        assert self._weights is not None
+        assert self._plain is not None
         weights, plain = self._weights.clamp_(min=0), self._plain.clamp(min=0)
         total = weights.sum(-1, keepdim=True)
         enough = total > LEAST * torch.finfo(total.dtype).tiny

@@ -1,8 +1,9 @@
 """The walk from the head to the image that several rules share: row vectors, and each attention map made once.
 
 Every relation of a block is ``R = diag(alpha) + diag(1 - alpha) A``, row = token after the block, column = token
-before. Only the row vector ``r`` travels, from the head to the image: ``r R = alpha * r + ((1 - alpha) * r) A``,
-window by window. No matrix of all tokens against all tokens is ever built.
+before. ``A`` stands for the relation that an update is shared by: attention weighted by what it brings, ``W``, or the
+map that the heads were fused to. Only the row vector ``r`` travels, from the head to the image:
+``r R = alpha * r + ((1 - alpha) * r) A``, window by window. No matrix of all tokens against all tokens is ever built.
 
 A rule is a generator. It goes through the steps of the trace, last to first; at a block it yields a ``Request``, what
 it wants propagated through the attention, and receives what came of it, ``Propagated``.

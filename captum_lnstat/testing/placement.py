@@ -23,7 +23,7 @@ from captum_lnstat.trace.trace import Trace
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# Rules whose peak has to lie on the stimulus. Perception and the gradient rule see where the model looks and what
+# Rules whose peak has to lie on the stimulus. Rollout and the gradient rule see where the model looks and what
 # attention carries; a model may count the stimulus without looking at it more than elsewhere.
 PEAKS: tuple[str, ...] = ("lnstat", "evidence")
 

@@ -1,9 +1,9 @@
 """CaiT: patches among themselves under talking heads, then a class token that alone attends to all of them.
 
 Talking heads mix the maps of the heads before and after the softmax, ``A = W softmax(V q k^T)``: what multiplies the
-values is ``A``, whose rows need not sum to one and whose entries may be negative. Evidence and the gradient rule take
-``A`` as it is. Perception needs shares, so it takes the positive part of the head mean, each row divided by its sum;
-what was subtracted does not count. (A row without a positive entry takes its size instead.)
+values is ``A``, whose rows need not sum to one and whose entries may be negative. Evidence, the gradient rule and the
+share of an update's variance take ``A`` as it is. A fusion of the maps alone takes the positive part of the head mean,
+each row divided by its sum; what was subtracted does not count. (A row without a positive entry takes its size.)
 
 The class token joins late. In the stream of the trace it is there from the start, and takes no part until then.
 """

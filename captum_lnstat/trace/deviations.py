@@ -5,8 +5,9 @@ to one, any vector ``m`` can be taken out of all values: with ``w_j = v_j - m``,
 
     e_i = d_i - (M_i m + b) = M_i sum_j A_ij w_j.
 
-With ``m`` the mean value of the image, ``M_i m + b`` is what a token's update would be whatever it attended to: it tells
-no token from another, and ``e_i`` is what does. With ``m = 0``, ``e_i`` is all of the update that came from a source.
+With ``m`` the mean value of the image, ``M_i m + b`` is what a token's update would be whatever it attended to: it
+tells no token from another, and ``e_i`` is what does. With ``m = 0``, ``e_i`` is all of the update that came from a
+source.
 """
 
 from __future__ import annotations

@@ -53,9 +53,7 @@ def expected(case: Any, oracle: Dense, name: str, into: bool, target: Tensor) ->
     looked = short.rollout().tokens if short.steps else start
     argued = short.evidence(target).tokens if short.steps else (end * tokens).sum(-1)
     found = torch.zeros_like(argued)
-    merged, merged_above = (
-        sum(isinstance(step, DenseMerging) for step in one.steps) for one in (oracle, short)
-    )
+    merged, merged_above = (sum(isinstance(step, DenseMerging) for step in one.steps) for one in (oracle, short))
     grid = halved(case.grid, merged - merged_above)
     # Of one grid, what the upper half of the model contributed.
     skipped = len(oracle.blocks) - len(short.blocks)

@@ -20,7 +20,10 @@ from captum_lnstat import AttentionRollout, LNStatAttribution, zoo
 from captum_lnstat.layout import Groups
 from captum_lnstat.metrics import pointing
 from captum_lnstat.recording.fusion import fuse
+from captum_lnstat.recording.statistics import token_variance
 from captum_lnstat.rules.engine import run
+from captum_lnstat.rules.relation import propagate
+from captum_lnstat.trace.deviations import less_the_mean
 from captum_lnstat.trace.steps import Block, Merging
 from captum_lnstat.trace.trace import Trace
 from captum_lnstat.visualize import overlay, to_map
@@ -37,23 +40,28 @@ def traced(model: torch.nn.Module, images: Tensor) -> Trace:
     return run(model, model, images).trace
 
 
-def descend(trace: Trace, share: Callable[[Block], Tensor], merging: str = "variance") -> Descent:
+def descend(
+    trace: Trace, share: Callable[[Block], Tensor], merging: str = "variance", relation: str = "variance"
+) -> Descent:
     """Perception from the head to the image: every block with the relevance of the tokens before it."""
-    r = trace.start("mean")
+    r = trace.start(relation)
     for step in reversed(trace.steps):
         if isinstance(step, Merging):
             children = r[:, :, None] * step.shares(merging)
             r = step.below.scatter(children.flatten(0, 1)[..., None], len(r))[0][..., 0]
         elif isinstance(step, Block):
             alpha = share(step)
-            given = step.layout.gather(((1 - alpha) * r)[..., None])[..., 0]
-            handed = torch.einsum("gq,gqk->gk", given, fuse(step.site, "mean"))
-            r = alpha * r + step.layout.scatter(handed[..., None], len(r))[0][..., 0]
+            r = alpha * r + propagate(step, ((1 - alpha) * r)[..., None], fusion=relation).rows[..., 0]
             yield step, r
 
 
-def ratio(block: Block) -> Tensor:
-    return block.residual_share("ratio")
+def deviation(block: Block) -> Tensor:
+    return block.residual_share("deviation")
+
+
+def taken(block: Block, batch: int = 1) -> Tensor:
+    """What is taken from each token by all the others, by the share of the update's variance."""
+    return propagate(block, block.between.new_ones(batch, block.between.shape[1], 1), fusion="variance").rows[..., 0]
 
 
 def received(block: Block, batch: int = 1) -> Tensor:
@@ -114,23 +122,25 @@ def method_descent() -> None:
     """Block by block through the ViT: what the statistics are, and where the relevance goes."""
     vit, scene = zoo.load("vit-mini"), zoo.scenes()[SCENE]
     trace = traced(vit.model, vit.transform(scene.image)[None])
-    sheet = Sheet(len(trace.blocks), 5, left=0.75)
-    for row, (block, r) in enumerate(descend(trace, ratio)):
-        variance = block.statistics[0].variance[:, 1:]
-        share = ratio(block)[:, 1:]
-        attention = fuse(block.site, "mean")[:, 0, 1:]
+    sheet = Sheet(len(trace.blocks), 6, left=0.75)
+    for row, (block, r) in enumerate(descend(trace, deviation)):
+        variance = token_variance(less_the_mean(block.base))[:, 1:]
+        share = deviation(block)[:, 1:]
+        attention = fuse(block.site, "mean")[:, 0]
+        weights = propagate(block, torch.eye(1, len(block.base[0]))[..., None], fusion="variance").rows[..., 0]
         sheet.row(row, block.name)
         sheet.cell(row, 0, "image" if not row else "", picture(scene))
         sheet.cell(row, 1, f"variance, {variance.min():.2f} to {variance.max():.2f}", on_grid(variance, 0))
-        sheet.cell(row, 2, f"class token attends, {1 - fuse(block.site, 'mean')[0, 0, 0]:.0%}", on_grid(attention, 0))
-        shares = f"residual share, {share.min():.2f} to 1" if share.max() == 1 else f"share, to {share.max():.2f}"
-        sheet.cell(row, 3, shares, on_grid(share, 0), vmin=0, vmax=1, cmap="viridis")
-        sheet.cell(row, 4, f"P before it, {r[0, 1:].sum():.0%} on patches", on_grid(r, 1))
+        sheet.cell(row, 2, f"share kept, {share.min():.2f} to {share.max():.2f}", on_grid(share, 0), vmin=0, vmax=1,
+                   cmap="viridis")  # fmt: skip
+        sheet.cell(row, 3, f"class token attends, {attention[0, 1:].sum():.0%}", on_grid(attention, 1))
+        sheet.cell(row, 4, f"and is brought, {weights[0, 1:].sum():.0%}", on_grid(weights, 1))
+        sheet.cell(row, 5, f"P before it, {r[0, 1:].sum():.0%} on patches", on_grid(r, 1))
     sheet.save("method-descent.png")
 
 
 def method_classes() -> None:
-    """Two classes in one image: perception is one, evidence is two, and so is their product."""
+    """Two classes in one image: perception is one, evidence is two, and so is its positive part."""
     scene = zoo.scenes()[SCENE]
     sheet = Sheet(4, 4, left=0.75)
     for place, name in enumerate(("swin-mini", "vit-mini")):
@@ -140,13 +150,13 @@ def method_classes() -> None:
         for index, label in enumerate(scene.labels):
             row = 2 * place + index
             argued = to_map(LNStatAttribution(reference.model, rule="evidence").attribute(image, target=label)[0])
-            both = to_map(LNStatAttribution(reference.model).attribute(image, target=label)[0])
+            counted = to_map(LNStatAttribution(reference.model).attribute(image, target=label)[0])
             sheet.row(row, f"{name}\n{reference.class_names[label]}")
             first = not row
             sheet.cell(row, 0, "image" * first, picture(scene))
             sheet.cell(row, 1, "P: looked at" * first, overlay(picture(scene), looked))
             sheet.cell(row, 2, "E: for (red), against (blue)" * first, overlay(picture(scene), argued, signed=True))
-            sheet.cell(row, 3, "lnstat: both" * first, overlay(picture(scene), both))
+            sheet.cell(row, 3, "lnstat: for" * first, overlay(picture(scene), counted))
     sheet.save("method-classes.png")
 
 
@@ -207,30 +217,33 @@ def _lines(axes, index: Tensor, attention: Tensor, size: int) -> None:
 
 
 def swin_blocks() -> None:
-    """Every block of the Swin: the spread of its tokens, who is attended to, what each token keeps."""
+    """Every block of the Swin: the spread of its tokens, who is attended to, what of it counts, what each keeps."""
     swin, scene = zoo.load("swin-mini"), zoo.scenes()[SCENE]
     trace = traced(swin.model, swin.transform(scene.image)[None])
-    sheet = Sheet(3, 1 + len(trace.blocks), left=0.75)
-    for row, name in enumerate(("token\nvariance", "attention\nreceived", "residual\nshare")):
+    sheet = Sheet(4, 1 + len(trace.blocks), left=0.75, above=0.32)
+    for row, name in enumerate(("token\nvariance", "attention\nreceived", "variance\nbrought", "residual\nshare")):
         sheet.row(row, name)
         sheet.cell(row, 0, "image" * (not row), picture(scene))
     for column, block in enumerate(trace.blocks, 1):
-        variance, columns, share = block.statistics[0].variance, received(block), ratio(block)
+        values = token_variance(less_the_mean(block.base)), received(block), taken(block), deviation(block)
         name = block.name.replace("layers.", "stage ").replace(".blocks.", ", block ")
-        sheet.cell(0, column, f"{name}\n{variance.min():.2f} to {variance.max():.2f}", on_grid(variance, 0))
-        sheet.cell(1, column, f"{columns.min():.2f} to {columns.max():.1f}", on_grid(columns, 0))
-        sheet.cell(
-            2, column, f"{share.min():.2f} to {share.max():.2f}", on_grid(share, 0), vmin=0, vmax=1, cmap="viridis"
-        )
+        for row, one in enumerate(values):
+            title = f"{name}\n" * (not row) + f"{one.min():.2f} to {one.max():.{1 if row in (1, 2) else 2}f}"
+            options = {"vmin": 0, "vmax": 1, "cmap": "viridis"} if row == 3 else {}
+            sheet.cell(row, column, title, on_grid(one, 0), **options)
     sheet.save("swin-blocks.png")
 
 
 def swin_rollout() -> None:
-    """Rollout with 1/2 everywhere, with residual shares, with merging shares, and ``lnstat``."""
+    """Rollout with 1/2 everywhere, residual shares, what attention brings, merging shares; ``lnstat``."""
     swin = zoo.load("swin-mini")
+    shares = LNStatAttribution(
+        swin.model, rule="rollout", head_fusion="mean", merging="uniform", interpolation="nearest"
+    )
     methods = {
         "attention rollout": AttentionRollout(swin.model, interpolation="nearest"),
-        "with residual shares": LNStatAttribution(
+        "with residual shares": shares,
+        "and variance brought": LNStatAttribution(
             swin.model, rule="rollout", merging="uniform", interpolation="nearest"
         ),
         "and merging shares": LNStatAttribution(swin.model, rule="rollout", interpolation="nearest"),
@@ -253,37 +266,48 @@ def print_swin_figures(count: int = 240) -> None:
     images = torch.stack([swin.transform(scene.image) for scene in scenes])
     masks = torch.stack([scene.masks[0] for scene in scenes])
     names = [block.name for block in traced(swin.model, images[:1]).blocks]
-    rows: dict[str, Sequence[str]] = {"1/2 everywhere": (), f"ratio in {names[0]} alone": names[:1]}
-    rows |= {"ratio in the first stage": names[:2], "ratio in the other stages": names[2:], "ratio everywhere": names}
-    found: dict[str, list[Tensor]] = {name: [] for name in (*rows, "ratio, and merging by variance")}
-    shares, ratios, agreement = [], [], []
+    # The blocks with a share from their statistics, the form of it, what shares an update out, and mergings.
+    rows: dict[tuple[str, str, str], tuple[Sequence[str], str]] = {}
+    for relation in ("mean", "variance"):
+        rows["1/2 everywhere", relation, "uniform"] = (), "deviation"
+        rows[f"{names[0]} alone", relation, "uniform"] = names[:1], "deviation"
+        rows["the first stage", relation, "uniform"] = names[:2], "deviation"
+        rows["the other stages", relation, "uniform"] = names[2:], "deviation"
+        rows["everywhere", relation, "uniform"] = names, "deviation"
+        rows["everywhere", relation, "variance"] = names, "deviation"
+    rows["ratio everywhere (deprecated)", "mean", "variance"] = names, "ratio"
+    found: dict[tuple[str, str, str], list[Tensor]] = {row: [] for row in rows}
+    shares, ratios, agreement, gone = [], [], [], []
     for first in range(0, count, 60):
         trace = traced(swin.model, images[first : first + 60])
-        for name, chosen in rows.items():
+        for row, (chosen, form) in rows.items():
 
-            def share(block: Block, chosen: Sequence[str] = chosen) -> Tensor:
-                return block.residual_share("ratio" if block.name in chosen else "half")
+            def share(block: Block, chosen: Sequence[str] = chosen, form: str = form) -> Tensor:
+                return block.residual_share(form if block.name in chosen else "half")
 
-            found[name].append(list(descend(trace, share, "uniform"))[-1][1])
-        found["ratio, and merging by variance"].append(list(descend(trace, ratio))[-1][1])
-        taken = received(trace.blocks[0], len(trace.tokens))
-        shares.append(ratio(trace.blocks[0]).mean(1))
-        ratios.append(taken.max(1).values / taken.median(1).values)
-        plain = found["1/2 everywhere"][-1]
-        agreement += [np.corrcoef(taken[i], plain[i])[0, 1] for i in range(len(taken))]
+            found[row].append(list(descend(trace, share, row[2], row[1]))[-1][1])
+        block, batch = trace.blocks[0], len(trace.tokens)
+        attended, brought = received(block, batch), taken(block, batch)
+        shares.append(deviation(block).mean(1))
+        ratios.append(attended.max(1).values / attended.median(1).values)
+        gone.append(brought.gather(1, attended.argmax(1, keepdim=True))[:, 0] / brought.median(1).values)
+        plain = found["1/2 everywhere", "mean", "uniform"][-1]
+        agreement += [np.corrcoef(attended[i], plain[i])[0, 1] for i in range(batch)]
     border = torch.ones(16, 16, dtype=torch.bool)
     border[1:-1, 1:-1] = False
-    print(f"\n| residual share | peak on the object, {count} scenes | peak on the outermost tokens |\n|---|---|---|")
-    for name, parts in found.items():
+    print(f"\n{count} scenes, the peak:")
+    print("| residual share | an update is shared by | mergings | on the object | on the outermost tokens |")
+    print("|---|---|---|---|---|")
+    for (name, relation, merging), parts in found.items():
         tokens = torch.cat(parts).reshape(count, 16, 16)
         pixels = tokens.repeat_interleave(4, 1).repeat_interleave(4, 2)
         outside = border.flatten()[tokens.flatten(1).argmax(1)].float().mean()
-        print(f"| {name} | {pointing(pixels, masks).float().mean():.3f} | {outside:.3f} |")
-    print(f"\n{names[0]}: mean residual share {torch.cat(shares).mean():.3f}; the token that is attended to most takes")
-    print(
-        f"{torch.cat(ratios).median():.1f} times the median (median over the scenes); correlation of what is attended"
-    )
-    print(f"to there with the rollout map: {np.mean(agreement):.2f}")
+        by = "attention" if relation == "mean" else "variance"
+        print(f"| {name} | {by} | {merging} | {pointing(pixels, masks).float().mean():.3f} | {outside:.3f} |")
+    print(f"\n{names[0]}: mean residual share {torch.cat(shares).mean():.3f}; the token that is attended to most gets")
+    print(f"{torch.cat(ratios).median():.1f} times the median attention (median over the scenes),")
+    print(f"and brings {torch.cat(gone).median():.1f} times the median part of the variance; correlation of attention")
+    print(f"received there with the map of plain rollout: {np.mean(agreement):.2f}")
 
 
 FIGURES = (method_descent, method_classes, rules, swin_windows, swin_blocks, swin_rollout)

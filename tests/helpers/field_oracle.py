@@ -282,7 +282,9 @@ class FieldOracle:
         x = self.streams[block]
         field = torch.ones_like(x[..., :1]).requires_grad_()
         told = torch.cat([block.norm1(x), field], -1)
-        update = getattr(block, "ls1", nn.Identity())(self.through(block, Speaking(block.attn, maps, mean), told)[..., :-1])
+        update = getattr(block, "ls1", nn.Identity())(
+            self.through(block, Speaking(block.attn, maps, mean), told)[..., :-1]
+        )
         window = getattr(block, "window_size", (1, 1))
         if x.dim() == 3 or not any(n % w for n, w in zip(x.shape[1:3], window, strict=True)):
             # With the field as it is nothing is changed; padded places are multiplied with zero.

@@ -462,9 +462,7 @@ class Dense:
                 found.append(_absorbing(mixed, count))
         return found
 
-    def rollout(
-        self, residual: str = "deviation", fusion: Fusion = "variance", merging: str = "uniform"
-    ) -> Answer:
+    def rollout(self, residual: str = "deviation", fusion: Fusion = "variance", merging: str = "uniform") -> Answer:
         relations = self.relations(residual, fusion, merging)
         product = relations[-1]
         for relation in reversed(relations[:-1]):
