@@ -40,7 +40,7 @@ def test_every_site_is_listed_with_its_shape_and_norms():
     assert lines[0] == "mine:swin: supported"
     assert lines[1].startswith("SwinTransformer: windowed transformer, 8 x 8 patches of 4 x 4 px, 0 prefix tokens")
     assert lines[2].startswith(f"head: mean of the tokens, output (1, {CLASSES})")
-    assert lines[3].startswith("rule lnstat: max(P - mean P, P / 20)")
+    assert lines[3].startswith("rule lnstat: max(G, 0)")
     sites = [line.split(":")[0].strip() for line in lines[4:]]
     assert sites == [
         "layers.0.blocks.0", "layers.0.blocks.1", "layers.1.downsample", "layers.1.blocks.0", "layers.1.blocks.1",

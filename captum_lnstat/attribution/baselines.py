@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_lnstat.attribution.base import GridAttribution
 from captum_lnstat.attribution.pixels import Interpolation
 from captum_lnstat.recording.forward import Output
-from captum_lnstat.recording.fusion import HeadFusion
+from captum_lnstat.recording.fusion import PLAIN, HeadFusion, check_fusion
 from captum_lnstat.rules.engine import Pass
 from captum_lnstat.rules.gradient import gradient
 from captum_lnstat.rules.perception import keep_all, raw_attention, rollout
@@ -65,6 +65,7 @@ class RawAttention(GridAttribution):
     ) -> None:
         if isinstance(block, bool) or not isinstance(block, int):
             raise TypeError(f"block is {block!r}; expected the index of a block")
+        check_fusion(head_fusion, PLAIN)
         settings = Settings(residual="half", head_fusion=head_fusion, merging="uniform")
         super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
         self.block = block
@@ -107,6 +108,7 @@ class AttentionRollout(GridAttribution):
         interpolation: Interpolation = "bilinear",
         output: Output = None,
     ) -> None:
+        check_fusion(head_fusion, PLAIN)
         settings = Settings(residual="half", head_fusion=head_fusion, merging="uniform")
         super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
 

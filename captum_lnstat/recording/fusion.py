@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 HeadFusion = Union[Literal["deviation", "variance", "mean", "max", "min"], Callable[[Tensor], Tensor]]
-_NAMES = ("deviation", "variance", "mean", "max", "min")
+WEIGHTED = ("deviation", "variance")
+PLAIN = ("mean", "max", "min")
 
 
-def check_fusion(fusion: HeadFusion) -> None:
+def check_fusion(fusion: HeadFusion, names: tuple[str, ...] = (*WEIGHTED, *PLAIN)) -> None:
     """Raise unless ``fusion`` is one of the names or a callable."""
-    if not callable(fusion) and not (isinstance(fusion, str) and fusion in _NAMES):
+    if not callable(fusion) and not (isinstance(fusion, str) and fusion in names):
         raise ValueError(
-            f"head_fusion is {fusion!r}; expected one of {', '.join(map(repr, _NAMES))} or a callable from "
+            f"head_fusion is {fusion!r}; expected one of {', '.join(map(repr, names))} or a callable from "
             "(batch, head, query, key) to (batch, query, key)"
         )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_lnstat.recording.fusion import HeadFusion, fuse
+from captum_lnstat.recording.fusion import WEIGHTED, HeadFusion, fuse
 from captum_lnstat.recording.sites import AttentionSite
 
 if TYPE_CHECKING:
@@ -56,5 +56,5 @@ class AttentionPooling:
 
     def start(self, batch: int, fusion: HeadFusion) -> Tensor:
         # Nothing is added to a stream here, so no variance weighs the heads.
-        attention = fuse(self.site, "mean" if fusion in ("deviation", "variance") else fusion).mean(1)
+        attention = fuse(self.site, "mean" if fusion in WEIGHTED else fusion).mean(1)
         return F.pad(attention / attention.sum(-1, keepdim=True), (self.skipped, 0))

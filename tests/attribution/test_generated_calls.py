@@ -75,7 +75,7 @@ SHARES = ["deviation", "update", "half"]
 OPTIONS: dict[str, list[Any]] = {
     "rule": ["lnstat", "evidence", "rollout", "gradient"],
     "residual": SHARES,
-    "head_fusion": [None, "deviation", "variance", "mean", "max", "min", lambda attention: attention.mean(1)],
+    "head_fusion": ["mean", "max", "min", lambda attention: attention.mean(1)],
     "merging": ["uniform", "variance"],
     "contrastive": [True, False],
     "normalized": [True],

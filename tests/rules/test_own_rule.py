@@ -47,7 +47,7 @@ def test_it_is_short() -> None:
 def test_it_explains(own: str, name: str) -> None:
     model, image = zoo.load(name).model, torch.randn(2, 3, 64, 64)
     lnstat = LNStatAttribution(model, rule=own)
-    p = LNStatAttribution(model, rule="rollout").relevance(image)
+    p = LNStatAttribution(model, rule="rollout", head_fusion="deviation").relevance(image)
     wanted = (p - p.mean((1, 2), keepdim=True)).clamp(min=0)
     assert torch.equal(lnstat.relevance(image), wanted)
     torch.testing.assert_close(lnstat.attribute(image).sum((1, 2, 3)), wanted.sum((1, 2)))
@@ -97,14 +97,15 @@ def test_the_default_comes_first() -> None:
 def test_rules_side_by_side_are_the_rules_alone() -> None:
     """One walk for several rules makes each attention map once, and gives each rule what it gets alone."""
     model, image = zoo.load("swin-mini").model, torch.randn(2, 3, 64, 64)
+    plain = LNStatAttribution(model, rule="rollout", head_fusion="deviation")
 
     @register("twice", formula="P, P with a half", class_specific=False)
     def twice(outcome, settings):  # type: ignore[no-untyped-def]
         trace = outcome.trace
         half = perception(trace, settings, lambda block: block.residual_share("half"))
         one, other = walk(trace, settings, perception(trace, settings), half)
-        torch.testing.assert_close(one[0].grid, LNStatAttribution(model, rule="rollout").relevance(image))
+        torch.testing.assert_close(one[0].grid, plain.relevance(image))
         return other
 
-    wanted = LNStatAttribution(model, rule="rollout", residual="half").relevance(image)
+    wanted = LNStatAttribution(model, rule="rollout", residual="half", head_fusion="deviation").relevance(image)
     torch.testing.assert_close(LNStatAttribution(model, rule="twice").relevance(image), wanted)
