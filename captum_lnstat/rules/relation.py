@@ -107,7 +107,9 @@ def propagate(
             for part in (contributions, probe):
                 if part is not None and part.columns is None:
                     part.add(queries, heads, attention)
-        if not additive:
+        if isinstance(fuser, VarianceWeights):
+            mixed += fuser.spread(grouped[:, :, queries], queries)
+        elif not additive:
             mixed += grouped[:, :, queries] @ fuser.fused()
     ends = [0, *itertools.accumulate(part.shape[-1] for part in columns)]
     shares = [(products[:, :, slice(*pair)], lefts[:, slice(*pair)]) for pair in itertools.pairwise(ends)]

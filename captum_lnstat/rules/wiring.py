@@ -97,9 +97,9 @@ class Probe:
     def add_products(self, products: Float[Tensor, "group head 1 key"]) -> None:
         """With columns: their products with the maps of all heads."""
         site, batch = self._block.site, len(self._found)
-        averaged = products @ site.values(slice(0, site.shape[1]))  # (group, head, 1, channel)
-        directions = self._u.directions.reshape(batch, 1, -1)
-        self._found += (averaged.reshape(batch, -1, directions.shape[-1]) * directions).sum((1, 2))
+        directions = self._u.directions.reshape(batch, site.shape[1], -1, 1)
+        read = read_values(site.values(slice(0, site.shape[1])), directions)  # (group, head, key, 1)
+        self._found += torch.linalg.vecdot(products.reshape(batch, -1), read.reshape(batch, -1))
 
     def excess(self, wanted: Tensor | None) -> Float[Tensor, " batch"]:
         """How far the two sides are apart, in units of what rounding explains."""
