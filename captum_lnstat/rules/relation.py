@@ -202,6 +202,6 @@ def add_product(
 ) -> None:
     """Add the product of the same columns with the maps of some heads to theirs."""
     if attention.shape[1] == 1:
-        total[:, heads.start].baddbmm_(left, attention[:, 0])
+        total[:, heads.start] += torch.bmm(left, attention[:, 0])
     else:
         total[:, heads] += left[:, None] @ attention

@@ -112,11 +112,11 @@ class Probe:
             taken[slice(None) if wanted is None else wanted] = True
             z, counted = z * taken, taken if covered is None else taken & covered
             found = found + (self._constant[..., 0] * counted).sum(1)
-        terms = z * (block.between[..., self._channels] @ w - block.base[..., self._channels] @ w)
+        terms = z * ((block.between[..., self._channels] - block.base[..., self._channels]) @ w)
         # The update is a difference of two streams, and a small one of large streams is known to their rounding only.
         own, kind = block.statistics[0], torch.finfo(block.site.dtype)
         size = kind.eps * (own.variance + own.mean.square()).sqrt() + kind.smallest_normal
-        # Each stream was rounded when it was added up, and each of the two products that read it rounds again.
+        # Each stream was rounded when it was added up, and their difference and the product with it round again.
         rounding = 4 * w.norm() * (z * size).square().sum(1).sqrt()
         tolerance = TOLERANCE.get(block.site.dtype, HALF_TOLERANCE)
         expected, typical = terms.sum(1), terms.square().sum(1).sqrt()

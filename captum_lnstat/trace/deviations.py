@@ -75,12 +75,13 @@ def deviations(
     joined = common.flatten(1)[:, None]
     if site.signed:
         joined = layout.scatter(_row_sums(site).repeat_interleave(common.shape[-1], -1), batch)[0] * joined
-    apart = (images - common[:, None, :, None]).flatten(0, 1)
+    # Head by head in memory, as they are multiplied.
+    apart = torch.sub(images, common[:, None, :, None], out=images.new_empty(images.shape)).flatten(0, 1)
     return _less(update, apply(path, joined), apart, common)
 
 
 def _less(update: Tensor, of_common: Tensor, values: Tensor, common: Tensor) -> Deviations:
-    e = update - of_common
+    e = update.sub_(of_common)  # made for this
     return Deviations(values, common, e, *normalised(e))
 
 
