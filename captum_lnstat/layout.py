@@ -71,6 +71,11 @@ class Groups:
         """How many tokens there are."""
         return int(self.index.max()) + 1 if self.tokens is None else self.tokens
 
+    @property
+    def padded(self) -> bool:
+        """Whether any place is padding."""
+        return len(self._padded_places) > 0
+
     @cached_property
     def _places(self) -> Int[Tensor, " place"]:
         return torch.nonzero(self.index.flatten() != PADDING)[:, 0]
@@ -78,6 +83,11 @@ class Groups:
     @cached_property
     def _padded_places(self) -> Int[Tensor, " place"]:
         return torch.nonzero(self.index.flatten() == PADDING)[:, 0]
+
+    @cached_property
+    def _token_or_first(self) -> Int[Tensor, " place"]:
+        """The token of every place, some token where there is none."""
+        return self.index.flatten().clamp(min=0)
 
     @cached_property
     def _tokens_of_places(self) -> Int[Tensor, " place"]:
@@ -97,14 +107,16 @@ class Groups:
         return None if bool(found.all()) else found
 
     def gather(self, tokens: Tensor) -> Tensor:
-        if len(self._padded_places):
-            tokens = F.pad(tokens, (0, 0, 0, 1))  # the padding index -1 reads the row of zeros appended here
-        return tokens[:, self.index].flatten(0, 1)
+        # Several times faster than to index with the groups themselves.
+        flat = tokens.index_select(1, self._token_or_first)
+        if self.padded:
+            flat = flat.index_fill(1, self._padded_places, 0)
+        return flat.reshape(-1, self.index.shape[1], *tokens.shape[2:])
 
     def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         flat = groups.reshape(batch, self.index.numel(), groups.shape[-1])
         if self._place_of_token is not None:
-            tokens = flat[:, self._place_of_token]
+            tokens = flat.index_select(1, self._place_of_token)
         else:
             tokens = flat.new_zeros(batch, self.count, flat.shape[-1])
             tokens.index_add_(1, self._tokens_of_places, flat[:, self._places])

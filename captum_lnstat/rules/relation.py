@@ -107,7 +107,9 @@ def propagate(
             for part in (contributions, probe):
                 if part is not None and part.columns is None:
                     part.add(queries, heads, attention)
-        if not additive:
+        if isinstance(fuser, VarianceWeights):
+            mixed += fuser.spread(grouped[:, :, queries], queries)
+        elif not additive:
             mixed += grouped[:, :, queries] @ fuser.fused()
     ends = [0, *itertools.accumulate(part.shape[-1] for part in columns)]
     shares = [(products[:, :, slice(*pair)], lefts[:, slice(*pair)]) for pair in itertools.pairwise(ends)]
@@ -200,6 +202,6 @@ def add_product(
 ) -> None:
     """Add the product of the same columns with the maps of some heads to theirs."""
     if attention.shape[1] == 1:
-        total[:, heads.start].baddbmm_(left, attention[:, 0])
+        total[:, heads.start] += torch.bmm(left, attention[:, 0])
     else:
         total[:, heads] += left[:, None] @ attention

@@ -128,6 +128,7 @@ def walk(trace: Trace, settings: Settings, *rules: Walk) -> list[tuple[Relevance
         at = torch.unique(torch.cat(known)) if len(known) == len(wanted) else None
         u = next((request.u for request in wanted if request.u is not None), None)
         came = propagate(block, torch.cat([r.rows for r in wanted], -1), at, u, settings.head_fusion, wiring)
+        block.forget()
         if wiring is not None and block is trace.blocks[0]:
             wiring.verify()
         ends = itertools.accumulate((request.rows.shape[-1] for request in wanted), initial=0)

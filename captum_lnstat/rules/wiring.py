@@ -97,9 +97,9 @@ class Probe:
     def add_products(self, products: Float[Tensor, "group head 1 key"]) -> None:
         """With columns: their products with the maps of all heads."""
         site, batch = self._block.site, len(self._found)
-        averaged = products @ site.values(slice(0, site.shape[1]))  # (group, head, 1, channel)
-        directions = self._u.directions.reshape(batch, 1, -1)
-        self._found += (averaged.reshape(batch, -1, directions.shape[-1]) * directions).sum((1, 2))
+        directions = self._u.directions.reshape(batch, site.shape[1], -1, 1)
+        read = read_values(site.values(slice(0, site.shape[1])), directions)  # (group, head, key, 1)
+        self._found += torch.linalg.vecdot(products.reshape(batch, -1), read.reshape(batch, -1))
 
     def excess(self, wanted: Tensor | None) -> Float[Tensor, " batch"]:
         """How far the two sides are apart, in units of what rounding explains."""
@@ -112,11 +112,11 @@ class Probe:
             taken[slice(None) if wanted is None else wanted] = True
             z, counted = z * taken, taken if covered is None else taken & covered
             found = found + (self._constant[..., 0] * counted).sum(1)
-        terms = z * (block.between[..., self._channels] @ w - block.base[..., self._channels] @ w)
+        terms = z * ((block.between[..., self._channels] - block.base[..., self._channels]) @ w)
         # The update is a difference of two streams, and a small one of large streams is known to their rounding only.
         own, kind = block.statistics[0], torch.finfo(block.site.dtype)
         size = kind.eps * (own.variance + own.mean.square()).sqrt() + kind.smallest_normal
-        # Each stream was rounded when it was added up, and each of the two products that read it rounds again.
+        # Each stream was rounded when it was added up, and their difference and the product with it round again.
         rounding = 4 * w.norm() * (z * size).square().sum(1).sqrt()
         tolerance = TOLERANCE.get(block.site.dtype, HALF_TOLERANCE)
         expected, typical = terms.sum(1), terms.square().sum(1).sqrt()

@@ -135,11 +135,11 @@ class Cotangent:
     @cached_property
     def _of_places(self) -> Float[Tensor, "batch place channel"]:
         """Each token's direction, of the one score there is: read with in every block of a stage."""
-        return self.directions[:, self.kind, 0]
+        return self.directions[:, :, 0].index_select(1, self.kind)
 
     def dense(self) -> Float[Tensor, "batch place score channel"]:
         """The cotangents of the tokens ``at``, written out."""
-        return self.scale[..., None, None] * self.directions[:, self.kind]
+        return self.directions.index_select(1, self.kind).mul_(self.scale[..., None, None])
 
     def read(
         self, x: Float[Tensor, "batch token channel"], before: Float[Tensor, "batch token channel"] | None = None

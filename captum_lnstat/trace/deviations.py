@@ -21,6 +21,7 @@ from torch import Tensor
 
 from captum_lnstat.layout import PADDING, Groups, Layout
 from captum_lnstat.recording.sites import AttentionSite
+from captum_lnstat.recording.statistics import normalised
 from captum_lnstat.trace.maps import FrozenMap, apply
 
 if TYPE_CHECKING:
@@ -35,11 +36,15 @@ class Deviations:
         values: ``w_j^h = v_j^h - m^h``.
         common: ``m^h``.
         update: ``e_i = d_i - (M_i m + b)``.
+        direction: ``(e_i - mean e_i) / sigma_i``, over the channels; zero where they are all the same.
+        variance: ``sigma_i^2``.
     """
 
     values: Float[Tensor, "group head key channel"]
     common: Float[Tensor, "batch head channel"]
     update: Float[Tensor, "batch query_token out_channel"]
+    direction: Float[Tensor, "batch query_token out_channel"]
+    variance: Float[Tensor, "batch query_token"]
 
 
 def deviations(
@@ -66,13 +71,19 @@ def deviations(
     images = values.reshape(batch, -1, *values.shape[1:])  # (batch, group, head, key, channel)
     if not from_mean:
         common = values.new_zeros(batch, heads, values.shape[-1])
-        return Deviations(values, common, update - apply(path, common.flatten(1)[:, None]))
+        return _less(update, apply(path, common.flatten(1)[:, None]), values, common)
     common = _mean(images, keys)
     joined = common.flatten(1)[:, None]
     if site.signed:
         joined = layout.scatter(_row_sums(site).repeat_interleave(common.shape[-1], -1), batch)[0] * joined
-    apart = (images - common[:, None, :, None]).flatten(0, 1)
-    return Deviations(apart, common, update - apply(path, joined))
+    # Head by head in memory, as they are multiplied.
+    apart = torch.sub(images, common[:, None, :, None], out=images.new_empty(images.shape)).flatten(0, 1)
+    return _less(update, apply(path, joined), apart, common)
+
+
+def _less(update: Tensor, of_common: Tensor, values: Tensor, common: Tensor) -> Deviations:
+    e = update.sub_(of_common)  # made for this
+    return Deviations(values, common, e, *normalised(e))
 
 
 def less_the_mean(tokens: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token channel"]:
@@ -82,7 +93,7 @@ def less_the_mean(tokens: Float[Tensor, "batch token channel"]) -> Float[Tensor,
 
 def _mean(values: Float[Tensor, "batch group head key channel"], keys: Layout) -> Float[Tensor, "batch head channel"]:
     """The mean value of an image, padded places left out."""
-    if not isinstance(keys, Groups):
+    if not isinstance(keys, Groups) or not keys.padded:
         return values.mean((1, 3))
     real = (keys.index != PADDING).to(values.dtype)
     return torch.einsum("bghkc,gk->bhc", values, real / real.sum())

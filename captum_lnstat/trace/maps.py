@@ -18,7 +18,7 @@ from captum_lnstat.recording.recording import NormCall
 from captum_lnstat.trace.cotangent import Cotangent, PullBack
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 class FrozenMap(Protocol):
@@ -28,9 +28,17 @@ class FrozenMap(Protocol):
         """Return ``M^T u`` and ``<u_i, b>`` of every token that ``u`` is at."""
         ...
 
+    def pull_back_each(self, u: Float[Tensor, "batch place out"], at: Tensor | None) -> Tensor:
+        """Return ``M^T u_i`` where each of the tokens ``at`` (all by default) has a cotangent of its own."""
+        ...
+
     def apply(self, x: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token out"]:
         """Return ``M x + b``; a single token stands for all of them."""
         ...
+
+
+def _of(tokens: Tensor, at: Tensor | None) -> Tensor:
+    return tokens if at is None else tokens[:, at]
 
 
 def _nothing(u: Cotangent) -> Tensor:
@@ -48,6 +56,9 @@ class FrozenLinear:
         constant = _nothing(u) if self.bias is None else u.read_vector(self.bias)
         return u.with_directions(u.directions @ self.weight.detach().to(u.directions.dtype)), constant
 
+    def pull_back_each(self, u: Tensor, at: Tensor | None) -> Tensor:
+        return u @ self.weight.detach().to(u.dtype)
+
     def apply(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.detach().to(x.dtype)
         return F.linear(x, self.weight.detach().to(x.dtype), bias)
@@ -63,6 +74,10 @@ class FrozenScale:
         gamma = self.gamma.detach().to(u.directions.dtype)
         scaled = u.with_directions(u.directions * gamma) if gamma.dim() <= 1 else u.times(gamma.flatten(1, -2))
         return scaled, _nothing(u)
+
+    def pull_back_each(self, u: Tensor, at: Tensor | None) -> Tensor:
+        gamma = self.gamma.detach().to(u.dtype)
+        return u * (gamma if gamma.dim() <= 1 else _of(gamma.flatten(1, -2), at))
 
     def apply(self, x: Tensor) -> Tensor:
         gamma = self.gamma.detach().to(x.dtype)
@@ -91,6 +106,10 @@ class FrozenNorm:
         centred = u.with_directions(scaled - scaled.mean(-1, keepdim=True))
         return centred.scaled(1 / self.deviation.flatten(1).to(u.scale.dtype)), constant
 
+    def pull_back_each(self, u: Tensor, at: Tensor | None) -> Tensor:
+        scaled = u if self.gamma is None else u * self.gamma.detach().to(u.dtype)
+        return (scaled - scaled.mean(-1, keepdim=True)) / _of(self.deviation.flatten(1).to(u.dtype), at)[..., None]
+
     def apply(self, x: Tensor) -> Tensor:
         y = (x - x.mean(-1, keepdim=True)) / self.deviation.flatten(1).to(x.dtype)[..., None]
         y = y if self.gamma is None else y * self.gamma.detach().to(x.dtype)
@@ -104,6 +123,15 @@ def pull_back(path: Iterable[FrozenMap], u: Cotangent) -> tuple[Cotangent, Float
         u, offset = step.pull_back(u)
         constant = constant + offset
     return u, constant
+
+
+def pull_back_each(
+    path: Iterable[FrozenMap], u: Float[Tensor, "batch place out"], at: Int[Tensor, " place"] | None = None
+) -> Float[Tensor, "batch place channel"]:
+    """Pull a cotangent of its own for each of the tokens ``at`` from the end of a path to its beginning."""
+    for step in reversed(list(path)):
+        u = step.pull_back_each(u, at)
+    return u
 
 
 def apply(path: Iterable[FrozenMap], x: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token out"]:

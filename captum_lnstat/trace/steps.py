@@ -104,6 +104,10 @@ class Block(_Step):
         """Its values and its update, less what all tokens have in common."""
         return self.deviations_from_mean(True)
 
+    def forget(self) -> None:
+        """Let go of the deviations, which are as large as several streams: what wanted them has read them."""
+        self.__dict__.pop("deviations", None)
+
     def deviations_from_mean(self, from_mean: bool) -> Deviations:
         """The same, or those from zero."""
         check_layout(self)
@@ -127,7 +131,8 @@ class Block(_Step):
         if form == "half":
             share = self.base.new_full(self.base.shape[:2], 0.5)
         elif form == "deviation":
-            share = residual_share(less_the_mean(self.base), self.deviations.update, "update")
+            found = self.deviations
+            share = residual_share(less_the_mean(self.base), found.update, "update", found.variance)
         elif form == "ratio" and not self.post_norm:
             own, joined = self.statistics
             share = ratio_share(own.variance, joined.variance)
