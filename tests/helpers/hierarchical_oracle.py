@@ -188,19 +188,37 @@ class Oracle:
         after = int(step.queries.max()) + 1
         q = one_hot(step.queries, after)
         k = step.keys if step.keys.is_floating_point() else one_hot(step.keys, int(step.keys.max()) + 1)
-        dense = torch.einsum("wqi,wqk,wkj->ij", q, p.mean(1), k)
         update, slope = (tokens(*self._wide(step, which)) for which in (0, 1))
+        weight, bias = step.out.weight.detach(), torch.zeros(()) if step.out.bias is None else step.out.bias.detach()
+        if step.scale is not None:
+            weight, bias = step.scale.detach()[:, None] * weight, step.scale.detach() * bias
+        real = k.sum(-1)[:, None, :, None]  # padded places are no keys
+        mean = (v * real).sum((0, 2)) / real.sum()
         base = step.base(self)
-        share = (variance(base) / variance(base + update)).clamp(max=1)
-        # What each token's values said: sum_h sum_i A^h_ij (u_i W^h) . v^h_j
-        slope = slope if step.scale is None else slope * step.scale.detach()
-        pulled = (slope @ step.out.weight.detach()).unflatten(-1, (p.shape[1], -1))
+        own = variance(base - base.mean(0))
+        share = own / (own + variance(update - weight @ mean.flatten() - bias))
+
+        def relation(m: Tensor) -> Tensor:
+            """By what each key accounts for of the variance of the update, without what ``m`` makes of both."""
+            e = torch.einsum("wqi,ic->wqc", q, update - weight @ m.flatten() - bias)
+            maps = weight.unflatten(-1, m.shape)
+            brought = torch.einsum("chd,whkd->whkc", maps, v - m[:, None])
+            e, brought = e - e.mean(-1, keepdim=True), brought - brought.mean(-1, keepdim=True)
+            accounted = (p * torch.einsum("wqc,whkc->whqk", e, brought)).sum(1).clamp(min=0)
+            assert bool(accounted.any(-1)[q.any(-1)].all())
+            accounted = accounted / accounted.sum(-1, keepdim=True).clamp(min=1e-300)
+            return torch.einsum("wqi,wqk,wkj->ij", q, accounted, k)
+
+        # What each token's values said beyond the mean value: sum_h sum_i A^h_ij (u_i W^h) . (v^h_j - mean v^h)
+        pulled = (slope @ weight).unflatten(-1, (p.shape[1], -1))
         heard = torch.einsum("wqi,ihd->whqd", q, pulled)
-        said = torch.einsum("whqk,whqd,whkd,wkj->j", p, heard, v, k)
-        keep_r, keep_e = share * r, e / 2
-        if step.share is not None:
-            return keep_r @ step.share + ((1 - share) * r) @ dense, keep_e @ step.share + keep_e @ dense + said
-        return keep_r + ((1 - share) * r) @ dense, keep_e + keep_e @ dense + said
+        said = torch.einsum("whqk,whqd,whkd,wkj->j", p, heard, v - mean[:, None], k)
+
+        def below(row: Tensor, m: Tensor) -> Tensor:
+            kept = share * row
+            return (kept if step.share is None else kept @ step.share) + ((1 - share) * row) @ relation(m)
+
+        return below(r, torch.zeros_like(mean)), below(e, mean) + said
 
 
 def before_norm(index: int) -> Callable[[Oracle], Tensor]:

@@ -7,7 +7,7 @@ the library itself returns of it. Windows are found by pushing token ids through
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from timm.models.vision_transformer_sam import window_partition
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.oracles import DetachedNorm, variance
+from helpers.oracles import DetachedNorm, normalised, variance
 from helpers.plain_models import Plain
 
 
@@ -35,6 +35,38 @@ class Step:
     after: Tensor
     out: Tensor  # (batch, token, channel, head * channel): from the joined heads to the update
     offset: Tensor  # (batch, token, channel)
+    part: slice = field(default_factory=lambda: slice(None))  # the tokens that the block sees
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean value of the tokens, padded places left out: (batch, head, channel)."""
+        return self.values[:, :, : self.before.shape[1]][:, :, self.part].mean(2)
+
+    def common(self, m: Tensor) -> Tensor:
+        """What every token's update would be if all values were ``m``, weighted with the sums of the maps' rows."""
+        heard = self.attention.sum(-1).transpose(1, 2)[..., None] * m[:, None]
+        return torch.einsum("bica,bia->bic", self.out, heard.flatten(2)) + self.offset
+
+    def share(self) -> Tensor:
+        """How much of each token was there before: of what sets it apart from the mean of all that are seen."""
+        own = variance(self.before - self.before[:, self.part].mean(1, keepdim=True))
+        return own / (own + variance(self.between - self.before - self.common(self.mean)))
+
+    def relation(self, m: Tensor) -> Tensor:
+        """What every column accounts for of the variance of every token's update, without what ``m`` makes of both."""
+        e = self.between - self.before - self.common(m)
+        e = e - e.mean(-1, keepdim=True)
+        heads, size = self.values.shape[1], self.values.shape[-1]
+        total = torch.zeros_like(self.attention[:, 0])
+        for head in range(heads):
+            out = self.out[..., head * size : (head + 1) * size]
+            for column in range(total.shape[-1]):
+                brought = torch.einsum("bica,ba->bic", out, self.values[:, head, column] - m[:, head])
+                brought = brought - brought.mean(-1, keepdim=True)
+                total[..., column] += self.attention[:, head, :, column] * (brought * e).mean(-1)
+        positive = total.clamp(min=0)
+        plain = self.attention.mean(1).clamp(min=0)
+        return normalised(torch.where(positive.any(-1, keepdim=True), positive, plain))
 
 
 def first(module: Any, *names: str) -> Any:
@@ -197,13 +229,12 @@ class Oracle:
         """Relevance of every token at the image."""
         r = self.start()
         for step in reversed(self.steps):
-            keep = torch.minimum(variance(step.before) / variance(step.between), torch.ones(()).double())
-            r = self._roll(r, step, keep)
+            r = self._roll(r, step, torch.zeros_like(step.mean))
         return r
 
-    def _roll(self, r: Tensor, step: Step, keep: Tensor) -> Tensor:
-        relation = step.attention.mean(1)
-        tokens = r.shape[1]
+    def _roll(self, r: Tensor, step: Step, m: Tensor) -> Tensor:
+        """Below a block, by its relation less ``m``."""
+        tokens, keep, relation = r.shape[1], step.share(), step.relation(m)
         identity = torch.eye(tokens, relation.shape[-1]).double()
         relation = keep[..., None] * identity + (1 - keep)[..., None] * relation
         return torch.einsum("bi,bij->bj", r, relation)[:, :tokens]
@@ -232,13 +263,14 @@ class Oracle:
         return u.flatten(1, -2)
 
     def evidence(self, target: Tensor) -> Tensor:
-        """Evidence of every token at the image, rolled with one half."""
+        """Evidence of every token at the image."""
         u = self.cotangent(target)
         r = torch.zeros(u.shape[:2]).double()
         tokens = u.shape[1]
         for step in reversed(self.steps):
             said = torch.einsum("bic,bica->bia", u, step.out).unflatten(-1, (step.values.shape[1], -1))
-            heard = torch.einsum("bihd,bhij,bhjd->bj", said, step.attention, step.values)[:, :tokens]
+            apart = step.values - step.mean[:, :, None]
+            heard = torch.einsum("bihd,bhij,bhjd->bj", said, step.attention, apart)[:, :tokens]
             r = r + (u * (step.after - step.between)).sum(-1)
-            r = self._roll(r, step, torch.full_like(r, 0.5)) + heard
+            r = self._roll(r, step, step.mean) + heard
         return r + (u * self.steps[0].before).sum(-1)

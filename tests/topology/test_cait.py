@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import rule
+from helpers.models import enliven, rule
 from helpers.plain_models import CLASSES, Plain
 from helpers.plain_oracle import Oracle, Step
 from timm.models.cait import Cait
@@ -40,6 +40,8 @@ def model_of(pool: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 class CaitOracle(Oracle):
     """Matrices of class token and patches, whoever takes part."""
 
+    residual = "deviation"
+
     def _blocks(self) -> list[Any]:
         return [*self.model.blocks, *self.model.blocks_token_only]
 
@@ -67,15 +69,13 @@ class CaitOracle(Oracle):
         heard = torch.einsum("bhim,bhmd->bihd", dense, values).flatten(2)
         update = torch.einsum("bica,bia->bic", out, heard) + offset
         torch.testing.assert_close(update, between - before, atol=1e-9, rtol=0)
-        return Step(dense, values, before, between, after, out, offset)
+        part = rows if hasattr(attn, "proj_w") else slice(None)
+        return Step(dense, values, before, between, after, out, offset, part)
 
-    def _roll(self, r: Tensor, step: Step, keep: Tensor) -> Tensor:
-        relation = step.attention.mean(1)
-        positive = relation.clamp(min=0)
-        relation = torch.where(positive.sum(-1, keepdim=True) > 0, positive, relation.abs())
-        total = relation.sum(-1, keepdim=True)
-        relation = torch.where(total > 0, relation / total, torch.zeros(()).double())
-        keep = torch.where(total[..., 0] > 0, keep, 1.0)
+    def _roll(self, r: Tensor, step: Step, m: Tensor) -> Tensor:
+        relation = step.relation(m)
+        share = step.share() if self.residual == "deviation" else torch.full_like(r, 0.5)
+        keep = torch.where(step.attention.ne(0).any(-1).any(1), share, 1.0)  # who takes no part stays
         relation = keep[..., None] * torch.eye(TOKENS).double() + (1 - keep)[..., None] * relation
         torch.testing.assert_close(relation.sum(-1), torch.ones_like(keep))
         return torch.einsum("bi,bij->bj", r, relation)
@@ -132,11 +132,41 @@ def test_evidence_is_that_of_the_oracle_and_complete(pool):
     torch.testing.assert_close(found.total, score, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["rollout", "evidence"])
+@pytest.mark.parametrize(
+    "residual",
+    [
+        "half",
+        pytest.param(
+            "deviation",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="a class token that has not joined yet is part of the mean token of the talking blocks",
+            ),
+        ),
+    ],
+)
+def test_what_attention_adds_is_much(kind, residual):
+    """In the models above it is so little that hardly anything hangs on where it goes."""
+    with torch.random.fork_rng():
+        model = enliven(cait(), 0).double()
+    x, target = CASES["token"].images(), torch.tensor([1, 3])
+    dense = CaitOracle(CASES["token"], model, x)
+    dense.residual = residual
+    assert float((1 - dense.steps[0].share()[:, 1:]).median()) > 0.1
+    found = rule(model, kind, x, target if kind == "evidence" else None, residual=residual)
+    expected = dense.evidence(target) if kind == "evidence" else dense.perception()
+    torch.testing.assert_close(found.grid.flatten(1), expected[:, 1:], atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(found.prefix, expected[:, :1], atol=1e-9, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", RULES)
 @pytest.mark.parametrize("fusion", ["mean", "max", "min", lambda maps: maps.square().mean(1)])
 def test_every_rule_in_float32(kind, fusion):
-    if kind == "gradient" and fusion != "mean":
-        return  # it has a head fusion of its own
+    if kind == "gradient":
+        if fusion != "mean":
+            return
+        fusion = None  # it has a head fusion of its own
     model, x, target = (
         model_of("token", torch.float32),
         CASES["token"].images(3, torch.float32),

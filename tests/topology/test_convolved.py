@@ -106,7 +106,7 @@ class _GcDense(SwinDense):
             found = super().evidence(target)
             self.steps = steps[: last + 1]
             row = F.pad(found.tokens, (0, 1))[:, None]
-            for relation in reversed(self.relations("half", "mean", "uniform")):
+            for relation in reversed(self.relations("deviation", "deviation", "uniform")):
                 row = row @ relation
         finally:
             self.steps = steps
