@@ -126,6 +126,7 @@ class _BackwardWalk:
             )
         rolling = PositiveGradient(block, request.rows, request.at, self._normalized, self._wiring)
         feed(rolling)
+        block.forget()
         if block is self._first and self._wiring is not None:
             self._wiring.verify()
         self._next = advance(self._rule, rolling.propagated())

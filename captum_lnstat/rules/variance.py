@@ -6,8 +6,8 @@ the update is what is seen of it. With ``e_i = M_i sum_j A_ij w_j`` (``trace.dev
     var(e_i) = sum_j sum_h A^h_ij cov(M_i^h w_j^h, e_i).
 
 A token is spread over its sources by what each accounts for, ``W_ij ~ max(0, sum_h A^h_ij <q_i^h, w_j^h>)`` with
-``q_i = M_i^T (e_i - mean e_i) / sigma_i``, every row divided by its sum, so that ``sigma_i`` does not matter. A source that is attended to and brings nothing gets
-nothing.
+``q_i = M_i^T (e_i - mean e_i) / sigma_i``, every row divided by its sum, so that ``sigma_i`` does not matter. A source
+that is attended to and brings nothing gets nothing.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from captum_lnstat.recording.statistics import normalised
 from captum_lnstat.trace.maps import FrozenMap, apply
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,14 @@ def _less(update: Tensor, of_common: Tensor, values: Tensor, common: Tensor) -> 
     return Deviations(values, common, e, *normalised(e))
 
 
-def less_the_mean(tokens: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token channel"]:
-    """Tokens less the mean token; a token that is alone stays as it is."""
-    return tokens - tokens.mean(1, keepdim=True) if tokens.shape[1] > 1 else tokens
+def less_the_mean(
+    tokens: Float[Tensor, "batch token channel"], seen: Bool[Tensor, " token"] | None = None
+) -> Float[Tensor, "batch token channel"]:
+    """Tokens less the mean of those that the attention sees, all by default; a token that is alone stays as it is."""
+    if tokens.shape[1] == 1:
+        return tokens
+    known = tokens if seen is None else tokens[:, seen]
+    return tokens - known.mean(1, keepdim=True)
 
 
 def _mean(values: Float[Tensor, "batch group head key channel"], keys: Layout) -> Float[Tensor, "batch head channel"]:

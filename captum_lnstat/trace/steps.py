@@ -132,7 +132,9 @@ class Block(_Step):
             share = self.base.new_full(self.base.shape[:2], 0.5)
         elif form == "deviation":
             found = self.deviations
-            share = residual_share(less_the_mean(self.base), found.update, "update", found.variance)
+            # A class token that joins later is in the stream, and not in the mean.
+            seen = None if self.below is not None else (self.keys or self.layout).covered
+            share = residual_share(less_the_mean(self.base, seen), found.update, "update", found.variance)
         elif form == "ratio" and not self.post_norm:
             own, joined = self.statistics
             share = ratio_share(own.variance, joined.variance)

@@ -1,8 +1,8 @@
 """How good are the maps on the package's scenes? Three seeds of a Swin and of a ViT.
 
 ``python tests/benchmarks/quality_table.py`` runs ``captum-lnstat evaluate`` for the two models of the package and their
-replicas in ``tests/benchmarks/replicas``, and writes ``docs/quality.md``; about a quarter of an hour on one core. What was done
-is kept in ``build/quality``, and a stopped run goes on. The scenes are held out: no item or photograph of them was in
+replicas in ``tests/benchmarks/replicas``, and writes ``docs/quality.md``; about a quarter of an hour on one core. What
+was done is kept in ``build/quality``, and a stopped run goes on. The scenes are held out: no item or photograph of them was in
 training, and no option was chosen on them.
 """
 
