@@ -132,9 +132,7 @@ class Block(_Step):
             share = self.base.new_full(self.base.shape[:2], 0.5)
         elif form == "deviation":
             found = self.deviations
-            # A class token that joins later is in the stream, and not in the mean.
-            seen = None if self.below is not None else (self.keys or self.layout).covered
-            share = residual_share(less_the_mean(self.base, seen), found.update, "update", found.variance)
+            share = residual_share(less_the_mean(self.base, self._taking_part), found.update, "update", found.variance)
         elif form == "ratio" and not self.post_norm:
             own, joined = self.statistics
             share = ratio_share(own.variance, joined.variance)
@@ -142,6 +140,12 @@ class Block(_Step):
             share = residual_share(self.base, self.attention_update, "update" if form == "ratio" else form)
         covered = self.layout.covered
         return share if covered is None else torch.where(covered, share, 1.0)
+
+    @property
+    def _taking_part(self) -> Tensor | None:
+        """Which tokens are a query or a key; ``None`` for all. A class token that joins later is neither before."""
+        queries, keys = self.layout.covered, (self.keys or self.layout).covered
+        return None if queries is None or keys is None else queries | keys
 
 
 def check_layout(block: Block) -> None:

@@ -104,7 +104,7 @@ def test_moves_to_the_models_device() -> None:
 def test_integer_and_read_only_inputs() -> None:
     model, array = vit(), np.arange(2 * 3 * 32 * 32, dtype=np.uint8).reshape(2, 3, 32, 32)
     array.setflags(write=False)
-    found = quantus_explain_func(LNStatAttribution)(model, array, TARGETS)
+    found = quantus_explain_func(LNStatAttribution, rule="evidence")(model, array, TARGETS)
     assert found.dtype == np.float32
     assert np.abs(found).sum() > 0
 

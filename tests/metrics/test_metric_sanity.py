@@ -98,10 +98,11 @@ def test_what_cannot_be_right_is_refused():
 
 def test_maps_of_a_model_that_forgot_are_others():
     vit = zoo.load("vit-mini")
-    images = torch.stack([vit.transform(scene.image) for scene in zoo.scenes()[:4]])
-    maps = LNStatAttribution(vit.model).attribute(images, target=0).sum(1)
-    other = LNStatAttribution(randomised(vit.model, 1.0)).attribute(images, target=0).sum(1)
-    again = LNStatAttribution(randomised(vit.model, 1.0)).attribute(images, target=0).sum(1)
+    scenes = zoo.scenes()[:4]
+    images, target = torch.stack([vit.transform(scene.image) for scene in scenes]), [s.labels[0] for s in scenes]
+    maps = LNStatAttribution(vit.model).attribute(images, target=target).sum(1)
+    other = LNStatAttribution(randomised(vit.model, 1.0)).attribute(images, target=target).sum(1)
+    again = LNStatAttribution(randomised(vit.model, 1.0)).attribute(images, target=target).sum(1)
     assert map_correlation(maps, maps).tolist() == pytest.approx([1.0] * 4)
     assert map_correlation(maps, other).mean() < 0.5
     assert torch.equal(other, again)
