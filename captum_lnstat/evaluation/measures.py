@@ -12,6 +12,7 @@ from torch import Tensor
 
 from captum_lnstat import metrics
 from captum_lnstat.errors import near
+from captum_lnstat.evaluation import applies
 from captum_lnstat.evaluation.enlarging import enlarged
 from captum_lnstat.evaluation.frame import Example
 from captum_lnstat.evaluation.methods import Method
@@ -44,39 +45,10 @@ def _single(
     return Measure(spec.text, (Quantity(spec.text, higher, ((spec.text, None),)),), applies, compute)
 
 
-# What a metric applies to.
-def _image(one: Example, true_class: bool) -> bool:
-    return not one.sample.only_two
-
-
-def _object(one: Example, true_class: bool) -> bool:
-    return not one.sample.only_two and (one.mask is not None or one.boxes is not None)
-
-
-def _masked(one: Example, true_class: bool) -> bool:
-    return not one.sample.only_two and one.mask is not None
-
-
-def _boxed(one: Example, true_class: bool) -> bool:
-    return not one.sample.only_two and one.boxes is not None
-
-
-def _two_objects(one: Example, true_class: bool) -> bool:
-    return true_class and one.mask is not None and one.other_mask is not None
-
-
-def _in_grid(one: Example, true_class: bool) -> bool:
-    return true_class and not one.sample.only_two and one.sample.target is not None
-
-
-def _annotated(one: Example, true_class: bool) -> bool:
-    return one.human is not None and bool(one.human.max() > one.human.min())
-
-
 def _on_region(function: Callable[..., Tensor], spec: Spec, **defaults: Any) -> Measure:
     """A metric of maps and the object's region."""
     options = _options(spec, **defaults)
-    return _single(spec, lambda batch, maps, method: function(maps, batch.region(), **options), True, _object)
+    return _single(spec, lambda batch, maps, method: function(maps, batch.region(), **options), True, applies.objects)
 
 
 def _filled(batch: Batch, name: str | None, usual: str) -> Tensor:
@@ -102,7 +74,7 @@ def _removing(function: Callable[..., Any], spec: Spec, usual: str, higher: bool
         found = function(batch.forward, batch.images, maps, batch.targets, fill=fill, **rest)
         return found.auc if isinstance(found, metrics.Curve) else found
 
-    return _single(spec, value, higher, _image)
+    return _single(spec, value, higher, applies.image)
 
 
 def _infidelity(forward: Any, images: Tensor, maps: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -122,7 +94,7 @@ def _corners(spec: Spec) -> Measure:
         Quantity(f"{spec.text} energy", False, ((energy, None),)),
         Quantity(f"{spec.text} peak", False, ((peak, None),)),
     )
-    return Measure(spec.text, quantities, _image, compute)
+    return Measure(spec.text, quantities, applies.image, compute)
 
 
 def _two(spec: Spec) -> Measure:
@@ -132,7 +104,7 @@ def _two(spec: Spec) -> Measure:
         mine, other = (batch.stack([getattr(one, of) for one in batch.examples]) for of in ("mask", "other_mask"))
         return metrics.two_object(maps, mine, other)
 
-    return _single(spec, value, True, _two_objects)
+    return _single(spec, value, True, applies.two_objects)
 
 
 def _grid(spec: Spec) -> Measure:
@@ -175,7 +147,7 @@ def _grid(spec: Spec) -> Measure:
         return {share: values[0], peak: values[1]}
 
     quantities = (Quantity(share, True, ((share, None),)), Quantity(f"{share} pointing", True, ((peak, None),)))
-    return Measure(share, quantities, _in_grid, compute)
+    return Measure(share, quantities, applies.in_grid, compute)
 
 
 def _check_choice(spec: Spec, key: str, value: Any, known: tuple[str, ...]) -> None:
@@ -197,7 +169,7 @@ def _randomisation(spec: Spec) -> Measure:
         after = other.method(batch, method).maps(batch.images, batch.targets, batch.names, batch.seed)
         return metrics.map_correlation(maps, after, absolute=options["absolute"])
 
-    return _single(spec, value, False, _image)
+    return _single(spec, value, False, applies.image)
 
 
 def _segmentation(spec: Spec) -> Measure:
@@ -230,7 +202,7 @@ def _segmentation(spec: Spec) -> Measure:
         Quantity(f"{spec.text} mAP", True, ((f"{spec.text}.ap", None),)),
         Quantity(f"{spec.text} mIoU", True, overlaps),
     )
-    return Measure(spec.text, quantities, _masked, compute)
+    return Measure(spec.text, quantities, applies.masked, compute)
 
 
 def _box(spec: Spec) -> Measure:
@@ -253,7 +225,7 @@ def _box(spec: Spec) -> Measure:
         Quantity(f"{spec.text} IoU", True, ((f"{spec.text}.iou", None),)),
         Quantity(f"{spec.text} top-1", True, ((f"{spec.text}.top1", None),)),
     )
-    return Measure(spec.text, quantities, _boxed, compute)
+    return Measure(spec.text, quantities, applies.boxed, compute)
 
 
 def _spearman(spec: Spec) -> Measure:
@@ -267,7 +239,7 @@ def _spearman(spec: Spec) -> Measure:
         Quantity(spec.text, True, ((spec.text, None),)),
         Quantity(f"{spec.text} ceiling", None, ((f"{spec.text}.ceiling", None),)),
     )
-    return Measure(spec.text, quantities, _annotated, compute)
+    return Measure(spec.text, quantities, applies.annotated, compute)
 
 
 def _sensitivity(spec: Spec) -> Measure:
@@ -284,7 +256,7 @@ def _sensitivity(spec: Spec) -> Measure:
             values.append(metrics.sensitivity(explain, batch.images[one], batch.targets[one], **options))
         return torch.cat(values)
 
-    return _single(spec, value, False, _image)
+    return _single(spec, value, False, applies.image)
 
 
 MEASURES: dict[str, Callable[[Spec], Measure]] = {
