@@ -36,7 +36,7 @@ class RawAttention(GridAttribution):
         forward_func (Callable): As for ``LNStatAttribution``.
         model (nn.Module, optional): As for ``LNStatAttribution``.
         block (int): Which block; negative indices count from the last. Default: -1, the last.
-        head_fusion (str or Callable): ``"mean"`` (default), or another of ``LNStatAttribution``'s.
+        head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
 
@@ -91,7 +91,7 @@ class AttentionRollout(GridAttribution):
     Args:
         forward_func (Callable): As for ``LNStatAttribution``.
         model (nn.Module, optional): As for ``LNStatAttribution``.
-        head_fusion (str or Callable): ``"mean"`` (default), or another of ``LNStatAttribution``'s.
+        head_fusion (str or Callable): ``"mean"`` (default), ``"max"``, ``"min"`` or a callable.
         interpolation (str): ``"bilinear"`` (default) or ``"nearest"``.
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
 

@@ -48,6 +48,7 @@ def _describe_step(step: Step, settings: Settings) -> StepDescription:
     if isinstance(step, Transition):
         return StepDescription(step.name, "transition", tuple(step.below.index.shape), None, 0)
     share = step.residual_share(settings.residual)
+    step.forget()
     padded = int((step.layout.index < 0).sum()) if isinstance(step.layout, Groups) else 0
     spread = (float(share.mean()), float(share.min()), float(share.max()))
     return StepDescription(step.name, "attention", step.site.shape, spread, padded)

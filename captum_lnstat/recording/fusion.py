@@ -47,7 +47,7 @@ class Fuser:
         self._chunks: list[Tensor] = []
         self._running: Tensor | None = None
 
-    def add(self, heads: slice, attention: Float[Tensor, "batch head query key"]) -> None:
+    def add(self, attention: Float[Tensor, "batch head query key"]) -> None:
         """Take in the maps of some heads."""
         if callable(self._fusion):
             self._chunks.append(attention.clamp(min=0) if self._signed else attention)
@@ -92,7 +92,7 @@ def fuse(site: AttentionSite, fusion: HeadFusion) -> Float[Tensor, "batch query 
     parts = []
     for _, some_heads in site.chunks(whole_maps=callable(fusion)):
         fuser = Fuser(fusion, site.shape[1], signed=site.signed)
-        for heads, attention in some_heads:
-            fuser.add(heads, attention)
+        for _, attention in some_heads:
+            fuser.add(attention)
         parts.append(fuser.fused())
     return torch.cat(parts, 1)

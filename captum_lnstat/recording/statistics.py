@@ -86,7 +86,6 @@ def residual_share(
     before: Float[Tensor, "batch token channel"],
     update: Float[Tensor, "batch token channel"],
     form: ResidualShare,
-    update_variance: Float[Tensor, "batch token"] | None = None,
 ) -> Float[Tensor, "batch token"]:
     """Share of each token after an attention that is the token before it, between 0 and 1.
 
@@ -95,8 +94,6 @@ def residual_share(
         update: The update ``d``.
         form: ``"update"``: ``var(x) / (var(x) + var(d))``. ``"ratio"``: ``min(1, var(x) / var(x + d))``, from the
             statistics of the two LayerNorms that read the stream. ``"half"``: 1/2, as attention rollout assumes.
-            ``"deviation"`` is ``"update"`` of deviations, which the caller takes.
-        update_variance: ``var(d)``, if it is known.
 
     Returns:
         alpha, one value per token. A token of no variance at all, before and after, keeps half.
@@ -107,13 +104,18 @@ def residual_share(
     if form == "ratio":
         return ratio_share(own, token_variance(before + update))
     if form == "update":
-        return _share(own, own + (token_variance(update) if update_variance is None else update_variance))
+        return update_share(own, token_variance(update))
     raise ValueError(f"residual is {form!r}; expected 'ratio', 'update' or 'half'")
 
 
 def ratio_share(own: Float[Tensor, "batch token"], joined: Float[Tensor, "batch token"]) -> Tensor:
     """``min(1, own / joined)``: the residual share from the variances at the two LayerNorms."""
     return _share(own, joined).clamp(max=1.0)
+
+
+def update_share(own: Float[Tensor, "batch token"], update: Float[Tensor, "batch token"]) -> Tensor:
+    """``own / (own + update)``: the residual share from the variances of a token and of what is added to it."""
+    return _share(own, own + update)
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ class PositiveGradient:
             add_product(self._products, heads, self._probing[:, :, queries], attention)
         elif self._probe is not None:
             self._probe.add(queries, heads, attention)
-        self._fuser.add(heads, weighted.clamp_(min=0))
+        self._fuser.add(weighted.clamp_(min=0))
 
     def end_chunk(self, queries: Queries) -> None:
         """All heads of these queries have been added."""

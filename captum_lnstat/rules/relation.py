@@ -98,17 +98,18 @@ def propagate(
     elif fusion == "variance":
         weights = VarianceWeights(block, block.deviations_from_mean(False), wanted)
     for queries, some_heads in site.chunks(wanted, whole_maps=callable(fusion)):
-        left = lefts[:, :, queries]
-        fuser = weights or Fuser(fusion, site.shape[1], signed=site.signed)
+        left, fuser = lefts[:, :, queries], Fuser(fusion, site.shape[1], signed=site.signed)
         for heads, attention in some_heads:
             add_product(products, heads, left, attention)
-            if not additive:
-                fuser.add(heads, attention)
+            if weights is not None:
+                weights.add(heads, attention)
+            elif not additive:
+                fuser.add(attention)
             for part in (contributions, probe):
                 if part is not None and part.columns is None:
                     part.add(queries, heads, attention)
-        if isinstance(fuser, VarianceWeights):
-            mixed += fuser.spread(grouped[:, :, queries], queries)
+        if weights is not None:
+            mixed += weights.spread(grouped[:, :, queries], queries)
         elif not additive:
             mixed += grouped[:, :, queries] @ fuser.fused()
     ends = [0, *itertools.accumulate(part.shape[-1] for part in columns)]

@@ -35,14 +35,13 @@ class Deviations:
     Attributes:
         values: ``w_j^h = v_j^h - m^h``.
         common: ``m^h``.
-        update: ``e_i = d_i - (M_i m + b)``.
-        direction: ``(e_i - mean e_i) / sigma_i``, over the channels; zero where they are all the same.
-        variance: ``sigma_i^2``.
+        direction: ``(e_i - mean e_i) / sigma_i`` of ``e_i = d_i - (M_i m + b)``, over the channels; zero where they are
+            all the same.
+        variance: ``sigma_i^2``, the variance of ``e_i``.
     """
 
     values: Float[Tensor, "group head key channel"]
     common: Float[Tensor, "batch head channel"]
-    update: Float[Tensor, "batch query_token out_channel"]
     direction: Float[Tensor, "batch query_token out_channel"]
     variance: Float[Tensor, "batch query_token"]
 
@@ -71,19 +70,14 @@ def deviations(
     images = values.reshape(batch, -1, *values.shape[1:])  # (batch, group, head, key, channel)
     if not from_mean:
         common = values.new_zeros(batch, heads, values.shape[-1])
-        return _less(update, apply(path, common.flatten(1)[:, None]), values, common)
+        return Deviations(values, common, *normalised(update - apply(path, common.flatten(1)[:, None])))
     common = _mean(images, keys)
     joined = common.flatten(1)[:, None]
     if site.signed:
         joined = layout.scatter(_row_sums(site).repeat_interleave(common.shape[-1], -1), batch)[0] * joined
     # Head by head in memory, as they are multiplied.
     apart = torch.sub(images, common[:, None, :, None], out=images.new_empty(images.shape)).flatten(0, 1)
-    return _less(update, apply(path, joined), apart, common)
-
-
-def _less(update: Tensor, of_common: Tensor, values: Tensor, common: Tensor) -> Deviations:
-    e = update.sub_(of_common)  # made for this
-    return Deviations(values, common, e, *normalised(e))
+    return Deviations(apart, common, *normalised(update - apply(path, joined)))
 
 
 def less_the_mean(

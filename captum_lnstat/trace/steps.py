@@ -20,6 +20,7 @@ from captum_lnstat.recording.statistics import (
     residual_share,
     token_statistics,
     token_variance,
+    update_share,
 )
 from captum_lnstat.trace.cotangent import Cotangent, PullBack, to_children
 from captum_lnstat.trace.deviations import Deviations, deviations, less_the_mean
@@ -131,8 +132,8 @@ class Block(_Step):
         if form == "half":
             share = self.base.new_full(self.base.shape[:2], 0.5)
         elif form == "deviation":
-            found = self.deviations
-            share = residual_share(less_the_mean(self.base, self._taking_part), found.update, "update", found.variance)
+            apart = less_the_mean(self.base, self._taking_part)
+            share = update_share(token_variance(apart), self.deviations.variance)
         elif form == "ratio" and not self.post_norm:
             own, joined = self.statistics
             share = ratio_share(own.variance, joined.variance)

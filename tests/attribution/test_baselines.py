@@ -303,3 +303,10 @@ def test_probabilities_inside_the_model_are_part_of_the_score(squash):
     inside = build("swin1-shift")
     inside.head.fc = nn.Sequential(inside.head.fc, squash)
     assert close(FrozenLayerNorm(inside).attribute(x, target), outside)
+
+
+@pytest.mark.parametrize("fusion", ["deviation", "variance"])
+@pytest.mark.parametrize("baseline", [RawAttention, AttentionRollout])
+def test_a_baseline_takes_attention_as_it_is(baseline, fusion):
+    with pytest.raises(ValueError, match=f"head_fusion is '{fusion}'; expected one of 'mean', 'max', 'min' or a"):
+        baseline(build("vit-class"), head_fusion=fusion)

@@ -24,11 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from real_subjects import COVER, REAL, Photographs, Seen, confident, known, open_model, title
 
 from captum_lnstat.evaluation import measures
 from captum_lnstat.evaluation.datasets import Dataset, open_dataset
+from captum_lnstat.evaluation.intervals import Ratios, bootstrap
 from captum_lnstat.evaluation.records import Record, Records, ResumeError
 from captum_lnstat.evaluation.run import Settings, evaluate
 from captum_lnstat.evaluation.specs import split as names_of
@@ -159,7 +161,18 @@ def tables(model: str, split: str, folder: Path) -> Iterator[str]:
         heading = f"### {part.title}\n\n{len(records)} {part.unit}, {part.explained} class"
         if not next(iter(folders)).startswith(METHODS[0]):
             heading += f"; compared with {next(iter(folders))}"
-        yield table(summary, heading + ".").rpartition("\n\n")[0]  # what its last paragraph says is on the page once
+        # What the table's last paragraph says is on the page once.
+        yield table(summary, heading + ".").rpartition("\n\n")[0] + over_chefer(records)
+
+
+def over_chefer(records: Sequence[Record]) -> str:
+    """The IoU of the default over that of Chefer's rule, if both were measured, on the photographs of both."""
+    both = [[record["methods"].get(method, {}).get("iou") for method in ("lnstat", "chefer")] for record in records]
+    pairs = np.array([pair for pair in both if None not in pair], dtype=float).reshape(-1, 2, 1)
+    if not len(pairs):
+        return ""
+    (found,) = bootstrap([Ratios(pairs[:, 0], pairs[:, 1])], seed=0)
+    return f"\n\nIoU of `lnstat` over that of `chefer`: {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]."
 
 
 def others(folder: Path) -> list[str]:

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from real_subjects import COVER, REAL, TIMM, in_split, inside
 from torch import Tensor
 
 from captum_lnstat.evaluation.datasets.imagenet import ImageNet
 from captum_lnstat.evaluation.frame import Frame
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
 
-FOLDER = Path("../shared/real")
-MODELS = {"DeiT-Tiny": "deit_tiny_patch16_224", "ViT-Tiny": "vit_tiny_patch16_224"}
-# Boxes that cover next to nothing or most of an image tell little about where a map lies.
-COVERED = (0.02, 0.5)
+FOLDER = REAL
+MODELS = {"DeiT-Tiny": TIMM["deit"], "ViT-Tiny": TIMM["vit"]}
 
 
 @dataclass(frozen=True)
@@ -56,23 +55,20 @@ def real_model(folder: Path, title: str) -> Subject:
 
 
 def photographs(folder: Path, subject: Subject, count: int, *, odd: bool) -> Photographs:
-    """The first so many photographs of odd or of even number whose boxes cover as much as ``COVERED`` says."""
+    """The first so many photographs of odd or of even number whose boxes cover as much as ``COVER`` says."""
     whole = subject.preprocessing.whole()
     frame, data = Frame(whole.transform, whole.source), ImageNet(folder / "ilsvrc-val")
     images, masks, targets, numbers = [], [], [], []
     for index in range(len(data)):
-        number = int(data.name(index).rpartition("_")[2])
-        if number % 2 != odd:
+        if not in_split(data.name(index), "report" if odd else "tune"):
             continue
         example = frame.example(data[index])
-        mask = torch.zeros(frame.size, dtype=torch.bool)
-        for left, top, right, bottom in [] if example.boxes is None else example.boxes.round().long().tolist():
-            mask[top:bottom, left:right] = True
-        if COVERED[0] <= float(mask.float().mean()) <= COVERED[1]:
+        mask = inside(example.boxes, frame.size)
+        if COVER[0] <= float(mask.float().mean()) <= COVER[1]:
             images.append(example.image)
             masks.append(mask)
             targets.append(example.sample.target)
-            numbers.append(number)
+            numbers.append(int(data.name(index).rpartition("_")[2]))
         if len(images) == count:
             break
     return Photographs(torch.stack(images), torch.stack(masks), torch.tensor(targets), tuple(numbers))

@@ -128,10 +128,15 @@ def covered(boxes: Tensor, size: tuple[int, ...]) -> float:
     >>> covered(torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 2]]), (4, 4))
     0.3125
     """
-    area = torch.zeros(size)
-    for left, top, right, bottom in boxes.round().long().tolist():
-        area[top:bottom, left:right] = 1
-    return float(area.mean())
+    return float(inside(boxes, size).float().mean())
+
+
+def inside(boxes: Tensor | None, size: tuple[int, ...]) -> Tensor:
+    """The pixels of an image that are in a box, bool."""
+    mask = torch.zeros(size, dtype=torch.bool)
+    for left, top, right, bottom in [] if boxes is None else boxes.round().long().tolist():
+        mask[top:bottom, left:right] = True
+    return mask
 
 
 def known(weights: Path = HERE / "weights") -> list[str]:

@@ -62,26 +62,23 @@ def attention(found: Found) -> str:
     )
 
 
-def variance(found: Found) -> str:
-    places = {"before": "before", "between": "after attention", "after": "after the MLP"}
+def of_variance(found: Found, title: str, places: dict[str, str]) -> str:
     columns = [
-        (f"{group}: {word}", "ViT-Tiny", f"variance/{place}/{group}", short)
+        (f"{group}: {word}", title, f"variance/{place}/{group}", short)
         for group in ("corner", "object")
         for place, word in places.items()
     ]
-    columns += [(f"outliers: {word}", "ViT-Tiny", f"outliers/{kind}", short) for kind, word in OUTLIERS.items()]
+    columns += [(f"outliers: {word}", title, f"outliers/{kind}", short) for kind, word in OUTLIERS.items()]
     return by_block(found, columns)
+
+
+def variance(found: Found) -> str:
+    places = {"before": "before", "between": "after attention", "after": "after the MLP"}
+    return of_variance(found, "ViT-Tiny", places)
 
 
 def variance_deit(found: Found) -> str:
-    places = {"between": "after attention", "after": "after the MLP"}
-    columns = [
-        (f"{group}: {word}", "DeiT-Tiny", f"variance/{place}/{group}", short)
-        for group in ("corner", "object")
-        for place, word in places.items()
-    ]
-    columns += [(f"outliers: {word}", "DeiT-Tiny", f"outliers/{kind}", short) for kind, word in OUTLIERS.items()]
-    return by_block(found, columns)
+    return of_variance(found, "DeiT-Tiny", {"between": "after attention", "after": "after the MLP"})
 
 
 def shares(found: Found) -> str:

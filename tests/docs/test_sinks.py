@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
     yield importlib.import_module(request.param)
-    for name in ("sinks", "sinks_page", "real_data"):
+    for name in ("sinks", "sinks_page", "real_data", "real_subjects"):
         sys.modules.pop(name, None)
 
 

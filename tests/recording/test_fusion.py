@@ -35,7 +35,7 @@ def test_fused_heads_do_not_depend_on_the_chunks(fusion, step):
     attention = _attention()
     fuser = Fuser(fusion, 4)
     for start in range(0, 4, step):
-        fuser.add(slice(None), attention[:, start : start + step])
+        fuser.add(attention[:, start : start + step])
     expected = FUSIONS[fusion](attention)
     expected = expected / expected.sum(-1, keepdim=True)
     assert torch.allclose(fuser.fused(), expected, rtol=1e-12)
@@ -47,7 +47,7 @@ def test_a_row_that_sees_nothing_stays_zero(fusion):
     attention = _attention()
     attention[1, :, 2] = 0
     fuser = Fuser(fusion, 4)
-    fuser.add(slice(None), attention)
+    fuser.add(attention)
     fused = fuser.fused()
     assert bool(torch.isfinite(fused).all())
     assert torch.equal(fused[1, 2], torch.zeros(6).double())
@@ -57,7 +57,7 @@ def test_min_of_heads_that_share_no_key_stays_zero():
     attention = torch.zeros(1, 2, 1, 2)
     attention[0, 0, 0, 0] = attention[0, 1, 0, 1] = 1
     fuser = Fuser("min", 2)
-    fuser.add(slice(None), attention)
+    fuser.add(attention)
     assert torch.equal(fuser.fused(), torch.zeros(1, 1, 2))
 
 
@@ -72,7 +72,7 @@ def test_min_of_heads_that_share_no_key_stays_zero():
 )
 def test_a_callable_that_gives_no_map_is_refused(bad, message):
     fuser = Fuser(bad, 4)
-    fuser.add(slice(None), _attention())
+    fuser.add(_attention())
     with pytest.raises(ValueError, match=message):
         fuser.fused()
 

@@ -60,7 +60,7 @@ def _uniform(merging, form, shares=Merging.shares):
 
 
 def _a_thousandth_less(*args):
-    return 0.999 * statistics.residual_share(*args)
+    return 0.999 * statistics.update_share(*args)
 
 
 def _other_shift(grid, window, shift, device=None, **options):
@@ -71,7 +71,7 @@ def _other_shift(grid, window, shift, device=None, **options):
     ("place", "mistake", "kinds"),
     [
         # A thousandth of every share; what the topology knows of a shift; a merging that gives all children the same.
-        ("trace.steps.residual_share", _a_thousandth_less, RULES),
+        ("trace.steps.update_share", _a_thousandth_less, RULES),
         ("topology.windowed.windows", _other_shift, RULES),
         ("trace.steps.Merging.shares", _uniform, RULES),
     ],
