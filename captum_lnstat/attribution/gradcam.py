@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_lnstat.attribution.lnstat import LNStatAttribution
+from captum_lnstat.recording.hooks import Hooks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -68,12 +69,13 @@ class GradCam:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             seen.append(output)
 
-        handle = self.module.register_forward_hook(keep)
+        hooks = Hooks()
         with torch.enable_grad():
             try:
+                hooks.add(self.module, after=keep)
                 scores = self.forward(images.detach().requires_grad_(True))
             finally:
-                handle.remove()
+                hooks.remove()
             classes = torch.as_tensor(target, device=scores.device).reshape(-1, 1).expand(len(scores), 1)
             wanted = scores.gather(1, classes).sum()
         if len(seen) != 1 or not isinstance(seen[0], Tensor):

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.attention_backward import (
@@ -29,6 +28,7 @@ from captum_lnstat.recording.attention_backward import (
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
 from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer, FrozenLayerNorm, returns_moments
+from captum_lnstat.recording.hooks import Hooks
 from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite
@@ -103,7 +103,7 @@ class Recorder(TorchFunctionMode):
         self._freezer = Freezer() if differentiable == "affine" else None
         self._thread = threading.get_ident()
         self._grad_enabled = torch.is_grad_enabled()
-        self._handles: list[RemovableHandle] = []
+        self._hooks = Hooks()
         self._running: list[str] = [""]
         self._events: list[AttentionSite | SoftmaxEvent] = []
         self._softmaxes = Softmaxes(self._arena)
@@ -127,10 +127,9 @@ class Recorder(TorchFunctionMode):
                 if type(module) in _LEAVES and module not in stamped:
                     continue
                 name = recorded_name(dotted)
-                self._handles.append(module.register_forward_pre_hook(self._entering(name)))
-                self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
+                self._hooks.add(module, self._entering(name), self._leaving(name))
         except BaseException:
-            self._remove_hooks()
+            self._hooks.remove()
             raise
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -138,17 +137,12 @@ class Recorder(TorchFunctionMode):
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._remove_hooks()
+        self._hooks.remove()
         self._softmaxes.clear()
         if self._freezer is not None:
             self._freezer.clear()
         torch.set_grad_enabled(self._grad_enabled)  # the head has switched gradients on
         super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _keep(self, tensor: Tensor) -> Kept:
         return Kept.on(self._arena, tensor)
