@@ -2,7 +2,7 @@
 
 torch goes through a module's hooks while it runs them; where a dictionary gains or loses an entry meanwhile, the thread
 that runs the module raises. So a module's own dictionaries of hooks stay as they are, and the module is given a view of
-each for as long as passes are recorded: the user's entries as they are at the time, and then ours.
+each for as long as passes are recorded: the user's entries as they are at the time, and ours around them.
 """
 
 from __future__ import annotations
@@ -22,26 +22,30 @@ _lock = threading.Lock()
 class _View(MutableMapping[Any, Any]):
     """A module's dictionary, and what was added to the view of it. What others write goes into the dictionary."""
 
-    __slots__ = ("__weakref__", "added", "own")
+    __slots__ = ("__weakref__", "added", "first", "own")
 
     def __init__(self, own: Any) -> None:
         self.own = own
-        self.added: dict[Any, Any] = {}  # never changed, only replaced
+        # Before and behind it; never changed, only replaced.
+        self.first: dict[Any, Any] = {}
+        self.added: dict[Any, Any] = {}
 
     def items(self) -> ItemsView[Any, Any]:
-        return [*self.own.items(), *self.added.items()]  # type: ignore[return-value]  # nobody can change this one
+        # Nobody can change this one.
+        return [*self.first.items(), *self.own.items(), *self.added.items()]  # type: ignore[return-value]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([*self.own, *self.added])
+        return iter([*self.first, *self.own, *self.added])
 
     def __len__(self) -> int:
-        return len(self.own) + len(self.added)
+        return len(self.first) + len(self.own) + len(self.added)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.added or key in self.own
+        return key in self.added or key in self.own or key in self.first
 
     def __getitem__(self, key: Any) -> Any:
-        return self.added[key] if key in self.added else self.own[key]
+        ours = self.first if key in self.first else self.added
+        return ours[key] if key in ours else self.own[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.own[key] = value
@@ -74,7 +78,8 @@ class Hooks:
     """
 
     def __init__(self) -> None:
-        self._key = object()  # torch numbers hooks without a lock: two threads can be given the same number
+        # torch numbers hooks without a lock: two threads can be given the same number.
+        self._first_key, self._key = object(), object()
         self._modules: list[nn.Module] = []
 
     def add(
@@ -82,18 +87,27 @@ class Hooks:
         module: nn.Module,
         before: Callable[[nn.Module, Any], Any] | None = None,
         after: Callable[[nn.Module, Any, Any], Any] | None = None,
+        first: Callable[[nn.Module, Any, Any], Any] | None = None,
     ) -> None:
-        """Run ``before`` before ``module``, and ``after`` after it, whatever it raises; both behind others' hooks."""
+        """Run ``before`` before ``module``, and ``after`` after it, whatever it raises; both behind others' hooks.
+
+        ``first`` runs after it too, before others' hooks: it sees what the module itself returned.
+        """
         entries = (before, after, None if after is None else True)
+        earlier = (None, first, None if first is None else True)
         self._modules.append(module)
         with _lock:
             held = vars(module)
-            for name, entry in zip(_DICTIONARIES, entries, strict=True):
+            for name, entry, early in zip(_DICTIONARIES, entries, earlier, strict=True):
+                if entry is None and early is None:
+                    continue
+                view = held[name]
+                if type(view) is not _View:
+                    view = held[name] = _View(view)
                 if entry is not None:
-                    view = held[name]
-                    if type(view) is not _View:
-                        view = held[name] = _View(view)
                     view.added = {**view.added, self._key: entry}
+                if early is not None:
+                    view.first = {**view.first, self._first_key: early}
 
     def remove(self) -> None:
         """Take them off; a module that nobody else observes has its own dictionaries again."""
@@ -102,8 +116,9 @@ class Hooks:
                 held = vars(module)
                 for name in _DICTIONARIES:
                     view = held.get(name)
-                    if type(view) is _View and self._key in view.added:
+                    if type(view) is _View:
                         view.added = {key: entry for key, entry in view.added.items() if key is not self._key}
-                        if not view.added:
+                        view.first = {key: entry for key, entry in view.first.items() if key is not self._first_key}
+                        if not view.added and not view.first:
                             held[name] = view.own
         self._modules.clear()

@@ -30,6 +30,7 @@ from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer, FrozenLayerNorm, returns_moments
 from captum_lnstat.recording.hooks import Hooks
 from captum_lnstat.recording.kept import Arena, Kept, edge
+from captum_lnstat.recording.places import IMAGE, Places
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite
 from captum_lnstat.recording.softmaxes import Softmaxes, SoftmaxEvent
@@ -64,6 +65,8 @@ class Recorder(TorchFunctionMode):
         head_begins: The module whose input is the end of the residual stream, or, with ``head_follows`` in its place,
             the module whose output it is. The head from there on runs with a
             graph and with frozen LayerNorm statistics; its values are bit for bit those of the model.
+        places: The modules that the residual stream leaves by: what each returns is marked in the head's graph, which
+            is then made of all that lies between and beside them. For ``"head"`` only.
         channels_first: There the stream has its channels before its rows; it is kept with them last.
         differentiable: What gets a graph. ``"head"``: the head alone, cut off from the trunk, with its LayerNorms
             frozen. ``"model"``: all of it as it is. ``"affine"``: all of it, with norms, attention probabilities and
@@ -86,6 +89,7 @@ class Recorder(TorchFunctionMode):
         taps: Iterable[nn.Module] = (),
         head_begins: nn.Module | None = None,
         head_follows: nn.Module | None = None,
+        places: Iterable[nn.Module] = (),
         *,
         channels_first: bool = False,
         differentiable: Differentiable = "head",
@@ -101,6 +105,7 @@ class Recorder(TorchFunctionMode):
         # What is in a graph is kept by the graph, where it is.
         self._arena = Arena() if differentiable == "head" and compact else None
         self._freezer = Freezer() if differentiable == "affine" else None
+        self._places = Places(model, places if differentiable == "head" else ())
         self._thread = threading.get_ident()
         self._grad_enabled = torch.is_grad_enabled()
         self._hooks = Hooks()
@@ -111,13 +116,20 @@ class Recorder(TorchFunctionMode):
         self._joins: list[tuple[int, ...]] = []
         self._calls: dict[str, list[ModuleCall]] = {}
         self._stream_end: Tensor | None = None
+        self._begun: Tensor | None = None  # what was passed on there
 
     @property
     def recording(self) -> Recording:
         """What has been recorded; read it after the context has closed."""
         sites = tuple(event.site if isinstance(event, SoftmaxEvent) else event for event in self._events)
         calls = {name: tuple(calls) for name, calls in self._calls.items()}
-        return Recording(sites, tuple(self._norms), calls, self._stream_end, tuple(self._joins))
+        return Recording(
+            sites, tuple(self._norms), calls, self._stream_end, tuple(self._joins), places=dict(self._places.edges)
+        )
+
+    def marked(self, image: Tensor) -> Tensor:
+        """The images that the pass is to be run with, so that a score that reads them by another path is seen to."""
+        return self._places.mark(IMAGE, image) if self._places else image
 
     def __enter__(self) -> Recorder:
         self._grad_enabled = torch.is_grad_enabled()
@@ -127,10 +139,13 @@ class Recorder(TorchFunctionMode):
                 if type(module) in _LEAVES and module not in stamped:
                     continue
                 name = recorded_name(dotted)
-                self._hooks.add(module, self._entering(name), self._leaving(name))
+                first = self._passing_on(name) if module in self._places or module is self._head_follows else None
+                self._hooks.add(module, self._entering(name), self._leaving(name), first)
         except BaseException:
             self._hooks.remove()
             raise
+        if self._places:
+            torch.set_grad_enabled(True)  # of what lies beside them, the head is made
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -145,6 +160,9 @@ class Recorder(TorchFunctionMode):
         super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
 
     def _keep(self, tensor: Tensor) -> Kept:
+        # Of the graph beside the trunk nothing is kept alive by what was recorded of the trunk.
+        if self._places and self._stream_end is None:
+            tensor = tensor.detach()
         return Kept.on(self._arena, tensor)
 
     # Other threads may run the same model while this one records: their calls are none of our business.
@@ -156,10 +174,22 @@ class Recorder(TorchFunctionMode):
             if self._elsewhere():
                 return None
             self._running.append(name)
+            self._places.enter(module)
             if module is self._head_begins:
                 begun = self._begin_head(inputs[0])
                 return None if begun is None else (begun, *inputs[1:])
             return None
+
+        return hook
+
+    def _passing_on(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if self._elsewhere():
+                return None
+            marked = self._places.leave(name, module, output)
+            if module is self._head_follows and self._differentiable == "head":
+                return self._head_after(output if marked is None else marked)
+            return marked
 
         return hook
 
@@ -172,12 +202,21 @@ class Recorder(TorchFunctionMode):
             first = output[0] if isinstance(output, tuple) and output else output
             if module in self._taps and isinstance(first, Tensor) and inputs and isinstance(inputs[0], Tensor):
                 self._calls.setdefault(name, []).append(ModuleCall(self._keep(inputs[0]), self._keep(first)))
-            if module is not self._head_follows or not isinstance(first, Tensor):
+            if module is not self._head_follows or first is self._begun:
                 return None
-            begun = self._begin_head(first)
-            return begun if begun is None or first is output else (begun, *output[1:])
+            if self._differentiable == "head":
+                self._stream_end = None  # a hook of somebody else's changed what the module returned
+            return self._head_after(output)
 
         return hook
+
+    def _head_after(self, output: Any) -> Any:
+        """The head begins at what a module returned: what is passed on in its place."""
+        first = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(first, Tensor):
+            return None
+        self._begun = self._begin_head(first)
+        return self._begun if self._begun is None or first is output else (self._begun, *output[1:])
 
     def _begin_head(self, stream: Tensor) -> Tensor | None:
         if torch.is_inference_mode_enabled():
@@ -193,15 +232,15 @@ class Recorder(TorchFunctionMode):
         if self._differentiable != "head":
             self._stream_end = stream
             return stream.movedim(-1, 1) if first else None
+        torch.set_grad_enabled(True)  # until the recorder is left
         # Where it lies is where what was kept of it lies.
         stream = self._keep(stream).tensor
-        torch.set_grad_enabled(True)  # until the recorder is left
         self._stream_end = stream.detach().requires_grad_()
         return self._stream_end.movedim(-1, 1) if first else self._stream_end
 
     @property
     def _in_cut_head(self) -> bool:
-        return self._differentiable == "head" and self._stream_end is not None
+        return self._differentiable == "head" and (self._stream_end is not None or self._places.any_left)
 
     @property
     def _ours(self) -> bool:

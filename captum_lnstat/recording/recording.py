@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.kept import Kept
@@ -74,6 +75,7 @@ class Recording:
         stream_end: The residual stream where the head begins, in the head's graph, or ``None`` if none was marked.
         joins: How many tokens each part had that was joined along the tokens, for each such call before the head.
         scores: What ``forward_func`` returned, in the same graph, once it has.
+        places: Where what blocks, and modules before them, returned is in the same graph, by name.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -82,6 +84,7 @@ class Recording:
     stream_end: Tensor | None
     joins: tuple[tuple[int, ...], ...] = ()
     scores: Tensor | None = None
+    places: Mapping[str, GradientEdge] = field(default_factory=dict)
 
     def call(self, module: str) -> ModuleCall:
         """The one call of a tapped module."""

@@ -16,8 +16,10 @@ from captum_lnstat.recording.forward import ForwardArgs, Output, Target, pick_ou
 from captum_lnstat.recording.recorder import Differentiable, Recorder
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
-from captum_lnstat.rules.checks import check_model, check_seen, check_size, check_start, check_stream, reads
+from captum_lnstat.rules.checks import check_model, check_seen, check_size, check_start, check_stream
+from captum_lnstat.rules.checks import reads as reads_tokens
 from captum_lnstat.rules.head import Head, contrast, gradients, target_score
+from captum_lnstat.rules.reads import reads_besides_the_end
 from captum_lnstat.topology import find_topology
 from captum_lnstat.topology.anatomy.parts import looked_up_once
 from captum_lnstat.trace.steps import Block
@@ -55,7 +57,7 @@ class Pass:
     def input_times_gradient(self) -> Tensor:
         """The image times the gradient of the score there; the whole model has to be differentiable."""
         slope, gradient = gradients(self.head.scores[0], [self.head.stream_end, self.image])
-        check_start(self.trace, reads(slope))
+        check_start(self.trace, reads_tokens(slope))
         dtype = accumulation_dtype(self.image)
         return self.image.detach().to(dtype) * gradient.to(dtype)
 
@@ -109,12 +111,13 @@ def run(
             topology.taps,
             topology.head_begins,
             topology.head_follows,
+            topology.places,
             channels_first=topology.channels_first,
             differentiable=differentiable,
             compact=x.numel() > COMPACT,
         )
         with run_eagerly, recorder:
-            returned = run_forward(forward_func, (x,), None, additional_forward_args)
+            returned = run_forward(forward_func, (recorder.marked(x),), None, additional_forward_args)
             returned = pick_output(returned, output)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         recording = replace(recorder.recording, scores=returned)
@@ -129,7 +132,8 @@ def run(
             trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
             check_stream(trace, stream_end)
         trace = replace(trace, training=topology.model.training)
-        head = Head(scores, stream_end, trace)
+        reads = reads_besides_the_end(recording, trace, x) if differentiable == "head" else ()
+        head = Head(scores, stream_end, trace, reads)
         if differentiable == "head":
             head.check(returned, class_specific=class_specific)
     return Pass(trace, recording, returned.detach(), head, leaf)

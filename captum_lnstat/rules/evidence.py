@@ -9,7 +9,7 @@ value of the image tells no token from another; what it contributes belongs to t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +44,7 @@ def evidence(trace: Trace, head: Head, settings: Settings, since: int = 0) -> Wa
     r = rest.no_relevance()
     first = trace.blocks[since].before if since else None
     for step in reversed(trace.steps):
+        r, rest = rest.joined(r, head.cotangent_at(step.after))
         if isinstance(step, Block):
             r = r.plus(rest.read(step.after, step.between))  # <u, MLP update>
             kept = step.residual_share(settings.residual)[..., None] * r.tokens
@@ -62,6 +63,7 @@ def evidence(trace: Trace, head: Head, settings: Settings, since: int = 0) -> Wa
             elif step.pull_back is None:
                 r = r.plus(rest.read(step.after))
             r, rest = r.to_children(step, settings.merging), rest.before(step)
+    r, rest = rest.joined(r, head.cotangent_at(trace.tokens))
     r = r.plus(rest.read(trace.tokens))  # <u, input tokens>
     found = r.relevance(trace, rest.constant)
     check_complete(found, trace, head.values)
@@ -91,6 +93,13 @@ class Rest:
         if self.u is None or after is before:
             return None
         return self.u.spread(self.u.read(after, before))
+
+    def joined(self, r: RowVector, read: tuple[Cotangent, Tensor] | None) -> tuple[RowVector, Rest]:
+        """With what the head reads at this place of the stream besides its end, which was part of the constant."""
+        if read is None:
+            return r, self
+        u, taken = read
+        return replace(r, at=None), Rest(u if self.u is None else self.u.plus(u), self.constant - taken)
 
     def plus(self, constant: Tensor | None) -> Rest:
         """With more that belongs to no token."""

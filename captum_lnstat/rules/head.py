@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from captum_lnstat.errors import RecordingError
+from captum_lnstat.errors import RecordingError, warn_caller
 from captum_lnstat.recording.forward import Target, select_targets
 from captum_lnstat.recording.statistics import accumulation_dtype, stream
 from captum_lnstat.rules.checks import check_start, reads
+from captum_lnstat.rules.reads import Read, left_out, same_memory
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.pooling import FixedPooling
+from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -37,11 +39,13 @@ class Head:
         scores: One value an image, for every target; in the graph of the head.
         stream_end: The residual stream where the head begins.
         trace: What was recognised, for what the head may read.
+        reads: What the scores read besides, earlier in the stream or by another path.
     """
 
     scores: tuple[Float[Tensor, " batch"], ...]
     stream_end: Tensor
     trace: Trace
+    reads: tuple[Read, ...] = ()
 
     @cached_property
     def values(self) -> tuple[Float[Tensor, " batch"], ...]:
@@ -52,19 +56,71 @@ class Head:
     def cotangent(self) -> tuple[Cotangent, Float[Tensor, "batch score"]]:
         """``u`` with ``score = sum_i u_i . x_i + constant`` at the end of the stream, and the constant."""
         with torch.enable_grad():
-            u, constant = head_cotangent(self.scores, self.stream_end)
+            u, constant = head_cotangent(self.scores, self.stream_end, besides=bool(self.reads))
         check_start(self.trace, u.reads())
         return u, constant
 
+    @cached_property
+    def _earlier(self) -> list[tuple[Tensor, Cotangent, Float[Tensor, "batch score"]]]:
+        """Earlier places of the stream: their tokens, ``u`` there, and what the score takes from them."""
+        found = []
+        with torch.enable_grad():
+            for read in self.reads:
+                if read.tokens is not None:
+                    slopes = list(_slopes(self.scores, read.edge, read.value, read.as_tokens, besides=True))
+                    u = Cotangent.of_parts(slopes)
+                    if len(u.at):
+                        found.append((read.tokens, u, u.read(read.tokens).sum(1)))
+        return found
+
+    def cotangent_at(self, tokens: Tensor) -> tuple[Cotangent, Float[Tensor, "batch score"]] | None:
+        """``u`` at an earlier place of the stream that the scores read, and ``sum_i u_i . x_i``; if they do."""
+        return next(((u, taken) for place, u, taken in self._earlier if same_memory(place, tokens)), None)
+
+    def lowest(self, trace: Trace) -> int:
+        """How many blocks of ``trace`` lie below the lowest place of the stream that the scores read."""
+        places = [trace.tokens, *(step.after for step in trace.steps)]
+        read = [any(same_memory(place, tokens) for tokens, _, _ in self._earlier) for place in places]
+        steps = trace.steps[: read.index(True)] if True in read else trace.steps
+        return sum(isinstance(step, Block) for step in steps)
+
     def check(self, output: Tensor, *, class_specific: bool) -> None:
         """What the head reads is checked for every rule; one whose forward_func leaves the graph cannot be."""
+        if self.reads:
+            self._say_what_is_left_out(class_specific)
         if class_specific:
             assert self.cotangent
         elif not (isinstance(self.trace.pooling, FixedPooling) and self.trace.pooling.seen):
             first = output.flatten(1)[:, 0] if output.dim() > 1 else output
             score = self.scores[0] if self.scores else first
             if score.requires_grad:
-                check_start(self.trace, reads(gradients(score, [self.stream_end])[0]))
+                check_start(self.trace, reads(_slope(score, self.stream_end, bool(self.reads))))
+
+    def _say_what_is_left_out(self, class_specific: bool) -> None:
+        """Warn of what a map leaves out of the scores, which are read besides the end of the stream."""
+        beside = [read for read in self.reads if read.tokens is None]
+        if beside:
+            share = self._share_of(beside) if self.scores else None
+            warn_caller(left_out(beside, share))
+        earlier = [read.name for read in self.reads if read.tokens is not None]
+        if earlier and not class_specific:
+            warn_caller(
+                f"the score reads the residual stream at {', '.join(earlier)}, too; a class-agnostic rule begins at "
+                "its end alone: rule='lnstat' and 'evidence' begin at every place that is read"
+            )
+
+    def _share_of(self, beside: Sequence[Read]) -> float | None:
+        """How much of the first score comes from some of the places, to first order, among all that it is read from."""
+        if any(read.value.numel() == 0 for read in beside):
+            return None
+        ends = [self.stream_end, *(read.edge for read in self.reads)]
+        values = [self.stream_end.detach(), *(read.value for read in self.reads)]
+        total = self.scores[0].sum()
+        slopes = torch.autograd.grad(total, ends, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        pairs = zip(slopes, values, strict=True)
+        terms = [0.0 if u is None else float((u * x).flatten(1).sum(1).abs().mean()) for u, x in pairs]
+        part = sum(term for term, read in zip(terms[1:], self.reads, strict=True) if read.tokens is None)
+        return part / sum(terms) if sum(terms) > 0 else None
 
 
 def plain_target(target: Any) -> Any:
@@ -146,36 +202,59 @@ def contrast(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
 
 
 def head_cotangent(
-    scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor
+    scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor, *, besides: bool = False
 ) -> tuple[Cotangent, Float[Tensor, "batch score"]]:
     """``u`` with ``score = sum_i u_i . x_i + constant`` at the end of the residual stream, and the constant.
 
     The LayerNorms of the head were recorded with frozen statistics, so for a head of norms, pooling and linear layers
     this is exact. For any other head it is the first-order expansion, the remainder being part of the constant.
+
+    Args:
+        scores: The scores.
+        stream_end: The end of the stream.
+        besides: They read something else as well, or instead.
     """
-    u = Cotangent.of_parts(_slopes(scores, stream_end))
+    u = Cotangent.of_parts(_slopes(scores, stream_end, stream_end, stream, besides=besides))
     read = u.read(stream(stream_end.detach())).sum(1)
     values = torch.stack([score.detach() for score in scores], 1)
     return u, values.to(read.dtype) - read
 
 
 def _slopes(
-    scores: Sequence[Float[Tensor, " batch"]], stream_end: Tensor
+    scores: Sequence[Float[Tensor, " batch"]],
+    at: Tensor | GradientEdge,
+    value: Tensor,
+    as_tokens: Callable[[Tensor], Tensor],
+    *,
+    besides: bool,
 ) -> Iterator[Float[Tensor, "batch token score channel"]]:
-    """The gradient of every score at the end of the stream, that of some scores in one backward pass."""
+    """The gradient of every score at a place, that of some scores in one backward pass."""
     check_differentiable(scores[0])
     if len(scores) == 1:
-        yield stream(gradients(scores[0], [stream_end])[0])[:, :, None]
+        yield as_tokens(_slope(scores[0], at, besides, value))[:, :, None]
         return
-    at_once = max(FEWEST, HELD // stream_end.numel())
+    at_once = max(FEWEST, HELD // value.numel())
     for start in range(0, len(scores), at_once):
         together = torch.stack([score.sum() for score in scores[start : start + at_once]])
         one_each = torch.eye(len(together), dtype=together.dtype, device=together.device)
-        more = start + at_once < len(scores)
-        slopes: Tensor = torch.autograd.grad(
-            together, [stream_end], one_each, retain_graph=more, is_grads_batched=True
-        )[0]
-        yield stream(slopes.flatten(0, 1)).reshape(*slopes.shape[:2], -1, slopes.shape[-1]).movedim(0, 2)
+        keep = besides or start + at_once < len(scores)
+        where: Any = [at]  # torch takes an edge in a list, too
+        (slopes,) = torch.autograd.grad(
+            together, where, one_each, retain_graph=keep, is_grads_batched=True, allow_unused=besides
+        )
+        slopes = value.new_zeros(len(together), *value.shape) if slopes is None else slopes
+        tokens = as_tokens(slopes.flatten(0, 1))
+        yield tokens.reshape(len(together), len(value), *tokens.shape[1:]).movedim(0, 2)
+
+
+def _slope(score: Tensor, at: Tensor | GradientEdge, besides: bool, value: Tensor | None = None) -> Tensor:
+    """The gradient of a score at a place; zero where it reads other places only."""
+    if not besides:
+        return gradients(score, [at])[0]
+    with torch.enable_grad():
+        total = score.sum()
+    (slope,) = torch.autograd.grad(total, [at], retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+    return torch.zeros_like(at if value is None else value) if slope is None else slope
 
 
 def check_differentiable(score: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.rules.evidence import evidence
+from captum_lnstat.rules.head import Head
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import register
 from captum_lnstat.rules.walk import walk
@@ -40,7 +41,8 @@ def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     """
     trace = outcome.trace
     one_grid = trace.grain == (1.0, 1.0)
-    e = walk(trace, settings, evidence(trace, outcome.head, settings, _upper_half(trace) if one_grid else 0))[0]
+    since = _upper_half(trace, outcome.head) if one_grid else 0
+    e = walk(trace, settings, evidence(trace, outcome.head, settings, since))[0]
     g = torch.stack([one.grid for one in e])
     if one_grid:
         g = smoothed(g, (BLUR * g.shape[-2], BLUR * g.shape[-1]))
@@ -48,9 +50,12 @@ def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     return tuple(Relevance(grid, prefix, nothing, nothing) for grid in g.clamp(min=0))
 
 
-def _upper_half(trace: Trace) -> int:
-    """The first block of the model's upper half, counted from where the trace begins."""
-    whole = trace.blocks_below + len(trace.blocks)
+def _upper_half(trace: Trace, head: Head) -> int:
+    """The first block of the model's upper half, counted from where the trace begins.
+
+    A head that reads the stream at several places has that many models: those of the lowest counts.
+    """
+    whole = trace.blocks_below + head.lowest(trace)
     return max(0, whole // 2 - trace.blocks_below)
 
 

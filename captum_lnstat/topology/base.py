@@ -73,6 +73,14 @@ class Topology(ABC):
         """The modules whose input and output ``trace`` reads."""
 
     @property
+    def places(self) -> Iterable[nn.Module]:
+        """The modules that the residual stream leaves by, so that a score that reads it there is seen to.
+
+        They run without a graph; without them, what a score reads besides the end of the stream is not seen.
+        """
+        return ()
+
+    @property
     def entrance(self) -> str:
         """Name of the tapped module that is given the images."""
         return "patch_embed"
@@ -109,6 +117,10 @@ class BlockTopology(Topology):
     @abstractmethod
     def blocks(self) -> dict[str, nn.Module]:
         """All blocks by name, first to last."""
+
+    @property
+    def places(self) -> Iterable[nn.Module]:
+        return self.blocks.values()
 
     @cached_property
     def convolutions(self) -> dict[str, nn.Conv2d]:

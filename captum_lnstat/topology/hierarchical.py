@@ -69,6 +69,11 @@ class HierarchicalTopology(BlockTopology):
             yield from unit_taps(item.module) if item.reader is None else item.reader.taps()
 
     @property
+    def places(self) -> Iterable[nn.Module]:
+        end = self._items.index(self._last)
+        return [item.module for item in self._items[: end + 1]]
+
+    @property
     def head_follows(self) -> nn.Module:
         return self._last.module
 

@@ -60,6 +60,11 @@ class PlainTopology(Topology):
             yield from block_taps(block)
 
     @property
+    def places(self) -> Iterable[nn.Module]:
+        blocks: Iterable[nn.Module] = self.model.blocks
+        return blocks
+
+    @property
     def head_begins(self) -> nn.Module:
         head: nn.Module = self.model.norm
         return head

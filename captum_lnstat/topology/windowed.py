@@ -20,7 +20,7 @@ from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, names_of, outside
 from captum_lnstat.topology.anatomy.geometry import pair
-from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, find_parts, is_residual_block
+from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, is_residual_block
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.residual import block_taps, residual_block, trailing_norm
@@ -37,7 +37,7 @@ class WindowedTopology(Topology):
     family = "windowed"
     expects = (
         f"a patch convolution, blocks with {BLOCK_PARTS}, window_size and shift_size, patch mergings with norm and "
-        "reduction, a last LayerNorm"
+        "reduction"
     )
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,11 +46,6 @@ class WindowedTopology(Topology):
         self._names = names_of(model)
         self._patches: Any = _patch_convolution(model, self._steps)
         self._last_norm = _last_norm(model)
-        if self._last_norm is None and not _ends_in_a_norm(self._steps[-1]):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} ends without a LayerNorm: it gives features, not scores; expected a model "
-                "with its last LayerNorm and its classifier"
-            )
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -67,6 +62,10 @@ class WindowedTopology(Topology):
             yield self._last_norm
         for step in self._steps:
             yield from [step] if _is_merging(step) else block_taps(step)
+
+    @property
+    def places(self) -> Iterable[nn.Module]:
+        return self._steps
 
     @property
     def entrance(self) -> str:
@@ -87,7 +86,7 @@ class WindowedTopology(Topology):
 
     @property
     def head_follows(self) -> nn.Module | None:
-        """The last block, if its own last norm is the last one of the model."""
+        """The last block, where no norm of the model follows it: a head of one's own may, or the block's own norm."""
         return None if self._last_norm is not None else self._steps[-1]
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
@@ -168,11 +167,6 @@ def _patch_convolution(model: nn.Module, steps: list[Any]) -> nn.Conv2d | None:
 
 def _last_norm(model: nn.Module) -> nn.Module | None:
     return next((child for child in model.children() if isinstance(eager(child), nn.LayerNorm)), None)
-
-
-def _ends_in_a_norm(block: nn.Module) -> bool:
-    parts = find_parts(block)
-    return parts is not None and len(parts.norms) > 2
 
 
 def _is_swin(model: nn.Module, steps: list[Any]) -> bool:

@@ -181,6 +181,10 @@ class Cotangent:
         out[:, self.at] = values
         return out
 
+    def plus(self, other: Cotangent) -> Cotangent:
+        """The sum of two, of the same tokens and scores."""
+        return Cotangent.of(self.spread(self.dense()) + other.spread(other.dense()))
+
     def with_directions(self, directions: Tensor) -> Cotangent:
         """Other directions, in other channels perhaps."""
         return replace(self, directions=directions)

@@ -1,0 +1,85 @@
+"""Places of the residual stream that a score may read: what blocks, and modules before them, return.
+
+A head need not read the end of the stream alone: it may read earlier blocks as well, a network beside the transformer,
+or the image. So every such place is marked in the head's graph, and the score's gradient at it says whether, and how,
+it is read there. Inside the modules nothing gets a graph: only what lies between and beside them does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+# The name of the images among the places: that of no module.
+IMAGE = "the image"
+
+
+class Marked(torch.autograd.Function):
+    """The same numbers in the same memory, at the beginning of a graph: its node knows the gradient there."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class Places:
+    """Marks what each of some modules returns, and runs them without a graph.
+
+    So it does with modules beside them that run before the first of them, such as the patch embedding. What is marked
+    takes no memory, and is the model's to change.
+
+    Args:
+        model: What the modules are in.
+        modules: The blocks and all else that the residual stream leaves by.
+    """
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        self._modules = set(modules)
+        around = {part for part in model.modules() if not self._modules.isdisjoint(part.modules())}
+        beside = {child for part in around - self._modules for child in part.children()}
+        self._before = beside - around
+        self._anchor = torch.zeros(0, requires_grad=True, device="cpu")  # what a graph needs to begin at
+        self._entered: list[tuple[nn.Module, bool]] = []
+        self.any_left = False  # the first of the modules has run: what comes now may be the head's
+        self.edges: dict[str, GradientEdge] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._modules)
+
+    def __contains__(self, module: nn.Module | None) -> bool:
+        return module in self._modules or module in self._before
+
+    def mark(self, name: str, x: Tensor) -> Tensor:
+        """The same tensor, marked."""
+        with torch.enable_grad():
+            marked: Tensor = Marked.apply(self._anchor, x)
+        self.edges[name] = get_gradient_edge(marked)
+        return marked
+
+    def enter(self, module: nn.Module) -> None:
+        """A module is about to run."""
+        if module in self._modules or (module in self._before and not self.any_left):
+            self._entered.append((module, torch.is_grad_enabled()))
+            torch.set_grad_enabled(False)
+
+    def leave(self, name: str, module: nn.Module, output: Any) -> Any:
+        """A module has run, or failed: what is passed on in place of its output, ``None`` for the output itself."""
+        if not self._entered or self._entered[-1][0] is not module:
+            return None
+        torch.set_grad_enabled(self._entered.pop()[1])
+        self.any_left = self.any_left or module in self._modules
+        first = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(first, Tensor) or not first.is_floating_point() or torch.is_inference_mode_enabled():
+            return None
+        marked = self.mark(name, first)
+        if type(output) is tuple:
+            return (marked, *output[1:])
+        return marked if first is output else None
