@@ -212,6 +212,7 @@ def record(
         class_specific=rule.class_specific,
         contrastive=method.contrast,
         differentiable=rule.differentiable,
+        starts=rule.starts,
         output=method.output,
     )
 

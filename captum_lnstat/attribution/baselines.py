@@ -163,7 +163,7 @@ class GenericAttention(GridAttribution):
     def method(self) -> Rule:
         """Positive gradients, with a share of 1."""
         compute = partial(gradient, share=keep_all)
-        return Rule(self.get_name(), "r <- r + r E_h[(dA * A)^+]", compute, differentiable="model")
+        return Rule(self.get_name(), "r <- r + r E_h[(dA * A)^+]", compute, differentiable="model", starts=False)
 
 
 class FrozenLayerNorm(GridAttribution):
@@ -218,7 +218,7 @@ class FrozenLayerNorm(GridAttribution):
     @property
     def method(self) -> Rule:
         """Input times gradient, summed over every patch."""
-        return Rule(self.get_name(), "x * dy/dx, frozen", _patch_sums, differentiable="affine")
+        return Rule(self.get_name(), "x * dy/dx, frozen", _patch_sums, differentiable="affine", starts=False)
 
     def _to_inputs(self, outcome: Pass, grid: Tensor, image: Tensor) -> Tensor:
         return outcome.input_times_gradient.to(image.dtype).contiguous()

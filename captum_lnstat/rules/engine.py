@@ -22,6 +22,7 @@ from captum_lnstat.rules.head import Head, contrast, gradients, target_score
 from captum_lnstat.rules.reads import reads_besides_the_end
 from captum_lnstat.topology import find_topology
 from captum_lnstat.topology.anatomy.parts import looked_up_once
+from captum_lnstat.topology.anatomy.pooling import PoolingAsRead
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
@@ -77,6 +78,7 @@ def run(
     class_specific: bool = False,
     contrastive: bool = False,
     differentiable: Differentiable = "head",
+    starts: bool = True,
     output: Output = None,
 ) -> Pass:
     """Run ``forward_func`` once and record it. Neither the model, the caller's grad mode nor ``image`` is changed.
@@ -90,6 +92,7 @@ def run(
         class_specific: The rule explains a score; if not, a target need not be given.
         contrastive: The score is that of the target against the other classes.
         differentiable: What of the model has to be, for the rule.
+        starts: The rule may start with what the head reads, whatever the class.
         output: Which of several outputs is explained.
     """
     topology = find_topology(eager(model))
@@ -132,6 +135,8 @@ def run(
             trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
             check_stream(trace, stream_end)
         trace = replace(trace, training=topology.model.training)
+        if starts and isinstance(trace.pooling, PoolingAsRead):
+            assert trace.pooling.found  # while the graph of the head is there
         reads = reads_besides_the_end(recording, trace, x) if differentiable == "head" else ()
         head = Head(scores, stream_end, trace, reads)
         if differentiable == "head":

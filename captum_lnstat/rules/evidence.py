@@ -42,6 +42,7 @@ def evidence(trace: Trace, head: Head, settings: Settings, since: int = 0) -> Wa
     """
     rest = Rest(*head.cotangent)
     r = rest.no_relevance()
+    rest = rest.unless_unread()
     first = trace.blocks[since].before if since else None
     for step in reversed(trace.steps):
         r, rest = rest.joined(r, head.cotangent_at(step.after))
@@ -86,7 +87,12 @@ class Rest:
         """A row vector of zeros for every score."""
         assert self.u is not None
         u = self.u
-        return RowVector.of(u.spread(u.scale.new_zeros(*u.scale.shape, u.scores)), u.at)
+        # A score without gradient reads no token: nothing is known of where its zeros are.
+        return RowVector.of(u.spread(u.scale.new_zeros(*u.scale.shape, u.scores)), u.at if len(u.at) else None)
+
+    def unless_unread(self) -> Rest:
+        """No cotangent where no token has one: all of the score belongs to the constant."""
+        return self if self.u is None or len(self.u.at) else Rest(None, self.constant)
 
     def read(self, after: Tensor, before: Tensor | None = None) -> Float[Tensor, "batch token score"] | None:
         """``<u_i, after_i - before_i>`` of every token; ``None`` if it is zero everywhere."""
@@ -118,7 +124,7 @@ class Rest:
             return Rest(None, self.constant)
         u, constant = step.pull_back(self.u)
         # Where the head reads a token that joined on the way, nothing comes from further down.
-        return Rest(u if len(u.at) else None, self.constant + constant)
+        return Rest(u, self.constant + constant).unless_unread()
 
 
 def check_complete(evidence: Sequence[Relevance], trace: Trace, scores: Sequence[Tensor]) -> None:
@@ -143,6 +149,7 @@ def check_complete(evidence: Sequence[Relevance], trace: Trace, scores: Sequence
     formula="E: r <- alpha * r + ((1 - alpha) * r) W + c, signed; adds up to the score",
     options=("residual", "head_fusion", "contrastive"),
     complete=True,
+    starts=False,
 )
 def evidence_rule(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     """Evidence alone."""

@@ -23,6 +23,7 @@ from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import layer_rule_names, register
 from captum_lnstat.rules.walk import Request, RowVector, Walk, advance
 from captum_lnstat.rules.wiring import Probe, Wiring
+from captum_lnstat.topology.anatomy.pooling import PoolingAsRead
 from captum_lnstat.trace.steps import Block, check_layout
 from captum_lnstat.trace.trace import Trace
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from captum_lnstat.rules.engine import Pass
 
 
-def positive_gradients(trace: Trace, settings: Settings, share: ShareOf | None = None) -> Walk:
+def positive_gradients(trace: Trace, settings: Settings, r: RowVector, share: ShareOf | None = None) -> Walk:
     """``r <- alpha * r + ((1 - alpha) * r) A'``, with the rows of ``A' = E_h[(dA * A)^+]`` divided by their sums.
 
     Without ``settings.normalized``, Chefer's own form: the rows as they are, and ``r <- alpha * r + r A'``.
@@ -40,9 +41,9 @@ def positive_gradients(trace: Trace, settings: Settings, share: ShareOf | None =
     Args:
         trace: The traced forward pass.
         settings: How relevance is rolled.
+        r: What the head reads for the score.
         share: The residual share ``alpha`` of a block, if not that of the settings.
     """
-    r = RowVector.start(trace, settings)
     for step in reversed(trace.steps):
         if isinstance(step, Block):
             alpha = step.residual_share(settings.residual) if share is None else share(step)
@@ -59,6 +60,7 @@ def positive_gradients(trace: Trace, settings: Settings, share: ShareOf | None =
     formula="r <- alpha * r + ((1 - alpha) * r) A', A' = E_h[(dA * A)^+] with rows that sum to 1",
     options=("residual", "contrastive", "normalized"),
     differentiable="model",
+    starts=False,
 )
 def gradient(outcome: Pass, settings: Settings, share: ShareOf | None = None) -> tuple[Relevance, ...]:
     """Positive gradients, rolled while the backward pass runs.
@@ -86,7 +88,7 @@ def gradient(outcome: Pass, settings: Settings, share: ShareOf | None = None) ->
             "a model and forward_func without no_grad, detach or re-entrant checkpointing"
         )
     check_differentiable(score)
-    rolled = _BackwardWalk(trace, settings, positive_gradients(trace, settings, share))
+    rolled = _BackwardWalk(trace, settings, positive_gradients(trace, settings, _start(trace, score, settings), share))
     first, *others = trace.blocks
     waiting = [_AtBlock(block, rolled) for block in others]
     try:
@@ -105,6 +107,13 @@ def gradient(outcome: Pass, settings: Settings, share: ShareOf | None = None) ->
     # The blocks above have been rolled through by now; whether they should have been is seen before it counts.
     check_start(trace, reads(slope))
     return rolled.to_the_image(partial(_feed_again, first.site, last))
+
+
+def _start(trace: Trace, score: Float[Tensor, " batch"], settings: Settings) -> RowVector:
+    """What the head reads for the score; where a topology says it for every class, what that says."""
+    if not isinstance(trace.pooling, PoolingAsRead):
+        return RowVector.start(trace, settings)
+    return RowVector.starting(trace.pooling.start_of(score, settings.head_fusion).to(accumulation_dtype(trace.tokens)))
 
 
 class _BackwardWalk:

@@ -19,7 +19,6 @@ from captum_lnstat.recording.statistics import accumulation_dtype, stream
 from captum_lnstat.rules.checks import check_start, reads
 from captum_lnstat.rules.reads import Read, left_out, same_memory
 from captum_lnstat.trace.cotangent import Cotangent
-from captum_lnstat.trace.pooling import FixedPooling
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
@@ -90,7 +89,7 @@ class Head:
             self._say_what_is_left_out(class_specific)
         if class_specific:
             assert self.cotangent
-        elif not (isinstance(self.trace.pooling, FixedPooling) and self.trace.pooling.seen):
+        elif not getattr(self.trace.pooling, "seen", False):
             first = output.flatten(1)[:, 0] if output.dim() > 1 else output
             score = self.scores[0] if self.scores else first
             if score.requires_grad:

@@ -27,6 +27,7 @@ BLUR = 1 / 28
     "lnstat",
     formula="max(G, 0), G = E; with one grid, E of the upper half of the blocks, smoothed",
     options=("residual", "head_fusion", "contrastive"),
+    starts=False,
 )
 def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     """``max(G, 0)`` with ``G`` the evidence ``E``, smoothed: what counted in favour of the class.

@@ -44,6 +44,8 @@ class Rule:
         differentiable: What of the model has to be differentiable: its ``"head"``, all of it (``"model"``), or all of
             it with everything held constant that is not affine (``"affine"``).
         head_fusion: How the heads become one map where the caller does not say.
+        starts: It may start with what the head reads, whatever the class. Where no such start is defined, a rule that
+            says it does not is.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Rule:
     complete: bool = False
     differentiable: Differentiable = "head"
     head_fusion: HeadFusion = "deviation"
+    starts: bool = True
 
     @property
     def at_every_block(self) -> bool:
@@ -73,6 +76,7 @@ def register(
     complete: bool = False,
     differentiable: Differentiable = "head",
     head_fusion: HeadFusion = "deviation",
+    starts: bool = True,
 ) -> Callable[[Function], Function]:
     """A decorator: the function becomes the rule of this name, in every class, command and page that takes a rule.
 
@@ -84,10 +88,13 @@ def register(
         complete: Whether it adds up to the score.
         differentiable: What of the model has to be differentiable.
         head_fusion: How the heads become one map by default.
+        starts: Whether it may start with what the head reads, whatever the class.
     """
 
     def add(compute: Function) -> Function:
-        _RULES[name] = Rule(name, formula, compute, options, class_specific, complete, differentiable, head_fusion)
+        _RULES[name] = Rule(
+            name, formula, compute, options, class_specific, complete, differentiable, head_fusion, starts
+        )
         return compute
 
     return add

@@ -72,8 +72,13 @@ class RowVector:
     @classmethod
     def start(cls, trace: Trace, settings: Settings) -> RowVector:
         """What the head reads, whatever the class."""
-        weights = trace.start(settings.head_fusion)
-        return cls.of(weights[..., None], weights.ne(0).any(0).nonzero()[:, 0])
+        return cls.starting(trace.start(settings.head_fusion))
+
+    @classmethod
+    def starting(cls, weights: Float[Tensor, "batch token"]) -> RowVector:
+        """One row vector, whose zeros are seen."""
+        at = weights.ne(0).any(0).nonzero()[:, 0]
+        return cls.of(weights[..., None], at if len(at) else None)
 
     def plus(self, values: Float[Tensor, "batch token row"] | None) -> RowVector:
         """With something put on the tokens; ``None`` is nothing."""

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.errors import RecordingError
 from captum_lnstat.layout import Grid, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.embedding import check_prefix_first, convolutions, grid_of
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, is_residual_block
+from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.residual import block_taps, residual_block
 from captum_lnstat.trace.pooling import AttentionPooling, FixedPooling, Pooling
@@ -56,6 +57,7 @@ class PlainTopology(Topology):
     def taps(self) -> Iterable[nn.Module]:
         yield self._embed
         yield from list(convolutions(self._embed).values())[-1:]
+        yield self.model.norm
         for block in self.model.blocks:
             yield from block_taps(block)
 
@@ -70,21 +72,25 @@ class PlainTopology(Topology):
         return head
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
-        model, prefix = self.model, int(self.model.num_prefix_tokens)
+        model, own = self.model, int(self.model.num_prefix_tokens)
         layout = WholeImage()
         blocks = tuple(
             residual_block(f"blocks.{name}", block, recording, layout) for name, block in model.blocks.named_children()
         )
         tokens = blocks[0].before
         grid = self._grid(recording, image_size)
-        if tokens.shape[1] != prefix + grid[0] * grid[1]:
+        prefix = tokens.shape[1] - grid[0] * grid[1]
+        if prefix < own:
             raise RecordingError(
-                f"the first block saw {tokens.shape[1]} tokens; expected {prefix} prefix tokens and a grid of "
-                f"{grid[0]} x {grid[1]}. Tokens that were dropped or added (patch dropout, in train mode) cannot be "
-                "placed on the image"
+                f"the first block saw {tokens.shape[1]} tokens; expected {own} prefix tokens and a grid of "
+                f"{grid[0]} x {grid[1]}. Tokens that were dropped (patch dropout, in train mode) cannot be placed on "
+                "the image"
             )
-        check_prefix_first(recording, tokens.shape[1], prefix, seen=False)
-        pooling = self._pooling(recording, prefix, tokens)
+        # More than the model's own are prompts, that someone joined before the patches.
+        check_prefix_first(recording, tokens.shape[1], prefix, seen=prefix > own)
+        names = [block.name for block in blocks]
+        set_to = self._set_to(recording, own, tokens)
+        pooling = pooling_as_read(recording, prefix, ["norm"], names, set_to=set_to)
         return Trace(self.family, blocks, tokens, prefix, grid, self._patch(), pooling)
 
     def _grid(self, recording: Recording, image_size: tuple[int, int]) -> Grid:
@@ -102,7 +108,8 @@ class PlainTopology(Topology):
         height, width = ratio(as_scalar=False) if callable(ratio) else self._embed.patch_size
         return int(height), int(width)
 
-    def _pooling(self, recording: Recording, prefix: int, tokens: Tensor) -> Pooling:
+    def _set_to(self, recording: Recording, prefix: int, tokens: Tensor) -> Pooling | None:
+        """The pooling that the model is set to; ``None`` for one that no weights of the tokens stand for."""
         model, count = self.model, tokens.shape[1]
         weights = tokens.new_zeros(count)
         if isinstance(getattr(model, "head_dist", None), nn.Module):
@@ -111,24 +118,16 @@ class PlainTopology(Topology):
         if model.global_pool == "token":
             weights[0] = 1.0
             return FixedPooling("class token", weights)
-        skipped = 0 if getattr(model, "pool_include_prefix", False) else prefix
         if model.global_pool == "avg":
+            skipped = 0 if getattr(model, "pool_include_prefix", False) else prefix
             weights[skipped:] = 1 / (count - skipped)
             return FixedPooling("mean of the tokens" if skipped < prefix else "mean of the patches", weights)
         if model.global_pool == "map":
-            site = recording.site("attn_pool")
+            found = [site for site in recording.sites if f"{site.module}.".startswith("attn_pool.")]
             # Some of timm's models pool their prefix tokens too, whatever their options are: the keys show it.
-            skipped = count - site.shape[3]
-            if skipped not in (0, prefix):
-                raise RecordingError(
-                    f"attention pooling reads {site.shape[3]} of {count} tokens; expected all, or those after "
-                    f"{prefix} prefix tokens"
-                )
-            return AttentionPooling("attention pooling", site, skipped)
-        raise UnsupportedModelError(
-            f"global_pool={model.global_pool!r} of {type(model).__name__}: where class-agnostic relevance starts is "
-            "defined for 'token', 'avg' and 'map' only"
-        )
+            skipped = count - found[0].shape[3] if len(found) == 1 else -1
+            return AttentionPooling("attention pooling", found[0], skipped) if skipped in (0, prefix) else None
+        return None
 
 
 def _embedding(model: nn.Module) -> str:

@@ -25,7 +25,7 @@ from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.residual import block_taps, residual_block, trailing_norm
 from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm
-from captum_lnstat.trace.pooling import FixedPooling, Pooling
+from captum_lnstat.trace.pooling import FixedPooling, Pooling, UndefinedPooling
 from captum_lnstat.trace.steps import Merging, Step
 from captum_lnstat.trace.trace import Trace
 
@@ -107,19 +107,20 @@ class WindowedTopology(Topology):
         return Trace(self.family, tuple(steps), steps[0].before, 0, first_grid, self._patches.kernel_size, pooling)
 
     def _pooling(self, recording: Recording) -> Pooling:
-        if recording.scores is not None and recording.scores.requires_grad:
-            norms = [] if self._last_norm is None else [self._names[id(self._last_norm)]]
-            return pooling_as_read(recording, 0, norms)
-        # A class-agnostic rule has no need of the scores' graph.
-        if not _pools_by_mean(self.model, self._steps):
-            raise UnsupportedModelError(
+        norms = [] if self._last_norm is None else [self._names[id(self._last_norm)]]
+        set_to: Pooling | None = None
+        if _pools_by_mean(self.model, self._steps):
+            assert recording.stream_end is not None
+            tokens = stream(recording.stream_end.detach())
+            weights = tokens.new_full((tokens.shape[1],), 1 / tokens.shape[1])
+            set_to = FixedPooling("mean of the tokens", weights)
+        elif recording.scores is None or not recording.scores.requires_grad:
+            set_to = UndefinedPooling(
+                "not seen",
                 f"how {type(self.model).__name__} reads its tokens cannot be seen: it has no average pooling, and "
-                "forward_func leaves the graph after it; expected one or the other"
+                "forward_func leaves the graph after it; expected one or the other",
             )
-        assert recording.stream_end is not None
-        tokens = stream(recording.stream_end.detach())
-        weights = tokens.new_full((tokens.shape[1],), 1 / tokens.shape[1])
-        return FixedPooling("mean of the tokens", weights)
+        return pooling_as_read(recording, 0, norms, set_to=set_to)
 
 
 def _steps_of(model: nn.Module) -> list[Any]:

@@ -126,8 +126,10 @@ class Cotangent:
     @cached_property
     def _by_kind(self) -> tuple[Tensor, Tensor] | None:
         """The order in which tokens of a kind stand together and the way back, if there are as many of every kind."""
+        if not self.kinds:
+            return None
         counts = torch.bincount(self.kind, minlength=self.kinds)
-        if not self.kinds or bool((counts != counts[0]).any()):
+        if bool((counts != counts[0]).any()):
             return None
         order = self.kind.argsort(stable=True)
         return order, order.argsort()

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.fusion import WEIGHTED, HeadFusion, fuse
 from captum_lnstat.recording.sites import AttentionSite
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 
 class Pooling(Protocol):
@@ -48,13 +49,40 @@ class FixedPooling:
 
 @dataclass(frozen=True)
 class AttentionPooling:
-    """A latent query attends to the tokens: its head-fused attention. ``skipped`` leading tokens are not read."""
+    """Latent queries attend to the tokens: their head-fused attention.
+
+    Attributes:
+        name: Shown by ``describe``.
+        site: The attention.
+        skipped: So many leading tokens are not read.
+        queries: The queries that the scores read, if not all of them.
+        seen: It was read off the gradient of the head, not off the structure of the model.
+    """
 
     name: str
     site: AttentionSite
     skipped: int
+    queries: Int[Tensor, " query"] | None = None
+    seen: bool = False
 
     def start(self, batch: int, fusion: HeadFusion) -> Tensor:
         # Nothing is added to a stream here, so no variance weighs the heads.
-        attention = fuse(self.site, "mean" if fusion in WEIGHTED else fusion).mean(1)
+        attention = fuse(self.site, "mean" if fusion in WEIGHTED else fusion)
+        attention = (attention if self.queries is None else attention[:, self.queries]).mean(1)
         return F.pad(attention / attention.sum(-1, keepdim=True), (self.skipped, 0))
+
+
+@dataclass(frozen=True)
+class UndefinedPooling:
+    """The head reads each token in a way of its own: no weights of the tokens are the same for every class.
+
+    Attributes:
+        name: Shown by ``describe``.
+        why: Of the error, where such weights are asked for.
+    """
+
+    name: str
+    why: str
+
+    def start(self, batch: int, fusion: HeadFusion) -> Tensor:
+        raise UnsupportedModelError(self.why)

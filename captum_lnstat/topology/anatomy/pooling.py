@@ -3,32 +3,44 @@
 A head reads a token by a functional, the gradient of its output there. Tokens that it reads by the same functional are
 read as their mean; a token that is read by another one is read for itself. Class-agnostic relevance starts on each of
 these readings in equal parts: the class token alone, half on class and half on distillation token, half on the class
-token and half spread over the patches.
+token and half spread over the patches. Where every patch is read by another functional (the largest of the tokens, one
+pixel of a decoder's map), no start is the same for every class; that of one score is where its own gradient is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.errors import RecordingError
+from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import accumulation_dtype
-from captum_lnstat.trace.pooling import AttentionPooling, FixedPooling, Pooling
+from captum_lnstat.trace.pooling import AttentionPooling, FixedPooling, Pooling, UndefinedPooling
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # Means are read by one functional up to float error; another reading differs by its own size.
 SAME = 1e-3
+_NO_START = (
+    "the head reads the patches neither as their mean nor through one attention{why}, so where class-agnostic relevance "
+    "starts is not defined; expected a class token, a mean over the patches or attention pooling. Explain one score: "
+    "rule='lnstat', 'evidence' and 'gradient' need no such start"
+)
 
 
-def pooling_as_read(
-    recording: Recording, prefix: int, norms: Iterable[str], blocks: Iterable[str] | None = None, *, neck: bool = False
-) -> Pooling:
-    """The pooling of the head of one recorded pass.
+@dataclass(frozen=True)
+class PoolingAsRead:
+    """The pooling of the head of one recorded pass, read off its gradient when it is first asked for.
 
-    Args:
+    Attributes:
         recording: The pass, with its scores.
         prefix: Number of prefix tokens.
         norms: Names of norms outside the blocks. Behind one that reads the whole stream where it ends, a mean is one
@@ -36,40 +48,145 @@ def pooling_as_read(
         blocks: Names of the blocks, where an attention outside them may pool the tokens.
         neck: Convolutions lie between the blocks and the head. What they make of the tokens is no longer one token
             each, so where all are read, relevance starts on all of them in equal parts.
-
-    Returns:
-        Fixed weights, or the weights of the one attention outside the blocks that reads every patch.
-
-    Raises:
-        RecordingError: The scores have no gradient at the end of the stream.
-        UnsupportedModelError: The patches are read in another way than as their mean or by one attention.
+        set_to: What the model is set to, if it says so: the pooling where the scores leave no graph.
     """
-    slope = _slope(recording, _normed(recording, norms))
-    sites = [] if blocks is None else _outside(recording, tuple(blocks))
-    read = slope.ne(0).any(-1).any(0)
-    patches = slope[:, prefix:]
-    groups = [[token] for token in range(prefix) if bool(read[token])]
-    if bool(read[prefix:].any()):
-        mean = patches.mean(1, keepdim=True)
-        if bool(_same(patches, mean).all()):
-            joined = [group for group in groups if bool(_same(slope[:, group], mean).all())]
-            groups = [group for group in groups if group not in joined]
-            groups.append([*(token for group in joined for token in group), *range(prefix, slope.shape[1])])
-        elif neck and not groups and bool(read.all()):
-            groups = [list(range(slope.shape[1]))]
-        elif groups or not (found := [site for site in sites if _reads_patches(site, slope, prefix)]):
-            raise UnsupportedModelError(
-                "the head reads the patches neither as their mean nor through one attention, so where class-agnostic "
-                "relevance starts is not defined; expected a class token, a mean over the patches or attention pooling"
+
+    recording: Recording
+    prefix: int
+    norms: tuple[str, ...]
+    blocks: tuple[str, ...] | None = None
+    neck: bool = False
+    set_to: Pooling | None = None
+    seen = True
+
+    @cached_property
+    def found(self) -> Pooling:
+        """Fixed weights, or those of the one attention outside the blocks that reads every patch, or none.
+
+        Raises:
+            RecordingError: The scores have no gradient at the end of the stream.
+        """
+        scores = self.recording.scores
+        if self.set_to is not None and (scores is None or not scores.requires_grad):
+            return self.set_to
+        mixed = _mixed(scores)
+        slope = self._slope(mixed)
+        found = self._pooling(slope, mixed)
+        if found is None and self.set_to is None:
+            raise RecordingError(
+                "no score has a gradient at the tokens where the blocks end: the scores are saturated or constant, or "
+                "read no token, so what the head reads cannot be seen. Let forward_func return the logits"
             )
-        else:
-            return _attention_pooling(found, slope.shape[1])
-    if not groups:
-        raise RecordingError("the scores do not depend on any token where the blocks end; expected the head to read it")
-    weights = slope.new_zeros(slope.shape[1])
-    for group in groups:
-        weights[group] = 1 / (len(groups) * len(group))
-    return FixedPooling(_name(groups, prefix), weights, seen=True)
+        if self.set_to is not None and (found is None or _same_start(found, self.set_to, slope)):
+            return self.set_to
+        assert found is not None
+        return found
+
+    @property
+    def name(self) -> str:
+        """Shown by ``describe``."""
+        return self.found.name
+
+    def start(self, batch: int, fusion: HeadFusion) -> Float[Tensor, "batch token"]:
+        """Weights of the tokens, the same for every class."""
+        return self.found.start(batch, fusion)
+
+    def start_of(self, score: Float[Tensor, " batch"], fusion: HeadFusion) -> Float[Tensor, "batch token"]:
+        """Weights of the tokens for one score; nothing for an image whose score has no gradient.
+
+        Where a start is defined by what the score reads, it is that one; else each token has the share of its gradient
+        in the sum of their norms.
+        """
+        with torch.enable_grad():
+            mixed = score.sum()
+        slope = self._slope(mixed)
+        found, some = self._pooling(slope, mixed), slope.ne(0).flatten(1).any(1)[:, None]
+        if found is None:
+            return slope.new_zeros(slope.shape[:2])
+        if isinstance(found, UndefinedPooling):
+            norms = slope.norm(dim=-1)
+            return norms / norms.sum(1, keepdim=True).where(some, norms.new_ones(()))
+        weights = found.start(len(slope), fusion)
+        return weights.where(some, weights.new_zeros(()))
+
+    def _pooling(self, slope: Tensor, mixed: Tensor) -> Pooling | None:
+        """What reads the tokens so; ``None`` if nothing does."""
+        prefix, sites = self.prefix, [] if self.blocks is None else _outside(self.recording, self.blocks)
+        read = slope.ne(0).any(-1).any(0)
+        patches = slope[:, prefix:]
+        groups = [[token] for token in range(prefix) if bool(read[token])]
+        if bool(read[prefix:].any()):
+            mean = patches.mean(1, keepdim=True)
+            if bool(_same(patches, mean).all()):
+                joined = [group for group in groups if bool(_same(slope[:, group], mean).all())]
+                groups = [group for group in groups if group not in joined]
+                groups.append([*(token for group in joined for token in group), *range(prefix, slope.shape[1])])
+            elif self.neck and not groups and bool(read.all()):
+                groups = [list(range(slope.shape[1]))]
+            else:
+                found = [site for site in sites if _reads_patches(site, slope, prefix)]
+                if not groups and len(found) == 1:
+                    return _attention_pooling(found[0], slope.shape[1], mixed)
+                why = f" ({len(found)} attentions outside the blocks read them)" if len(found) > 1 else ""
+                return UndefinedPooling("each patch in its own way", _NO_START.format(why=why))
+        if not groups:
+            return None
+        weights = slope.new_zeros(slope.shape[1])
+        for group in groups:
+            weights[group] = 1 / (len(groups) * len(group))
+        return FixedPooling(_name(groups, prefix), weights, seen=True)
+
+    def _slope(self, mixed: Tensor) -> Float[Tensor, "batch token channel"]:
+        """The gradient of a number at the tokens: behind the norms there, if it reads them through these alone."""
+        end = self.recording.stream_end
+        if end is None or not end.requires_grad:
+            raise RecordingError(
+                "the end of the stream is not in the graph of the scores, so what the head reads cannot be seen; "
+                "expected a model and forward_func without no_grad, detach or re-entrant checkpointing"
+            )
+        # A head may leave the norm unread, or read the stream beside it.
+        normed = _normed(self.recording, self.norms)
+        *after, before = torch.autograd.grad(mixed, [*normed, end], retain_graph=True, allow_unused=True)
+        seen = [slope for slope in (_channels_last(slope, end) for slope in after) if slope is not None]
+        slope = seen[0] if len(seen) == 1 and _only_through(seen[0], before) else before
+        if slope is None:
+            raise RecordingError("the scores do not depend on the tokens where the blocks end")
+        return slope.flatten(1, -2).to(accumulation_dtype(slope))
+
+
+def pooling_as_read(
+    recording: Recording,
+    prefix: int,
+    norms: Iterable[str],
+    blocks: Iterable[str] | None = None,
+    *,
+    neck: bool = False,
+    set_to: Pooling | None = None,
+) -> PoolingAsRead:
+    """The pooling of the head of one recorded pass; the arguments are those of ``PoolingAsRead``."""
+    return PoolingAsRead(recording, prefix, tuple(norms), None if blocks is None else tuple(blocks), neck, set_to)
+
+
+def _mixed(scores: Tensor | None) -> Tensor:
+    """One number that every score takes part in, no two of them alike."""
+    if scores is None or not scores.requires_grad:
+        raise RecordingError(
+            "the scores have no gradient at the transformer's tokens, so what the head reads cannot be seen; expected "
+            "a forward_func that returns the model's scores as they are (no no_grad, detach or argmax after it)"
+        )
+    with torch.enable_grad():
+        each = scores.reshape(len(scores), -1) if scores.dim() else scores.reshape(1, 1)
+        weights = torch.linspace(1, 2, each.shape[1], dtype=torch.float64, device=scores.device)
+        return (each * weights.to(scores.dtype)).sum()
+
+
+def _same_start(found: Pooling, other: Pooling, slope: Tensor) -> bool:
+    """Whether relevance would start with the same weights."""
+    if isinstance(found, UndefinedPooling):
+        return False
+    if isinstance(found, AttentionPooling) and isinstance(other, AttentionPooling):
+        return found.site is other.site and found.queries is None
+    return torch.allclose(*(one.start(len(slope), "mean").to(slope.dtype) for one in (found, other)), atol=1e-6)
 
 
 def _normed(recording: Recording, norms: Iterable[str]) -> list[Tensor]:
@@ -86,32 +203,6 @@ def _normed(recording: Recording, norms: Iterable[str]) -> list[Tensor]:
 
 def _outside(recording: Recording, blocks: Sequence[str]) -> list[AttentionSite]:
     return [site for site in recording.sites if not any(f"{site.module}.".startswith(f"{name}.") for name in blocks)]
-
-
-def _slope(recording: Recording, normed: Sequence[Tensor]) -> Tensor:
-    scores, end = recording.scores, recording.stream_end
-    if scores is None or end is None or not scores.requires_grad:
-        raise RecordingError(
-            "the scores have no gradient at the transformer's tokens, so what the head reads cannot be seen; expected "
-            "a forward_func that returns the model's scores as they are (no no_grad, detach or argmax after it)"
-        )
-    if not end.requires_grad:
-        raise RecordingError(
-            "the end of the stream is not in the graph of the scores, so what the head reads cannot be seen; expected "
-            "a model and forward_func without no_grad, detach or re-entrant checkpointing"
-        )
-    # One number that every score takes part in, no two of them alike.
-    with torch.enable_grad():
-        each = scores.reshape(len(scores), -1) if scores.dim() else scores.reshape(1, 1)
-        weights = torch.linspace(1, 2, each.shape[1], dtype=torch.float64, device=scores.device)
-        mixed = (each * weights.to(scores.dtype)).sum()
-    # A head may leave the norm unread, or read the stream beside it.
-    *after, before = torch.autograd.grad(mixed, [*normed, end], retain_graph=True, allow_unused=True)
-    seen = [slope for slope in (_channels_last(slope, end) for slope in after) if slope is not None]
-    slope = seen[0] if len(seen) == 1 and _only_through(seen[0], before) else before
-    if slope is None:
-        raise RecordingError("the scores do not depend on the tokens where the blocks end")
-    return slope.flatten(1, -2).to(accumulation_dtype(slope))
 
 
 def _channels_last(slope: Tensor | None, end: Tensor) -> Tensor | None:
@@ -136,12 +227,16 @@ def _reads_patches(site: AttentionSite, slope: Tensor, prefix: int) -> bool:
     return batch == len(slope) and slope.shape[1] - prefix <= keys <= slope.shape[1]
 
 
-def _attention_pooling(sites: Sequence[AttentionSite], count: int) -> AttentionPooling:
-    if len(sites) > 1:
-        raise UnsupportedModelError(
-            f"{len(sites)} attentions outside the blocks read the patches; expected one, which pools them"
-        )
-    return AttentionPooling("attention pooling", sites[0], count - sites[0].shape[3])
+def _attention_pooling(site: AttentionSite, count: int, mixed: Tensor) -> AttentionPooling:
+    """Of several queries (CoCa) those that the scores read."""
+    found = AttentionPooling("attention pooling", site, count - site.shape[3], seen=True)
+    if site.shape[2] == 1 or site.output is None:
+        return found
+    (slope,) = torch.autograd.grad(mixed, [site.output], retain_graph=True, allow_unused=True)
+    if slope is None:
+        return found
+    read = site.output_gradient(slope).ne(0).any(-1).any(1).any(0)
+    return found if bool(read.all()) else replace(found, queries=read.nonzero()[:, 0])
 
 
 def _name(groups: Sequence[Sequence[int]], prefix: int) -> str:
