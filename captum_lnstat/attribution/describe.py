@@ -24,15 +24,20 @@ def describe_pass(model: nn.Module, outcome: Pass, rule: Rule, settings: Setting
         grid=trace.grid,
         patch=trace.patch,
         prefix_tokens=trace.prefix,
-        pooling=trace.pooling.name,
+        pooling=", ".join([trace.pooling.name, *_earlier(outcome)]),
         outputs=tuple(outcome.output.shape),
         norms=len(outcome.recording.norms),
         residual=settings.residual,
         steps=tuple(replace(_describe_step(step, settings), norms=_inside(step.name, norms)) for step in trace.steps),
-        covers=trace.covers,
+        covers=" ".join(filter(None, [trace.covers, outcome.head.left_out])),
         rule=rule.name,
         formula=rule.formula,
     )
+
+
+def _earlier(outcome: Pass) -> list[str]:
+    """Where the head reads the stream besides its end."""
+    return [f"the stream after {read.name}" for read in outcome.head.reads if read.tokens is not None]
 
 
 def _inside(name: str, modules: list[str]) -> tuple[str, ...]:

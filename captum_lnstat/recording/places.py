@@ -54,7 +54,7 @@ class Places:
     def __bool__(self) -> bool:
         return bool(self._modules)
 
-    def __contains__(self, module: nn.Module | None) -> bool:
+    def __contains__(self, module: nn.Module) -> bool:
         return module in self._modules or module in self._before
 
     def mark(self, name: str, x: Tensor) -> Tensor:
@@ -76,10 +76,8 @@ class Places:
             return None
         torch.set_grad_enabled(self._entered.pop()[1])
         self.any_left = self.any_left or module in self._modules
-        first = output[0] if isinstance(output, tuple) and output else output
+        first = output[0] if type(output) is tuple and output else output
         if not isinstance(first, Tensor) or not first.is_floating_point() or torch.is_inference_mode_enabled():
             return None
         marked = self.mark(name, first)
-        if type(output) is tuple:
-            return (marked, *output[1:])
-        return marked if first is output else None
+        return marked if first is output else (marked, *output[1:])

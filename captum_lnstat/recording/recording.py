@@ -93,6 +93,11 @@ class Recording:
             raise RecordingError(f"module {module!r} ran {len(calls)} times in the forward pass; expected once")
         return calls[0]
 
+    def up_to_the_last(self, modules: Sequence[str]) -> Sequence[str]:
+        """Modules up to the last of them that ran: a model that gives early features stops after it."""
+        ran = [place for place, module in enumerate(modules) if module in self.calls]
+        return modules[: ran[-1] + 1] if ran else modules
+
     def site(self, module: str) -> AttentionSite:
         """The one attention site inside a module."""
         found = self._sites_inside.get(module, [])

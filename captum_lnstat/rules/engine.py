@@ -124,7 +124,7 @@ def run(
             returned = pick_output(returned, output)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         recording = replace(recorder.recording, scores=returned)
-        stream_end = _check_ran(recording, topology.model)
+        _check_ran(recording, topology.model)
         scores: tuple[Tensor, ...] = ()
         if contrastive:
             scores = tuple(contrast(returned, target) for target in targets)
@@ -133,6 +133,9 @@ def run(
         with torch.no_grad():
             check_seen(recording.call(topology.entrance).input.tensor, image)
             trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
+        # Where no score reads the end of the stream, nobody was given it.
+        stream_end = trace.end.detach().requires_grad_() if recording.stream_end is None else recording.stream_end
+        with torch.no_grad():
             check_stream(trace, stream_end)
         trace = replace(trace, training=topology.model.training)
         if starts and isinstance(trace.pooling, PoolingAsRead):
@@ -144,9 +147,9 @@ def run(
     return Pass(trace, recording, returned.detach(), head, leaf)
 
 
-def _check_ran(recording: Recording, model: nn.Module) -> Tensor:
-    """The end of the stream, if the model ran and returned numbers."""
-    if recording.stream_end is None:
+def _check_ran(recording: Recording, model: nn.Module) -> None:
+    """The model has to have run, and to have returned numbers."""
+    if not recording.calls and recording.stream_end is None:
         raise RecordingError(
             f"forward_func never ran {type(model).__name__} on this thread; expected exactly one pass of the model "
             "given as model="
@@ -154,4 +157,3 @@ def _check_ran(recording: Recording, model: nn.Module) -> Tensor:
     assert recording.scores is not None
     if not bool(torch.isfinite(recording.scores).all()):
         raise RecordingError("the model's output is not finite: a NaN or an overflow on the way makes every map wrong")
-    return recording.stream_end

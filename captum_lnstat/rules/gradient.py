@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.errors import RecordingError, UnsupportedModelError, warn_caller
 from captum_lnstat.recording.attention_backward import Feed, Observer
 from captum_lnstat.recording.fusion import Fuser
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, Queries, SoftmaxSite
@@ -18,6 +18,7 @@ from captum_lnstat.recording.statistics import accumulation_dtype
 from captum_lnstat.rules.checks import check_start, reads
 from captum_lnstat.rules.head import check_differentiable, gradients
 from captum_lnstat.rules.perception import ShareOf
+from captum_lnstat.rules.reads import reads_elsewhere
 from captum_lnstat.rules.relation import Propagated, add_product, queries_wanted
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import layer_rule_names, register
@@ -88,6 +89,11 @@ def gradient(outcome: Pass, settings: Settings, share: ShareOf | None = None) ->
             "a model and forward_func without no_grad, detach or re-entrant checkpointing"
         )
     check_differentiable(score)
+    if reads_elsewhere(score, outcome.head.stream_end, outcome.image):
+        warn_caller(
+            "the score reads the image besides the end of the residual stream, and rule='gradient' begins at that end "
+            "alone: rule='lnstat' and 'evidence' begin at every place of the stream that is read"
+        )
     rolled = _BackwardWalk(trace, settings, positive_gradients(trace, settings, _start(trace, score, settings), share))
     first, *others = trace.blocks
     waiting = [_AtBlock(block, rolled) for block in others]

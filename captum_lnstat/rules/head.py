@@ -95,12 +95,16 @@ class Head:
             if score.requires_grad:
                 check_start(self.trace, reads(_slope(score, self.stream_end, bool(self.reads))))
 
+    @cached_property
+    def left_out(self) -> str:
+        """What no map holds, since the scores read it by another path than the residual stream; empty if nothing."""
+        beside = [read for read in self.reads if read.tokens is None]
+        return left_out(beside, self._share_of(beside) if self.scores else None) if beside else ""
+
     def _say_what_is_left_out(self, class_specific: bool) -> None:
         """Warn of what a map leaves out of the scores, which are read besides the end of the stream."""
-        beside = [read for read in self.reads if read.tokens is None]
-        if beside:
-            share = self._share_of(beside) if self.scores else None
-            warn_caller(left_out(beside, share))
+        if self.left_out:
+            warn_caller(self.left_out)
         earlier = [read.name for read in self.reads if read.tokens is not None]
         if earlier and not class_specific:
             warn_caller(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from captum_lnstat.recording.places import IMAGE
 from captum_lnstat.recording.recording import Recording
@@ -67,15 +67,21 @@ def _read(name: str, edge: GradientEdge, recording: Recording, trace: Trace, ima
     return Read(name, edge, value)
 
 
-def _reached(node: Any) -> set[Any]:
-    """The nodes of the graph that a node depends on."""
+def _reached(node: Any, stop: Any = None) -> set[Any]:
+    """The nodes of the graph that a node depends on, but for what another one depends on."""
     reached, waiting = {node}, [node]
     while waiting:
         for before, _ in waiting.pop().next_functions:
-            if before is not None and before not in reached:
+            if before is not None and before is not stop and before not in reached:
                 reached.add(before)
                 waiting.append(before)
     return reached
+
+
+def reads_elsewhere(score: Tensor, stream_end: Tensor, image: Tensor) -> bool:
+    """Whether a score reads the image by another way than through the end of the stream, all of it in one graph."""
+    past = _reached(score.grad_fn, stop=get_gradient_edge(stream_end).node)
+    return get_gradient_edge(image).node in past
 
 
 def same_memory(one: Tensor, another: Tensor) -> bool:

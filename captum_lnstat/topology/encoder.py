@@ -58,8 +58,9 @@ class EncoderTopology(BlockTopology):
         embedding, neck = self._around_blocks(recording)
         grid = grid_of(recording, list(embedding)[-1])
         patch = patch_of(embedding, recording, grid, image_size)
-        layouts = {name: _layout(name, block, recording, batch, grid) for name, block in self.blocks.items()}
-        blocks = tuple(residual_block(name, block, recording, layouts[name]) for name, block in self.blocks.items())
+        ran = {name: self.blocks[name] for name in recording.up_to_the_last(list(self.blocks))}
+        layouts = {name: _layout(name, block, recording, batch, grid) for name, block in ran.items()}
+        blocks = tuple(residual_block(name, block, recording, layouts[name]) for name, block in ran.items())
         tokens = blocks[0].before
         prefix = tokens.shape[1] - grid[0] * grid[1]
         if prefix < 0:
@@ -74,7 +75,7 @@ class EncoderTopology(BlockTopology):
     def _around_blocks(self, recording: Recording) -> tuple[dict[str, nn.Conv2d], dict[str, nn.Conv2d]]:
         """The convolutions that ran before the first block, and those that ran after the last."""
         order = list(recording.calls)
-        names = list(self.blocks)
+        names = recording.up_to_the_last(list(self.blocks))
         first, last = order.index(names[0]), order.index(names[-1])
         ran = [(order.index(name), name) for name in self.convolutions if name in recording.calls]
         before, after = ([name for place, name in ran if place < first], [name for place, name in ran if place > last])

@@ -67,16 +67,16 @@ class PlainTopology(Topology):
         return blocks
 
     @property
-    def head_begins(self) -> nn.Module:
-        head: nn.Module = self.model.norm
-        return head
+    def head_follows(self) -> nn.Module:
+        last: nn.Module = self.model.blocks[-1]
+        return last
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         model, own = self.model, int(self.model.num_prefix_tokens)
         layout = WholeImage()
-        blocks = tuple(
-            residual_block(f"blocks.{name}", block, recording, layout) for name, block in model.blocks.named_children()
-        )
+        named = {f"blocks.{name}": block for name, block in model.blocks.named_children()}
+        ran = recording.up_to_the_last(list(named))
+        blocks = tuple(residual_block(name, named[name], recording, layout) for name in ran)
         tokens = blocks[0].before
         grid = self._grid(recording, image_size)
         prefix = tokens.shape[1] - grid[0] * grid[1]

@@ -81,19 +81,15 @@ class WindowedTopology(Topology):
         return found
 
     @property
-    def head_begins(self) -> nn.Module | None:
-        return self._last_norm
-
-    @property
-    def head_follows(self) -> nn.Module | None:
-        """The last block, where no norm of the model follows it: a head of one's own may, or the block's own norm."""
-        return None if self._last_norm is not None else self._steps[-1]
+    def head_follows(self) -> nn.Module:
+        last: nn.Module = self._steps[-1]
+        return last
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         grid = first_grid = grid_of(recording, self._names[id(self._patches)])
         steps: list[Step] = []
-        for module in self._steps:
-            name = self._names[id(module)]
+        ran = recording.up_to_the_last([self._names[id(module)] for module in self._steps])
+        for name, module in zip(ran, self._steps, strict=False):
             tokens = recording.call(name).input.read()
             _check_grid(name, tokens, grid)
             if _is_merging(module):
@@ -103,15 +99,14 @@ class WindowedTopology(Topology):
                 steps.append(residual_block(name, module, recording, _layout(module, tokens, grid)))
                 last = trailing_norm(name, module, recording, grid)
                 steps += [] if last is None else [last]
-        pooling = self._pooling(recording)
+        pooling = self._pooling(recording, ran[-1])
         return Trace(self.family, tuple(steps), steps[0].before, 0, first_grid, self._patches.kernel_size, pooling)
 
-    def _pooling(self, recording: Recording) -> Pooling:
+    def _pooling(self, recording: Recording, last: str) -> Pooling:
         norms = [] if self._last_norm is None else [self._names[id(self._last_norm)]]
         set_to: Pooling | None = None
         if _pools_by_mean(self.model, self._steps):
-            assert recording.stream_end is not None
-            tokens = stream(recording.stream_end.detach())
+            tokens = stream(recording.call(last).output.read())
             weights = tokens.new_full((tokens.shape[1],), 1 / tokens.shape[1])
             set_to = FixedPooling("mean of the tokens", weights)
         elif recording.scores is None or not recording.scores.requires_grad:

@@ -54,6 +54,11 @@ class Trace:
         """The blocks alone, first to last."""
         return tuple(step for step in self.steps if isinstance(step, Block))
 
+    @property
+    def end(self) -> Float[Tensor, "batch token channel"]:
+        """The residual stream after the last step, where the head begins."""
+        return self.steps[-1].after
+
     def above(self, block: Block, *, into: bool) -> Trace:
         """The way from ``block`` to the head, as if its tokens were the patch tokens of the image.
 

@@ -85,7 +85,10 @@ class PoolingAsRead:
     @property
     def name(self) -> str:
         """Shown by ``describe``."""
-        return self.found.name
+        try:
+            return self.found.name
+        except RecordingError:
+            return "nothing at the end of the blocks"
 
     def start(self, batch: int, fusion: HeadFusion) -> Float[Tensor, "batch token"]:
         """Weights of the tokens, the same for every class."""
@@ -139,7 +142,12 @@ class PoolingAsRead:
     def _slope(self, mixed: Tensor) -> Float[Tensor, "batch token channel"]:
         """The gradient of a number at the tokens: behind the norms there, if it reads them through these alone."""
         end = self.recording.stream_end
-        if end is None or not end.requires_grad:
+        if end is None:
+            raise RecordingError(
+                "no score reads the tokens where the blocks end, and this rule begins there; rule='lnstat' and "
+                "'evidence' begin wherever the score reads them"
+            )
+        if not end.requires_grad:
             raise RecordingError(
                 "the end of the stream is not in the graph of the scores, so what the head reads cannot be seen; "
                 "expected a model and forward_func without no_grad, detach or re-entrant checkpointing"

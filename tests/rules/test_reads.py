@@ -1,0 +1,268 @@
+"""Scores that read the image elsewhere than at the end of the residual stream: earlier, or by another path."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.contract import images, swin, vit
+from torch import Tensor, nn
+
+from captum_lnstat import LayerLNStat, LNStatAttribution
+from captum_lnstat.doctor import examine
+
+Pipeline = Callable[[Tensor], Tensor]
+
+
+def _probe(width: int, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(width, 3)
+
+
+def _head_of_blocks(model: nn.Module, places: tuple[int, ...], norm: bool) -> Pipeline:
+    """The sum of a Linear for the class token of each of some blocks, as linear probes of DINOv2 have."""
+    probes = [_probe(32, place) for place in places]
+
+    def scores(x: Tensor) -> Tensor:
+        found = model.forward_intermediates(
+            x, indices=list(places), norm=norm, return_prefix_tokens=True, intermediates_only=True
+        )
+        return sum(
+            probe(prefix[:, 0] + patches.mean((2, 3))) for probe, (patches, prefix) in zip(probes, found, strict=True)
+        )
+
+    return scores
+
+
+def _cut(model: nn.Module, blocks: int) -> nn.Module:
+    """The first blocks of a ViT, with its own norm at their end."""
+    cut = copy.deepcopy(model)
+    cut.blocks = cut.blocks[:blocks]
+    return cut
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_evidence_of_several_blocks_is_the_sum_of_that_of_models_cut_there(norm: bool) -> None:
+    model, x, places = vit(), images(2), (0, 1, 2)
+    found = LNStatAttribution(_head_of_blocks(model, places, norm), model, rule="evidence").relevance(x, target=1)
+    expected = torch.zeros_like(found)
+    for place in places:
+        alone = _cut(model, place + 1)
+        pipeline = _head_of_blocks(alone, (place,), norm)
+        expected += LNStatAttribution(pipeline, alone, rule="evidence").relevance(x, target=1)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
+def _two_scales(model: nn.Module, weights: tuple[float, float]) -> Pipeline:
+    probes = [_probe(width, width) for width in (model.num_features // 2, model.num_features)]
+
+    def scores(x: Tensor) -> Tensor:
+        found = model.forward_intermediates(x, norm=False, intermediates_only=True)
+        return sum(w * probe(f.mean((2, 3))) for w, probe, f in zip(weights, probes, found, strict=True))
+
+    return scores
+
+
+def test_evidence_of_two_stages_of_a_swin_is_linear_in_them_and_complete() -> None:
+    model, x = swin(), images(2)
+    both = LNStatAttribution(_two_scales(model, (1.0, 1.0)), model, rule="evidence")
+    _, delta = both.attribute(x, target=2, return_convergence_delta=True)
+    assert float(delta.abs().max()) < 1e-4
+    parts = [
+        LNStatAttribution(_two_scales(model, weights), model, rule="evidence").relevance(x, target=2)
+        for weights in ((1.0, 0.0), (0.0, 1.0))
+    ]
+    assert all(float(part.abs().max()) > 0 for part in parts)
+    assert torch.allclose(both.relevance(x, target=2), sum(parts), rtol=1e-4, atol=1e-5)
+    # The first stage alone, in a model that has no more of it.
+    first = copy.deepcopy(model)
+    first.layers = first.layers[:1]
+    first.norm = nn.Identity()
+    probe = _probe(model.num_features // 2, model.num_features // 2)
+    alone = LNStatAttribution(lambda x: probe(first.forward_features(x).mean((1, 2))), first, rule="evidence")
+    assert torch.allclose(alone.relevance(x, target=2), parts[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stage_below_the_last_alone() -> None:
+    model, x = swin(), images(1)
+    pipeline = _two_scales(model, (1.0, 0.0))
+    assert float(LNStatAttribution(pipeline, model).relevance(x, target=0).max()) > 0
+
+
+def test_many_targets_one_by_one_and_batches() -> None:
+    model, x = vit(), images(3)
+    method = LNStatAttribution(_head_of_blocks(model, (0, 2), True), model, rule="evidence")
+    together = method.relevance_per_target(x, [0, 1, 2])
+    for target in range(3):
+        one_by_one = torch.cat([method.relevance(image[None], target=target) for image in x])
+        assert torch.allclose(together[target], one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_the_layer_form_puts_the_rest_into_the_constant() -> None:
+    model, x = vit(), images(1)
+    pipeline = _head_of_blocks(model, (0, 2), True)
+    for layer in model.blocks:
+        found = LayerLNStat(pipeline, layer, model=model, rule="evidence").attribute(x, target=1)
+        assert torch.isfinite(found).all()
+        assert float(found.abs().max()) > 0
+
+
+class _Beside(nn.Module):
+    """A ViT, and a small network that reads the image by itself, before or after it, inside or outside of it."""
+
+    def __init__(self, place: str, weight: float) -> None:
+        super().__init__()
+        self.vit, self.place, self.weight = vit(), place, weight
+        torch.manual_seed(0)
+        self.other = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.place == "skip":
+            return self.vit(x) + self.weight * self.head(x.mean((2, 3)).repeat(1, 3)[:, :8])
+        if self.place == "before":
+            seen = self.other(x)
+            return self.vit(x) + self.weight * self.head(seen)
+        return self.vit(x) + self.weight * self.head(self.other(x))
+
+
+@pytest.mark.parametrize("rule", ["lnstat", "evidence", "rollout"])
+@pytest.mark.parametrize("place", ["before", "after", "skip"])
+def test_another_path_is_said_and_the_map_is_that_of_the_transformer(place: str, rule: str) -> None:
+    model, x = _Beside(place, 1.0), images(2)
+    with pytest.warns(UserWarning, match="by another path than the residual stream") as said:
+        found = LNStatAttribution(model, rule=rule).relevance(x, target=1)
+    assert torch.allclose(found, LNStatAttribution(model.vit, rule=rule).relevance(x, target=1), atol=1e-5)
+    assert "the image" in str(said[0].message)
+
+
+def test_the_share_of_another_path_grows_with_it() -> None:
+    x, shares = images(1), []
+    for weight in (0.1, 1.0, 10.0):
+        model = _Beside("skip", weight)
+        model.head.bias.data.zero_()
+        with pytest.warns(UserWarning, match="to first order") as said:
+            LNStatAttribution(model, rule="evidence").relevance(x, target=1)
+        shares.append(int(re.search(r"about (\d+)%", str(said[0].message)).group(1)))
+    assert shares[0] < shares[1] < shares[2]
+
+
+def test_the_doctor_says_it_too() -> None:
+    assert "another path" in str(examine(_Beside("after", 1.0), (32, 32)))
+    assert "another path" not in str(examine(vit(), (32, 32)))
+
+
+def test_a_class_agnostic_rule_says_where_it_does_not_begin() -> None:
+    model = vit()
+    with pytest.warns(UserWarning, match=r"blocks\.0, too; a class-agnostic rule begins at its end alone"):
+        LNStatAttribution(_head_of_blocks(model, (0, 2), False), model, rule="rollout").relevance(images(1))
+
+
+@pytest.mark.parametrize("rule", ["gradient"])
+@pytest.mark.parametrize("build", [lambda: _Beside("after", 1.0), lambda: _Several()])
+def test_rules_with_the_whole_graph_say_it(rule: str, build: Callable[[], nn.Module]) -> None:
+    with pytest.warns(UserWarning, match="besides the end of the residual stream"):
+        LNStatAttribution(build(), rule=rule).relevance(images(1), target=1)
+
+
+class _Several(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit()
+        self.scores = _head_of_blocks(self.vit, (0, 2), True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x)
+
+
+@pytest.mark.parametrize("build", [vit, swin])
+@pytest.mark.parametrize("rule", ["lnstat", "evidence", "rollout", "gradient"])
+def test_nothing_is_said_of_a_model_that_reads_its_end(rule: str, build: Callable[[], nn.Module]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LNStatAttribution(build(), rule=rule).relevance(images(1), target=1)
+
+
+def _collecting(model: nn.Module) -> tuple[Pipeline, list[Any]]:
+    """A probe on what a hook of the user's, older than any of ours, sees a block return."""
+    seen: list[Tensor] = []
+    handle = model.blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    probe = _probe(32)
+
+    def scores(x: Tensor) -> Tensor:
+        seen.clear()
+        model(x)
+        return probe(seen[-1].mean(1))
+
+    return scores, [handle]
+
+
+def test_features_that_a_hook_collects() -> None:
+    model, x = vit(), images(2)
+    pipeline, (handle,) = _collecting(model)
+    found = [LNStatAttribution(pipeline, model, rule="evidence").relevance(x, target=1) for _ in range(2)]
+    handle.remove()
+    cut, probe = _cut(model, 2), _probe(32)
+    cut.norm = nn.Identity()
+    expected = LNStatAttribution(lambda x: probe(cut.forward_features(x).mean(1)), cut, rule="evidence")
+    assert torch.equal(found[0], found[1])
+    assert torch.allclose(found[0], expected.relevance(x, target=1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_hook_that_changes_what_the_last_block_returns_is_part_of_the_model() -> None:
+    model, x = vit(), images(1)
+    plain = LNStatAttribution(model).relevance(x, target=1)
+    handle = model.blocks[-1].register_forward_hook(lambda module, inputs, output: output * 1.0)
+    assert torch.equal(LNStatAttribution(model).relevance(x, target=1), plain)
+    handle.remove()
+
+
+@pytest.mark.parametrize("caller", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_the_grad_mode_and_the_hooks_stay_as_they_are(caller: Callable[[], Any]) -> None:
+    model, x = vit(), images(1)
+    pipeline = _head_of_blocks(model, (0, 2), True)
+    with caller():
+        before = torch.is_grad_enabled()
+        LNStatAttribution(pipeline, model).relevance(x, target=1)
+        assert torch.is_grad_enabled() == before
+        with pytest.raises(ZeroDivisionError):
+            LNStatAttribution(lambda x: pipeline(x) / 0 if 1 / 0 else x, model).relevance(x, target=1)
+        assert torch.is_grad_enabled() == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_blocks_that_never_ran_are_no_part_of_the_model(norm: bool) -> None:
+    model, x, probe = vit(), images(2), _probe(32)
+
+    def early(x: Tensor) -> Tensor:
+        (seen,) = model.forward_intermediates(x, indices=[1], norm=norm, stop_early=True, intermediates_only=True)
+        return probe(seen.mean((2, 3)))
+
+    cut = _cut(model, 2)
+    cut.norm = cut.norm if norm else nn.Identity()
+    whole = LNStatAttribution(lambda x: probe(cut.forward_features(x)[:, 1:].mean(1)), cut)
+    assert torch.allclose(
+        LNStatAttribution(early, model).relevance(x, target=1), whole.relevance(x, target=1), atol=1e-6
+    )
+
+
+def test_stages_of_a_swin_that_never_ran_are_no_part_of_it() -> None:
+    model, x = swin(), images(1)
+    probe = _probe(model.num_features // 2)
+
+    def early(x: Tensor) -> Tensor:
+        (seen,) = model.forward_intermediates(x, indices=[0], stop_early=True, norm=False, intermediates_only=True)
+        return probe(seen.mean((2, 3)))
+
+    attribution, delta = LNStatAttribution(early, model, rule="evidence").attribute(
+        x, target=1, return_convergence_delta=True
+    )
+    assert float(attribution.abs().max()) > 0
+    assert float(delta.abs().max()) < 1e-4
