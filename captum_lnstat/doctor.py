@@ -12,6 +12,7 @@ from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.description import Description
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.rules import find_rule, rule_names
+from captum_lnstat.topology.anatomy.images import channels
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def examine(model: nn.Module, image_size: tuple[int, int]) -> Examination:
     """
     parameter = next(model.parameters(), torch.zeros(()))
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(1, 3, *image_size, generator=random).to(parameter)
+    images = torch.randn(1, channels(model), *image_size, generator=random).to(parameter)
     rules: dict[str, str | None] = {}
     try:
         description = LNStatAttribution(model).describe(images)

@@ -15,7 +15,7 @@ from torch import Tensor
 from captum_lnstat.attribution.base import explain_batch
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.attribution.pixels import to_pixels
-from captum_lnstat.errors import SourceError
+from captum_lnstat.errors import SourceError, one_line
 from captum_lnstat.explanation.explanation import Explanation, pixels_of
 from captum_lnstat.explanation.prediction import Prediction
 from captum_lnstat.explanation.subject.classes import find_class
@@ -81,9 +81,14 @@ class Explainer:
         if item.picture is None:
             assert item.inputs is not None
             # The probe says what the transform subtracts; the input is taken to have gone through it.
-            view = replace(self._view((item.inputs.shape[2], item.inputs.shape[1])), measured=None)
+            size = (item.inputs.shape[2], item.inputs.shape[1])
+            shown = len(item.inputs) in (1, 3)
+            view = replace(self._view(size), measured=None) if shown else View((), (), size[::-1], size)
             return Prepared(item, item.inputs, _picture(item.inputs, view), view)
         inputs = self.subject.transform(item.picture)
+        if not isinstance(inputs, Tensor) or inputs.ndim != 3:
+            shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise SourceError(f"the transform made {shape} of an image; expected a tensor (channel, height, width)")
         view = self._view(item.picture.size)
         return Prepared(item, inputs, _picture(inputs, view), view)
 
@@ -100,7 +105,8 @@ class Explainer:
     def predict(self, inputs: Tensor) -> list[Prediction]:
         """What the model makes of every image."""
         with torch.no_grad():
-            scores = pick_output(self.subject.model(self.placed(inputs)), self.output).detach().float().cpu()
+            returned = self._run(self.placed(inputs))
+            scores = pick_output(returned, self.output).detach().float().cpu()
         if scores.dim() != 2:
             raise SourceError(
                 f"the model returned scores of shape {tuple(scores.shape)}; expected (image, class). A model with "
@@ -117,6 +123,18 @@ class Explainer:
             Prediction(int(row.argmax()), None if count == 1 else likely[place], names)
             for place, row in enumerate(scores)
         ]
+
+    def _run(self, inputs: Tensor) -> Any:
+        try:
+            return self.subject.model(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+            raise SourceError(
+                f"the model cannot be run on an input of shape {tuple(inputs.shape)}, {type(error).__name__}: "
+                f"{one_line(error)}. In Python, pass transform=, from a Pillow image to what the model takes, or such "
+                "an input, a floating tensor"
+            ) from error
 
     def relevance(self, inputs: Tensor, targets: list[int] | None) -> tuple[Trace, Tensor]:
         """The trace of the images' pass, and their relevance on the patch grid."""
@@ -156,7 +174,8 @@ class Explainer:
                 box=each.view.box,
                 patch=trace.patch,
                 covers=trace.covers,
-                cautions=self.cautions(prediction, target, picture=each.item.picture is not None),
+                cautions=self.cautions(prediction, target, picture=each.item.picture is not None)
+                + _shown(len(each.inputs)),
             )
             for place, (each, prediction, target) in enumerate(zip(prepared, predictions, classes, strict=True))
         ]
@@ -181,12 +200,15 @@ class Explainer:
         return self.explain([each for each, _ in waiting], [target for _, target in waiting]) if waiting else []
 
 
+def _shown(channels: int) -> tuple[str, ...]:
+    return () if channels in (1, 3) else (f"the input has {channels} channels; the picture shows their mean",)
+
+
 def _picture(inputs: Tensor, view: View) -> Image.Image:
-    """The input with its normalisation undone; a single channel is shown as grey."""
+    """The input with its normalisation undone; a single channel is shown as grey, and so is the mean of others."""
     if len(inputs) not in (1, 3) or len(view.mean) != len(inputs):
-        raise SourceError(
-            f"the model's input has shape {tuple(inputs.shape)}, its transform {len(view.mean)} channels; expected an "
-            "image of 3 channels or 1"
-        )
+        mean = inputs.detach().double().mean(0, keepdim=True)
+        low, high = float(mean.min()), float(mean.max())
+        inputs, view = mean, replace(view, mean=(-low / max(high - low, 1e-12),), std=(1 / max(high - low, 1e-12),))
     pixels = to_picture(inputs.expand(3, -1, -1), view.mean, view.std)
     return Image.fromarray((pixels * 255).round().astype(np.uint8))

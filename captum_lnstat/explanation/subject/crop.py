@@ -43,6 +43,7 @@ class View:
         image_size: Width and height of the image.
         measured: Left, top, right and bottom of what the model sees, in pixels of the image, as they were measured;
             nothing if that is no upright rectangle, as for a transform that pads, turns or draws at random.
+        normalised: White becomes more than black in every channel, so that ``mean`` and ``std`` could be measured.
     """
 
     mean: tuple[float, ...]
@@ -50,6 +51,7 @@ class View:
     size: tuple[int, int]
     image_size: tuple[int, int]
     measured: Box | None = None
+    normalised: bool = True
 
     @property
     def box(self) -> Box | None:
@@ -85,9 +87,9 @@ def measure(transform: Callable[[Image.Image], Tensor], size: tuple[int, int], l
         ([16.0, 8.0, 48.0, 40.0], [0.5, 0.5, 0.5])
     """
     view = replace(like, image_size=size, measured=None) if like else _normalisation(transform, size)
-    if len(view.mean) != 3:
+    if not view.normalised:
         return view
-    ramps = _through(transform, _ramps(size)) * np.reshape(view.std, (3, 1, 1)) + np.reshape(view.mean, (3, 1, 1))
+    ramps = _two(transform, _ramps(size), view)
     columns, rows = _line(ramps[0], size[0]), _line(ramps[1].T, size[1])
     if columns is None or rows is None:
         return view
@@ -101,7 +103,7 @@ def _normalisation(transform: Callable[[Image.Image], Tensor], size: tuple[int, 
     low, high = np.median(black, (1, 2)), np.median(white, (1, 2))
     inner = (black.shape[1], black.shape[2])
     if black.shape != white.shape or not (high > low).all():
-        return View((0.0,) * len(low), (1.0,) * len(low), inner, size)
+        return View((0.0,) * len(low), (1.0,) * len(low), inner, size, normalised=False)
     std = 1 / (high - low)
     # float32 measures no finer; transforms are given fewer digits.
     mean, std = np.round(-low * std, 6), np.round(std, 6)
@@ -110,6 +112,20 @@ def _normalisation(transform: Callable[[Image.Image], Tensor], size: tuple[int, 
 
 def _through(transform: Callable[[Image.Image], Tensor], image: Image.Image) -> Float[np.ndarray, "channel row column"]:
     return np.asarray(transform(image).detach().cpu().double().numpy())
+
+
+def _two(
+    transform: Callable[[Image.Image], Tensor], image: Image.Image, view: View
+) -> Float[np.ndarray, "2 row column"]:
+    """Red and green of an image after the transform, its normalisation undone.
+
+    Of a transform to another number of channels than three: each as a grey image, and the mean of the channels.
+    """
+    mean, std = np.reshape(view.mean, (-1, 1, 1)), np.reshape(view.std, (-1, 1, 1))
+    if len(view.mean) == 3:
+        return np.asarray((_through(transform, image) * std + mean)[:2])
+    greys = (Image.merge("RGB", (band,) * 3) for band in image.split()[:2])
+    return np.stack([(_through(transform, grey) * std + mean).mean(0) for grey in greys])
 
 
 def _ramps(size: tuple[int, int]) -> Image.Image:
@@ -154,7 +170,7 @@ def _sharper(transform: Callable[[Image.Image], Tensor], view: View) -> View:
     bars[..., 1] += np.linspace(0, _LEVELS, width, dtype=np.uint8)
     bars[:, slice(*across), 0] += _CONTRAST
     bars[slice(*down), :, 1] += _CONTRAST
-    values = 255 * _through(transform, Image.fromarray(bars))[:2] * np.reshape(view.std[:2], (2, 1, 1))
+    values = 255 * _two(transform, Image.fromarray(bars), view)
     columns, rows = _ends(values[0], across), _ends(values[1].T, down)
     if columns is None or rows is None:
         return view

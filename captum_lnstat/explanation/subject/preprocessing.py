@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from captum_lnstat.errors import SourceError
 from captum_lnstat.explanation.subject.crop import measure
 from captum_lnstat.recording.eager import eager
+from captum_lnstat.topology.anatomy.images import channels, image_size, speaker, timm_configuration
 
 # What most models of ImageNet's classes were trained with: resized to 256 for a crop of 224, these statistics.
 IMAGENET_MEAN, IMAGENET_STD, IMAGENET_CROP = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875
+_USUAL: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": IMAGENET_CROP}
 _PROBE = (320, 240)
 
 
@@ -48,8 +50,10 @@ def preprocessing_of(model: nn.Module, *, download: bool = False) -> Preprocessi
     """The preprocessing that a model of timm or Hugging Face brings along, or the usual one for ImageNet.
 
     Args:
-        model: The model. A torchvision model does not know which weights it was given, so its transform is not known;
-            the usual one is taken, in the size that the model expects.
+        model: The model, or a module that holds it: then the preprocessing of the model inside, which is assumed. A
+            torchvision model does not know which weights it was given, so its transform is not known; the usual one
+            is taken, in the size that the model expects. Of a model of one channel images become grey; one of any
+            other number gets a transform that raises a SourceError.
         download: Hugging Face's image processor may be downloaded, if it is not on this machine.
 
     Example:
@@ -59,37 +63,48 @@ def preprocessing_of(model: nn.Module, *, download: bool = False) -> Preprocessi
         torch.Size([3, 224, 224])
     """
     model = eager(model)
-    inner = getattr(model, "timm_model", model)  # transformers' wrapper around timm's models
-    if isinstance(getattr(inner, "pretrained_cfg", None), dict):
-        return _of_timm(inner)
-    if _library(model) == "transformers":
-        found = _of_transformers(model, download)
-        if found is not None:
-            return found
-    options = {"interpolation": "bicubic", "crop_pct": IMAGENET_CROP}
-    transform = _standard(image_size(model), IMAGENET_MEAN, IMAGENET_STD, **options)
+    inner = speaker(model)
+    found = _own(getattr(inner, "timm_model", inner), inner, download)
+    if inner is not model and not found.assumed:
+        # What the wrapper does to images before it gives them on is not known.
+        return replace(found, source=f"that of the {type(inner).__name__} inside it", assumed=True)
+    return found
+
+
+def _own(timm_model: Any, model: Any, download: bool) -> Preprocessing:
+    """What a model says of its images, and the usual one where it says nothing."""
+    count = channels(model)
+    if count not in (1, 3):
+        return Preprocessing(_none_for(model, count), "its own")
+    if timm_configuration(timm_model) is not None:
+        return _of_timm(timm_model, count)
+    found = _of_transformers(model, download) if _library(model) == "transformers" else None
+    if found is not None:
+        return found
+    transform = _standard(image_size(model), *_as_many(count, IMAGENET_MEAN, IMAGENET_STD), **_USUAL)
     return Preprocessing(transform, "the usual one for ImageNet", assumed=True)
+
+
+def _as_many(count: int, *statistics: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+    """Statistics of red, green and blue for a model of one channel: their mean; else as they are."""
+    return tuple((sum(each) / len(each),) if count == 1 else each for each in statistics)
+
+
+def _none_for(model: nn.Module, count: int) -> Callable[[Image.Image], Tensor]:
+    def transform(image: Image.Image) -> Tensor:
+        raise SourceError(
+            f"the images of {type(model).__name__} have {count} channels, which a picture does not have. In Python, "
+            f"pass transform=, from a Pillow image to ({count}, height, width), or give the input itself, a floating "
+            "tensor"
+        )
+
+    return transform
 
 
 def preprocessing_of_weights(weights: Any) -> Preprocessing:
     """The transform that comes with weights of torchvision."""
     transform = weights.transforms()
     return Preprocessing(transform, "torchvision weights", interpolation=transform.interpolation.value)
-
-
-def image_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the images that a model expects, 224 if it does not say."""
-    config, embedding = getattr(model, "config", None), getattr(model, "patch_embed", None)
-    if isinstance(given := getattr(model, "pretrained_cfg", None), dict):
-        return int(given["input_size"][1]), int(given["input_size"][2])
-    for owner in (config, model, embedding):
-        for name in ("image_size", "img_size"):
-            size = getattr(owner, name, None)
-            if isinstance(size, int) and size > 0:
-                return size, size
-            if isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(side, int) for side in size):
-                return int(size[0]), int(size[1])
-    return 224, 224
 
 
 def _library(model: nn.Module) -> str:
@@ -99,13 +114,16 @@ def _library(model: nn.Module) -> str:
     return next((package for package in packages if package in known), "")
 
 
-def _of_timm(model: Any) -> Preprocessing:
+def _of_timm(model: Any, count: int) -> Preprocessing:
     config = resolve_model_data_config(model)
-    # What the configuration says is the size of the pretrained weights; the model may have been made for another.
-    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if isinstance(own, tuple) and len(own) == 2:
-        config["input_size"] = (config["input_size"][0], *own)
-    return Preprocessing(create_transform(**config, is_training=False), "timm", interpolation=config["interpolation"])
+    size, mean, std = image_size(model), config["mean"], config["std"]
+    if count != len(mean):
+        mean, std = _as_many(count, mean, std)
+    options = {name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")}
+    # The statistics are those of three channels: for another number of them they are a guess.
+    assumed = count != len(config["mean"])
+    source = "timm's, averaged over the channels," if assumed else "timm"
+    return Preprocessing(_standard(size, mean, std, **options), source, assumed, config["interpolation"])
 
 
 def _of_transformers(model: Any, download: bool) -> Preprocessing | None:
@@ -138,4 +156,4 @@ def _standard(
 ) -> Callable[[Image.Image], Tensor]:
     shape = (len(mean), *size)
     transform: Callable[[Image.Image], Tensor] = create_transform(shape, False, mean=mean, std=std, **options)
-    return transform
+    return transform if len(mean) == 3 else lambda image: transform(image.convert("L"))

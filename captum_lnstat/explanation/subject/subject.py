@@ -19,11 +19,11 @@ from captum_lnstat.explanation.subject.checkpoints import load_checkpoint, read_
 from captum_lnstat.explanation.subject.classes import class_count, class_names_of, find_class
 from captum_lnstat.explanation.subject.preprocessing import (
     Preprocessing,
-    image_size,
     preprocessing_of,
     preprocessing_of_weights,
 )
 from captum_lnstat.explanation.subject.progress import progress
+from captum_lnstat.topology.anatomy.images import image_size
 from captum_lnstat.zoo import ReferenceModel
 
 
