@@ -144,6 +144,6 @@ def test_an_input_that_the_model_does_not_take() -> None:
 
 def test_doctor_gives_the_model_its_channels() -> None:
     for model in (VisionTransformer(32, in_chans=4, **VIT), swin(1)):
-        found = examine(model.eval(), (32, 32))
+        found = examine(trained(model), (32, 32))
         assert found.refusal is None, found.refusal
         assert found.description is not None
