@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -51,11 +53,25 @@ class OneLineGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _one_line_errors():
+            with _one_line_errors(), _current_folder():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             ctx.exit(INTERRUPTED)
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Modules in the current folder can be imported, after all that are installed: nothing there gets in their way."""
+    here = str(Path.cwd())
+    added = not {here, ""} & set(sys.path)
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
 
 
 @contextmanager

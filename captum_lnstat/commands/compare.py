@@ -100,6 +100,8 @@ def compare(
     subject = read_model(name, **model)
     wanted = subject.find(target)
     warn(subject.cautions())
+    if subject.weights:
+        click.echo(f"weights: {subject.weights}", err=True)
     explainer = Explainer(subject)
     columns: list[ComparedImage] = []
     records: list[dict[str, Any]] = []

@@ -28,6 +28,7 @@ from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.explanation import Explanation, unique_names
 from captum_lnstat.explanation.subject.images import Item, read_item
 from captum_lnstat.explanation.subject.progress import ProgressBar, progress
+from captum_lnstat.explanation.subject.subject import Subject
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
 DEFAULT_SCENE = 264
@@ -120,13 +121,14 @@ class _Request:
     name: str
     pretrained: bool
     checkpoint: Path | None
+    class_names: Path | None
     whole: bool
     target: str | None
     rule: str
     as_json: bool
 
     def explainer(self) -> tuple[Explainer, int | None]:
-        subject = read_model(self.name, self.pretrained, self.checkpoint, self.whole)
+        subject = read_model(self.name, self.pretrained, self.checkpoint, self.class_names, self.whole)
         return Explainer(subject, rule=self.rule), subject.find(self.target)
 
 
@@ -141,6 +143,8 @@ def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str
         if not request.as_json:
             _line("image", source)
             _line("model", request.name)
+            if explainer.subject.weights:
+                _line("weights", explainer.subject.weights)
             _line("prediction", explained.outcome(explained.prediction))
             _line("target", explained.outcome(explained.target))
             for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
@@ -155,7 +159,7 @@ def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str
     except OSError as error:
         fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
     if request.as_json:
-        click.echo(json.dumps(_record(source, request.name, explained, output)))
+        click.echo(json.dumps(_record(source, explainer.subject, explained, output)))
     else:
         _line("picture", str(output))
 
@@ -164,6 +168,8 @@ def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str
     """One picture after another, each written whole; an image that cannot be explained is named and counted."""
     explainer, wanted = request.explainer()
     warn(explainer.subject.cautions())
+    if explainer.subject.weights:
+        click.echo(f"weights: {explainer.subject.weights}", err=True)
     skipped = Skipped(len(paths))
     names = unique_names([path.stem for path in paths])
     for path, picture in zip(ProgressBar(paths, unit="image", disable=None), names, strict=True):
@@ -179,7 +185,7 @@ def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str
         except (RecordingError, ValueError) as error:
             skipped.add(path, error, as_json=request.as_json)
         else:
-            record = json.dumps(_record(str(path), request.name, explained, output))
+            record = json.dumps(_record(str(path), explainer.subject, explained, output))
             with ProgressBar.external_write_mode():
                 click.echo(record if request.as_json else f"{explained}, {output}")
     skipped.check()
@@ -190,8 +196,9 @@ def _refuse(name: str, error: Exception) -> NoReturn:
     fail(f"{name} cannot be explained: {one_line(error)}")
 
 
-def _record(source: str, model: str, explained: Explanation, output: Path) -> dict[str, Any]:
-    return {"image": source, "model": model, "picture": str(output), **explained.to_dict()}
+def _record(source: str, subject: Subject, explained: Explanation, output: Path) -> dict[str, Any]:
+    weights = {"weights": subject.weights} if subject.weights else {}
+    return {"image": source, "model": subject.name, **weights, "picture": str(output), **explained.to_dict()}
 
 
 def _line(heading: str, text: str) -> None:

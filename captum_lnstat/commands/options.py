@@ -44,16 +44,23 @@ class RuleName(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
 
 
 def model_options(command: Command) -> Command:
-    """``--model``, ``--pretrained``, ``--checkpoint``, ``--whole``."""
+    """``--model``, ``--pretrained``, ``--checkpoint``, ``--class-names``, ``--whole``."""
     for option in (
         click.option(
             "--whole", is_flag=True, help="Squeeze the whole image to the model's size, instead of cutting off borders."
         ),
         click.option(
+            "--class-names",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Names of the classes: one a line, or JSON.",
+        ),
+        click.option(
             "--checkpoint",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="Weights for the model: .safetensors, or .pth and .pt, of which only tensors are loaded.",
+            help="Weights for the model: .safetensors, or what torch.save wrote, of which only tensors are loaded; "
+            "wherever in it, and with whatever prefix, they are.",
         ),
         click.option("--pretrained", is_flag=True, help="Take the library's weights; they are downloaded."),
         click.option(
@@ -63,18 +70,20 @@ def model_options(command: Command) -> Command:
             show_default=True,
             metavar="NAME",
             help='"swin-mini" or "vit-mini", trained models that come with the package; a ViT or Swin that timm knows; '
-            "torchvision:NAME; hf:NAME, a model of Hugging Face; package.module:function.",
+            "torchvision:NAME; hf:NAME, a model of Hugging Face; module:function, also of the current folder.",
         ),
     ):
         command = option(command)
     return command
 
 
-def read_model(name: str, pretrained: bool, checkpoint: Path | None, whole: bool) -> Subject:
+def read_model(name: str, pretrained: bool, checkpoint: Path | None, class_names: Path | None, whole: bool) -> Subject:
     """The model of the options."""
     if pretrained and checkpoint is not None:
         fail("--pretrained and --checkpoint exclude each other; give one of them")
     subject = read_subject(name, pretrained, checkpoint)
+    if class_names is not None:
+        subject = subject.named(class_names)
     if whole:
         subject = replace(subject, preprocessing=subject.preprocessing.whole())
     return subject

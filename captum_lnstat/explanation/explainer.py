@@ -115,6 +115,9 @@ class Explainer:
         count = scores.shape[1]
         # A head that was replaced tells apart other classes than those that the model was made for.
         names = self.subject.class_names if len(self.subject.class_names) == count else ()
+        if self.subject.names_from and not names:
+            given = len(self.subject.class_names)
+            raise SourceError(f"{self.subject.names_from!r} holds {given} names; the model has {count} scores")
         config = getattr(self.subject.model, "config", None)
         several = getattr(config, "problem_type", None) == "multi_label_classification"
         likely = (scores.sigmoid() if several else scores.softmax(1)).double().numpy()

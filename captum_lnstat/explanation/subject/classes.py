@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from captum_lnstat.errors import SourceError, near
+from captum_lnstat.errors import SourceError, near, one_line
 from captum_lnstat.recording.eager import eager
 
 
@@ -97,6 +99,35 @@ def find_class(wanted: int | str, names: Sequence[str], count: int | None) -> in
             f"{wanted!r} is the name of several classes; give one of the indices {', '.join(map(str, found))}"
         )
     return found[0]
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Names of classes from a file: one a line; or JSON, a list, ``{"0": name, ...}`` or ``{name: 0, ...}``.
+
+    Raises:
+        SourceError: There is no such file, or it holds something else.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+        given: Any = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.rstrip().splitlines()
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{str(path)!r} cannot be read as names of classes: {one_line(error)}") from None
+    if isinstance(given, dict):
+        given = given.get("id2label", given)
+        indexed = all(isinstance(value, int) for value in given.values())
+        numbered = {str(value): name for name, value in given.items()} if indexed else given
+        given = [numbered.get(str(index)) for index in range(len(numbered))]
+    # ImageNet's own file has [synset, name] for every class.
+    names = [name[-1] if isinstance(name, list) and name else name for name in given]
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise SourceError(
+                f"{str(path)!r} has no name for class {index}; expected one name a line, or JSON: a list, or an object "
+                'like {"0": "cat", "1": "dog"}'
+            )
+    if not names:
+        raise SourceError(f"{str(path)!r} holds no names of classes")
+    return tuple(name.strip() for name in names)
 
 
 def label(names: Sequence[str], index: int) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from captum_lnstat import zoo
 from captum_lnstat.errors import SourceError, near, one_line
 from captum_lnstat.explanation.subject.checkpoints import load_checkpoint, read_checkpoint
-from captum_lnstat.explanation.subject.classes import class_count, class_names_of, find_class
+from captum_lnstat.explanation.subject.classes import class_count, class_names_of, find_class, read_class_names
 from captum_lnstat.explanation.subject.preprocessing import (
     Preprocessing,
     preprocessing_of,
@@ -37,6 +37,9 @@ class Subject:
         class_names: Of every class, several names of one joined by commas; without names there are none.
         name: What it is called in messages.
         random: Its weights are random, and so is every explanation.
+        weights: Which file they are from, and what of it, in words; nothing for those that the library or the
+            package brings.
+        names_from: The file that the names were read from, if the user gave one.
     """
 
     model: Any
@@ -44,6 +47,8 @@ class Subject:
     class_names: tuple[str, ...]
     name: str = ""
     random: bool = False
+    weights: str = ""
+    names_from: str = ""
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
@@ -54,6 +59,17 @@ class Subject:
         """The class that an index or a name means; none if there is no target."""
         count = len(self.class_names) or class_count(self.model)
         return None if target is None else find_class(target, self.class_names, count)
+
+    def named(self, path: Path) -> Subject:
+        """The same with the class names in a file.
+
+        Raises:
+            SourceError: They cannot be read, or are not as many as the model has classes.
+        """
+        names, count = read_class_names(path), class_count(self.model)
+        if count is not None and count != len(names):
+            raise SourceError(f"{str(path)!r} holds {len(names)} names; {self.name} has {count} classes")
+        return replace(self, class_names=names, names_from=str(path))
 
     def cautions(self, *, pictures: bool = True) -> tuple[str, ...]:
         """What has to be known before an explanation is believed; of ``pictures``, not of inputs made elsewhere."""
@@ -93,35 +109,42 @@ def read_subject(name: str, pretrained: bool = False, checkpoint: Path | None = 
     Raises:
         SourceError: There is no such model, it has no classifier, or the weights do not fit.
     """
-    state = None if checkpoint is None else read_checkpoint(checkpoint)
-    model, weights = _build(name, pretrained)
-    if state is not None and checkpoint is not None:
-        load_checkpoint(model, name, state, checkpoint)
+    model, weights, taken = _loaded(name, pretrained, checkpoint)
     if class_count(model) == 0:
         raise SourceError(
             f"{name} has no classifier, so there is no class to explain; give a --checkpoint that has one"
         )
-    subject = replace(subject_of(model, download=pretrained), name=name)
+    subject = replace(subject_of(model, download=pretrained), name=name, weights=taken)
     if weights is not None:
         names = tuple(weights.meta.get("categories", ())) if pretrained else ()
         subject = replace(subject, preprocessing=preprocessing_of_weights(weights), class_names=names)
     return replace(subject, random=not pretrained and checkpoint is None and _is_bare(name))
 
 
-def read_model(name: str, pretrained: bool = False) -> tuple[Any, tuple[int, int]]:
-    """Any model that can be named, and the size of its images.
+def read_model(name: str, pretrained: bool = False, checkpoint: Path | None = None) -> tuple[Any, tuple[int, int], str]:
+    """Any model that can be named, the size of its images, and which weights of a checkpoint were taken.
 
     Args:
         name: A model of the zoo or of timm, ``torchvision:NAME``, ``hf:NAME`` (a configuration class of transformers,
             whose defaults are taken, or a model on the hub or in a folder), or ``package.module:callable``, which is
             called without arguments. torchvision and transformers are imported only for models of theirs.
         pretrained: Take the library's weights rather than random ones.
+        checkpoint: Weights to load.
 
     Raises:
-        SourceError: There is no such model, or it cannot be made.
+        SourceError: There is no such model, or it cannot be made; or the weights do not fit.
     """
-    model, _ = _build(name, pretrained)
-    return model, image_size(model)
+    model, _, taken = _loaded(name, pretrained, checkpoint)
+    return model, image_size(model), taken
+
+
+def _loaded(name: str, pretrained: bool, checkpoint: Path | None) -> tuple[Any, Any, str]:
+    """The model, torchvision's weights if it is one of theirs, and what of a checkpoint was taken."""
+    found = None if checkpoint is None else read_checkpoint(checkpoint)
+    model, weights = _build(name, pretrained)
+    if found is None or checkpoint is None:
+        return model, weights, ""
+    return model, weights, load_checkpoint(model, name, found, checkpoint)
 
 
 def _is_bare(name: str) -> bool:
@@ -193,6 +216,7 @@ def _from_transformers(name: str, pretrained: bool) -> Any:
 
 def resolve(module: str, path: str) -> Any:
     """What an import path, ``module:path``, leads to."""
+    importlib.invalidate_caches()  # the module may have been written a moment ago
     found: Any = importlib.import_module(module)
     for part in path.split("."):
         found = getattr(found, part)
