@@ -126,6 +126,9 @@ def evaluate(
             left_out.append(f"{method} failed on {len(found['failed'])} samples")
     for line in left_out:
         click.echo(line, err=True)
+    if not left_out and not any(found["metrics"] for found in summary["methods"].values()):
+        count = summary["questions"]
+        fail(f"nothing was measured: no metric has a value on these {count} samples; take a larger --limit")
     # torchrun would take another code for a crash, and start the run again.
     if left_out and team.size == 1:
         click.get_current_context().exit(INCOMPLETE)

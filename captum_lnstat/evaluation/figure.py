@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from captum_lnstat.evaluation.summary import FEW, NOTHING
 from captum_lnstat.visualize.canvas import DPI, FAINT, INK, axes_at, write
 
 _FIRST, _OTHER, _RULE = "#b3400e", "#33506b", "#dddddd"
@@ -38,7 +39,8 @@ def draw(summary: dict[str, Any], title: str) -> Figure:
         tall = _LINE * len(methods)
         axes = axes_at(figure, label + column * _WIDE + 0.15, top - tall, _WIDE - 0.35, tall)
         _panel(axes, name, methods, labelled=column == 0)
-    write(figure, 0.3, 0.14, "bars: 95 % bootstrap interval over images", 8, ha="left", color=FAINT)
+    note = f"bars: 95 % bootstrap interval over images; none of fewer than {FEW} values" if names else NOTHING
+    write(figure, 0.3, 0.14, note, 8, ha="left", color=FAINT)
     return figure
 
 
@@ -49,7 +51,8 @@ def _panel(axes: Axes, name: str, methods: dict[str, Any], *, labelled: bool) ->
     ]
     for line, entry in shown:
         colour, (low, high) = (_FIRST if line == 0 else _OTHER), entry["interval"]
-        axes.plot([low, high], [line, line], color=colour, linewidth=1.6, solid_capstyle="butt")
+        if entry["n"] >= FEW:
+            axes.plot([low, high], [line, line], color=colour, linewidth=1.6, solid_capstyle="butt")
         axes.plot([entry["value"]], [line], "o", color=colour, markersize=4.5)
     if shown and shown[0][0] == 0:
         axes.axvline(shown[0][1]["value"], color=_FIRST, linewidth=0.6, alpha=0.5, zorder=0)

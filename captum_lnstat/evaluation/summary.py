@@ -12,6 +12,8 @@ from captum_lnstat.evaluation.question import Quantity
 from captum_lnstat.evaluation.records import Record
 
 SURE = 0.01  # p-value below which the table marks a difference
+NOTHING = "No metric has a value: none of them applies to a sample of those that were drawn, or every method failed."
+FEW = 10  # values below which neither an interval nor a test means anything to people
 
 
 def summarize(
@@ -120,11 +122,16 @@ def table(summary: dict[str, Any], title: str) -> str:
     methods = summary["methods"]
     names = list(dict.fromkeys(name for method in methods.values() for name in method["metrics"]))
     first = next(iter(methods))
+    if not names:
+        return f"{title}\n\n{NOTHING}\n"
     arrows, counts = {}, {}
+    few: dict[str, int] = {}
     for name in names:
         entries = [method["metrics"][name] for method in methods.values() if name in method["metrics"]]
         arrows[name] = "" if entries[0]["higher_is_better"] is None else "↑" if entries[0]["higher_is_better"] else "↓"
         counts[name] = "/".join(str(n) for n in sorted({entry["n"] for entry in entries}))
+        if (least := min(entry["n"] for entry in entries)) < FEW:
+            few[name] = least
     lines = [
         title,
         "",
@@ -135,17 +142,26 @@ def table(summary: dict[str, Any], title: str) -> str:
         cells = [_cell(found["metrics"].get(name)) for name in names]
         lines.append(f"| {method.replace('|', ' ')} | " + " | ".join(cells) + " |")
     lines.append("| *n* | " + " | ".join(counts[name] for name in names) + " |")
-    lines += [
-        "",
-        f"In brackets: 95 % bootstrap interval over images. `+` better, `-` worse than {first}: p < {SURE}, paired "
-        "permutation test, not corrected for the number of comparisons. ↑ higher is better, ↓ lower is better.",
-    ]
-    return "\n".join(lines) + "\n"
+    said = []
+    if any(entry["n"] >= FEW for method in methods.values() for entry in method["metrics"].values()):
+        said.append(
+            f"In brackets: 95 % bootstrap interval over images. `+` better, `-` worse than {first}: p < {SURE}, paired "
+            "permutation test, not corrected for the number of comparisons."
+        )
+    if few:
+        listed = ", ".join(f"{name} {count}" for name, count in few.items())
+        said.append(
+            f"Without brackets: fewer than {FEW} values ({listed}), too few for an interval or a test, and for a "
+            "conclusion. A metric is asked only of samples that it applies to: *n* says of how many."
+        )
+    return "\n".join([*lines, "", " ".join([*said, "↑ higher is better, ↓ lower is better."])]) + "\n"
 
 
 def _cell(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return ""
+    if entry["n"] < FEW:
+        return f"{entry['value']:.3f}"
     low, high = entry["interval"]
     mark = ""
     if entry["higher_is_better"] is not None and entry.get("p", 1.0) < SURE:

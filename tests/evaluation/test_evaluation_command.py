@@ -102,3 +102,27 @@ def test_the_pages_python_runs(tmp_path, monkeypatch, capsys):
     exec(compile(block, str(PAGE), "exec"), {})
     assert "'interval'" in capsys.readouterr().out
     assert (tmp_path / "run" / "figure.png").stat().st_size > 1000
+
+
+def test_a_run_that_measured_nothing_is_no_success(tmp_path):
+    arguments = [
+        "evaluate",
+        "--methods",
+        "rollout",
+        "--metrics",
+        "pointing",
+        "--limit",
+        "2",
+        "--output",
+        str(tmp_path / "r"),
+    ]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "No metric has a value" in result.stdout
+    assert result.stderr.endswith(
+        "Error: nothing was measured: no metric has a value on these 2 samples; take a larger --limit\n"
+    )
+    few = CliRunner().invoke(main, [*arguments[:-3], "6", "--output", str(tmp_path / "s")])
+    assert few.exit_code == 0
+    assert "(pointing 1)" in few.stdout
+    assert "[" not in few.stdout

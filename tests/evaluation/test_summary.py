@@ -89,3 +89,28 @@ def test_the_figure_shows_every_number():
         [tuple(float(v[0]) for v in line.get_data()) for line in p.lines if len(line.get_xdata()) == 1] for p in panels
     ]
     assert points == [[(pytest.approx(4 / 9), 0.0), (1.0, 1.0)], [(1.0, 1.0)]]
+
+
+def test_a_few_values_are_said_to_be_few_and_get_no_interval():
+    records = [record(i, a={"up": 1.0, "down": 0.25}, b={"up": 0.0} if i < 9 else {}) for i in range(30)]
+    summary = summarize(records, ["a", "b"], [UP, DOWN], 0)
+    assert entries(summary, "b")["up"]["p"] < 0.01
+    text = table(summary, "a title")
+    assert "| a | 1.000 [1.000, 1.000] | 0.250 [0.250, 0.250] |" in text
+    assert "| b | 0.000 |  |" in text
+    assert "fewer than 10 values (up 9), too few for an interval or a test" in text
+    assert "In brackets" in text
+    alone = table(summarize(records[:1], ["a"], [UP, DOWN], 0), "a title")
+    assert "| a | 1.000 | 0.250 |" in alone
+    assert "(up 1, down 1)" in alone
+    assert "[" not in alone
+    assert "In brackets" not in alone
+    widths = [[len(line.get_xdata()) for line in panel.lines] for panel in draw(summary, "a title").axes]
+    assert widths == [[2, 1, 1, 2], [2, 1, 2]]  # interval and point of a, point of b, the first one's line
+
+
+def test_a_table_of_nothing_says_so():
+    assert table(summarize([record(0, a={})], ["a"], [UP], 0), "a title") == (
+        "a title\n\nNo metric has a value: none of them applies to a sample of those that were drawn, or every method "
+        "failed.\n"
+    )
