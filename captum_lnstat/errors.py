@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,16 +21,26 @@ class SourceError(ValueError):
     """An image, a model, a checkpoint or a class that was asked for cannot be had; the message says why not."""
 
 
+_SUGGESTED = 5
+
+
 def near(name: str, known: Sequence[str], otherwise: str) -> str:
     """The end of an error about an unknown name: what it may have been meant to be.
+
+    First what has the name as a word, then what has it as a part, then what is spelt like it.
 
     Example:
         >>> near("troser", ["trouser", "dress"], "expected another")
         "did you mean 'trouser'?"
+        >>> near("cat", ["crate", "polecat", "tabby cat"], "expected another")
+        "did you mean 'tabby cat' or 'polecat'?"
     """
     folded = {other.casefold(): other for other in reversed(known)}
-    matches = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=3)]
-    return f"did you mean {' or '.join(map(repr, matches))}?" if matches else otherwise
+    wanted, ordered = name.casefold(), list(reversed(folded))
+    words = [other for other in ordered if re.search(rf"(?<![^\W_]){re.escape(wanted)}(?![^\W_])", other)]
+    parts = [other for other in ordered if len(wanted) > 2 and wanted in other]
+    matches = list(dict.fromkeys([*words, *parts]))[:_SUGGESTED] or difflib.get_close_matches(wanted, folded, n=3)
+    return f"did you mean {' or '.join(repr(folded[match]) for match in matches)}?" if matches else otherwise
 
 
 # Captum's log_usage wraps every attribute, and the decorators of torch and contextlib wrap functions: none of these is

@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from helpers.contract import CLASSES, images, registers, swin, vit
 from torch import nn
 
+import captum_lnstat.doctor as doctor_room
 from captum_lnstat import LNStatAttribution, UnsupportedModelError, cli, doctor
-from captum_lnstat.commands import doctor as doctor_command
 from captum_lnstat.doctor import examine
 from captum_lnstat.explanation.subject import progress
 
@@ -143,7 +143,7 @@ def test_a_name_that_means_nothing_is_one_line(name, says):
 def test_the_image_size_is_the_model_s_own(monkeypatch, name, size):
     sizes = []
     monkeypatch.setattr(
-        doctor_command, "examine", lambda model, image_size: sizes.append(list(image_size)) or examine(vit(), (32, 32))
+        doctor_room, "examine", lambda model, image_size: sizes.append(list(image_size)) or examine(vit(), (32, 32))
     )
     assert run(name).exit_code == 0
     assert sizes == [size]
@@ -153,7 +153,7 @@ def test_transformers_are_made_from_their_configuration(monkeypatch):
     pytest.importorskip("transformers")
     seen = []
     monkeypatch.setattr(
-        doctor_command,
+        doctor_room,
         "examine",
         lambda model, image_size: seen.append((model, image_size)) or examine(vit(), (32, 32)),
     )

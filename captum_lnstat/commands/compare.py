@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from captum_lnstat.cli import fail
+from captum_lnstat.commands.known import FIGURES, METHODS, SCALES, ScaleOf
 from captum_lnstat.commands.options import (
     EXIT_CODES,
-    Skipped,
-    bundled_scene,
+    check_look,
+    check_model,
     check_output,
-    image_paths,
+    check_there,
+    find_images,
+    look_options,
     model_options,
-    read_model,
-    warn,
 )
-from captum_lnstat.errors import RecordingError, UnsupportedModelError, near, one_line
-from captum_lnstat.explanation.explainer import Explainer
-from captum_lnstat.explanation.explanation import Explanation
-from captum_lnstat.explanation.subject.images import Item, read_item
-from captum_lnstat.explanation.subject.progress import ProgressBar
-from captum_lnstat.visualize import METHODS, ComparedImage, Method, compare_sheet, to_map, write_figure
-from captum_lnstat.visualize.compare import SCALES, ScaleOf
+from captum_lnstat.errors import near
 
 DEFAULT_SCENES = (3, 120, 264, 300)
 DEFAULT_METHODS = "lnstat,evidence,attention-rollout,chefer,ig"
@@ -44,9 +38,15 @@ Examples:
 
 
 @click.command(epilog=_EXAMPLES)
-@click.argument("images", nargs=-1, metavar="[IMAGE | FOLDER]...", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, metavar="[IMAGE | FOLDER | PATTERN]...")
 @model_options
-@click.option("--target", metavar="CLASS", help="Class to explain, by index or name.  [default: the predicted one]")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="CLASS",
+    help="Class to explain, by index or name.  [default: the predicted one]",
+)
 @click.option(
     "--methods",
     default=DEFAULT_METHODS,
@@ -61,6 +61,7 @@ Examples:
     show_default=True,
     help="method: one scale a row. map: one for every map. shared: one for all, in multiples of each map's mean.",
 )
+@look_options
 @click.option(
     "--scene", "scenes", multiple=True, type=click.IntRange(0), metavar="N", help="Without IMAGE: bundled scenes."
 )
@@ -74,95 +75,52 @@ Examples:
 )
 @click.option("--json", "as_json", is_flag=True, help="Say what was drawn as one JSON object.")
 def compare(
-    images: tuple[Path, ...],
-    name: str,
-    target: str | None,
+    images: tuple[str, ...],
+    targets: tuple[str, ...],
     methods: str,
     scale: ScaleOf,
     scenes: tuple[int, ...],
     output: Path,
     as_json: bool,
+    colormap: str | None,
+    alpha: float | None,
+    grey: bool,
     **model: Any,
 ) -> None:
     """Compare methods on images: methods by rows, images by columns, with the scale of every row beside it.
 
-    Without IMAGE, scenes that come with the package are taken. Of a FOLDER every image in it is; one that cannot be
-    read is named, skipped and counted.
+    Without IMAGE, scenes that come with the package are taken. Of a FOLDER every image in it is, and every file that
+    a PATTERN matches; one that cannot be read is named, skipped and counted.
     """
     if images and scenes:
         fail("IMAGE and --scene exclude each other; give one of them")
-    chosen = _methods(methods)
-    check_output(output, set(FigureCanvasAgg.get_supported_filetypes()))
-    paths = image_paths(images)
+    if len(targets) > 1:
+        fail(f"compare shows one target, {len(targets)} are given; explain shows several, a panel each")
+    names = _methods(methods)
+    check_output(output, FIGURES)
+    if len(images) > MOST:
+        fail(f"{len(images)} images are too many for one sheet; expected at most {MOST}")
+    paths, _ = find_images(images)
     if max(len(paths), len(scenes)) > MOST:
         fail(f"{max(len(paths), len(scenes))} images are too many for one sheet; expected at most {MOST}")
-    sources: list[Any] = list(paths) or list(scenes or DEFAULT_SCENES)
-    subject = read_model(name, **model)
-    wanted = subject.find(target)
-    warn(subject.cautions())
-    if subject.weights:
-        click.echo(f"weights: {subject.weights}", err=True)
-    explainer = Explainer(subject)
-    columns: list[ComparedImage] = []
-    records: list[dict[str, Any]] = []
-    skipped = Skipped(len(sources))
-    with ProgressBar(total=len(sources) * len(chosen), unit="map", disable=None) as bar:
-        for source in sources:
-            try:
-                item = read_item(source) if isinstance(source, Path) else bundled_scene(source)[1]
-                column, explained = _column(explainer, item, wanted, chosen, bar)
-            except UnsupportedModelError as error:
-                fail(f"{name} cannot be explained: {one_line(error)}")
-            except (RecordingError, ValueError) as error:
-                skipped.add(source, error)
-            else:
-                columns.append(column)
-                records.append({"image": str(source), **_record(explained)})
-    skipped.check()
-    try:
-        write_figure(output, compare_sheet(columns, list(chosen.values()), name, scale=scale))
-    except OSError as error:
-        fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
-    if as_json:
-        record = {"model": name, "methods": list(chosen), "images": records, "skipped": skipped.records}
-        click.echo(json.dumps({**record, "picture": str(output)}))
-    else:
-        for each in records:
-            click.echo(f"{each['image']}: predicted {each['prediction']}, explained {each['target']}")
-        click.echo(f"picture: {output}")
-    skipped.finish()
+    check_model(model["name"], model["pretrained"], model["checkpoint"], model["class_names"], targets)
+    check_look(colormap)
+    check_there(paths)
+    # Only now: torch and the libraries of models take seconds to load.
+    from captum_lnstat.commands.comparing import compare_all
+    from captum_lnstat.commands.models import ModelOptions
+    from captum_lnstat.visualize import Look
+
+    sources: Sequence[Path | int] = paths or scenes or DEFAULT_SCENES
+    target = targets[0] if targets else None
+    compare_all(sources, ModelOptions(**model), target, names, scale, Look(colormap, alpha, grey), output, as_json)
 
 
-def _methods(text: str) -> dict[str, Method]:
+def _methods(text: str) -> list[str]:
     names = [part.strip() for part in text.split(",") if part.strip()]
     if not names:
         fail(f"--methods is empty; expected some of {', '.join(METHODS)}")
     for name in names:
         if name not in METHODS:
             fail(f"unknown method {name!r}; {near(name, list(METHODS), 'expected some of ' + ', '.join(METHODS))}")
-    return {name: METHODS[name] for name in names}
-
-
-def _column(
-    explainer: Explainer, item: Item, wanted: int | None, methods: dict[str, Method], bar: Any
-) -> tuple[ComparedImage, Explanation]:
-    prepared = explainer.prepare(item)
-    (explained,) = explainer.explain([prepared], [wanted])
-    inputs = explainer.placed(prepared.inputs[None])
-    maps = []
-    for name, method in methods.items():
-        if name == "lnstat":
-            maps.append(explained.relevance)
-        else:
-            attribute = method.make(explainer.subject.model, explainer.output)
-            maps.append(to_map(attribute(inputs, explained.target)[0]))
-        bar.update()
-    title = f"{item.name}\npredicted {explained.likely(explained.prediction)}"
-    if explained.target != explained.prediction:
-        title += f"\ntarget {explained.likely(explained.target)}"
-    return ComparedImage(title, prepared.pixels, tuple(maps)), explained
-
-
-def _record(explained: Explanation) -> dict[str, Any]:
-    names = {"prediction": explained.label(explained.prediction), "target": explained.label(explained.target)}
-    return {**names, "confidence": explained.confidence}
+    return list(dict.fromkeys(names))

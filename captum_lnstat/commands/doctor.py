@@ -7,9 +7,7 @@ from pathlib import Path
 
 import click
 
-from captum_lnstat.doctor import examine
-from captum_lnstat.explanation.subject.progress import progress
-from captum_lnstat.explanation.subject.subject import read_model
+from captum_lnstat.commands.options import check_model
 
 
 @click.command()
@@ -28,6 +26,11 @@ def doctor(
     the current folder. The exit code is 0 for a
     model that can be explained, 1 for one that is refused, 2 for a command that makes no sense.
     """
+    check_model(name, pretrained, checkpoint, None)
+    from captum_lnstat.doctor import examine
+    from captum_lnstat.explanation.subject.progress import progress
+    from captum_lnstat.explanation.subject.subject import read_model
+
     model, size, weights = read_model(name, pretrained, checkpoint)
     with progress(f"recording {name}"):
         record = examine(model, image_size or size)

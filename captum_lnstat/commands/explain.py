@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from captum_lnstat.cli import fail
+from captum_lnstat.commands.known import KINDS, MAPS, Kind
 from captum_lnstat.commands.options import (
     EXIT_CODES,
     RuleName,
-    Skipped,
-    bundled_scene,
     check_folder,
+    check_look,
+    check_model,
     check_output,
-    image_paths,
+    check_there,
+    find_images,
+    look_options,
     model_options,
-    read_model,
-    warn,
+    suffixes_of,
 )
-from captum_lnstat.commands.pictures import KINDS, Kind, suffixes_of, write_picture
-from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError, one_line
-from captum_lnstat.explanation.explainer import Explainer
-from captum_lnstat.explanation.explanation import Explanation, unique_names
-from captum_lnstat.explanation.subject.images import Item, read_item
-from captum_lnstat.explanation.subject.progress import ProgressBar, progress
-from captum_lnstat.explanation.subject.subject import Subject
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
 DEFAULT_SCENE = 264
@@ -39,6 +32,7 @@ Examples:
   captum-lnstat explain
   captum-lnstat explain --target trouser --picture classes --against "t-shirt"
   captum-lnstat explain cat.jpg --model vit_small_patch16_224 --pretrained --output cat.png
+  captum-lnstat explain cat.jpg --model mine:model --checkpoint last.ckpt --class-names names.txt --top-k 3
   captum-lnstat explain photos/ --model torchvision:swin_t --pretrained --json > maps.jsonl
 
 {EXIT_CODES}
@@ -46,9 +40,16 @@ Examples:
 
 
 @click.command(epilog=_EXAMPLES)
-@click.argument("images", nargs=-1, metavar="[IMAGE | FOLDER]...", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, metavar="[IMAGE | FOLDER | PATTERN]...")
 @model_options
-@click.option("--target", metavar="CLASS", help="Class to explain, by index or name.  [default: the predicted one]")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="CLASS",
+    help="Class to explain, by index or name; several make a panel each.  [default: the predicted one]",
+)
+@click.option("--top-k", type=click.IntRange(1), metavar="K", help="Explain the K likeliest classes, a panel each.")
 @click.option(
     "--rule",
     type=RuleName(),
@@ -66,6 +67,13 @@ Examples:
     "every attention head hands down. classes: two classes.  [default: sheet, of several images overlay]",
 )
 @click.option("--against", metavar="CLASS", help="The other class of --picture classes.  [default: the likeliest]")
+@look_options
+@click.option(
+    "--save-map",
+    metavar="FORM|FILE",
+    help=f"Write the map itself, too: {', '.join(MAPS)} beside the picture, or a file that ends so; and what it was "
+    "made with, as JSON.",
+)
 @click.option(
     "--scene",
     type=click.IntRange(0),
@@ -80,126 +88,62 @@ Examples:
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for every image, with its map.")
 def explain(
-    images: tuple[Path, ...],
+    images: tuple[str, ...],
     scene: int | None,
     output: Path | None,
     kind: Kind | None,
     against: str | None,
-    **request: Any,
+    targets: tuple[str, ...],
+    top_k: int | None,
+    rule: str,
+    as_json: bool,
+    save_map: str | None,
+    colormap: str | None,
+    alpha: float | None,
+    grey: bool,
+    **model: Any,
 ) -> None:
     """Explain images: draw what counted for a class, or what the model looked at.
 
-    Without IMAGE, a scene that comes with the package is explained. Of a FOLDER every image in it is; one that cannot
-    be read is named, skipped and counted.
+    Without IMAGE, a scene that comes with the package is explained. Of a FOLDER every image in it is, and every file
+    that a PATTERN such as 'photos/**/*.jpg' matches; one that cannot be read is named, skipped and counted.
     """
     if images and scene is not None:
         fail("IMAGE and --scene exclude each other; give one of them")
-    paths = image_paths(images)
-    several = len(paths) > 1 or any(path.is_dir() for path in images)
-    drawn: Kind = kind or ("overlay" if several else "sheet")
+    paths, several = find_images(images)
+    many = len(targets) > 1 or top_k is not None
+    if many and kind not in (None, "sheet"):
+        fail(f"--picture {kind} shows one target; give one --target, or leave out --picture for a panel each")
+    drawn: Kind = kind or ("overlay" if several and not many else "sheet")
     if against is not None and drawn != "classes":
         fail("--against is for --picture classes; give both, or leave it out")
+    name, checkpoint, names = model["name"], model["checkpoint"], model["class_names"]
+    check_model(name, model["pretrained"], checkpoint, names, targets)
+    check_look(colormap)
     if several:
         output = output or Path("lnstat")
+        if save_map is not None and save_map not in MAPS:
+            fail(f"--save-map is {save_map!r}; of several images expected a form, one of {', '.join(MAPS)}")
         check_folder(output, paths)
-        _explain_all(paths, output, drawn, against, _Request(**request))
-        return
-    output = output or Path("lnstat.png")
-    check_output(output, suffixes_of(drawn))
-    if paths and output.resolve() == paths[0].resolve():
-        fail("--output is IMAGE itself; expected another file")
-    source, item = (
-        (str(paths[0]), read_item(paths[0])) if paths else bundled_scene(DEFAULT_SCENE if scene is None else scene)
-    )
-    _explain_one(source, item, output, drawn, against, _Request(**request))
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The options that do not depend on the image."""
-
-    name: str
-    pretrained: bool
-    checkpoint: Path | None
-    class_names: Path | None
-    whole: bool
-    target: str | None
-    rule: str
-    as_json: bool
-
-    def explainer(self) -> tuple[Explainer, int | None]:
-        subject = read_model(self.name, self.pretrained, self.checkpoint, self.class_names, self.whole)
-        return Explainer(subject, rule=self.rule), subject.find(self.target)
-
-
-def _explain_one(source: str, item: Item, output: Path, kind: Kind, against: str | None, request: _Request) -> None:
-    explainer, wanted = request.explainer()
-    try:
-        with progress("recording"):
-            prepared = explainer.prepare(item)
-            (explained,) = explainer.explain([prepared], [wanted])
-            description = explainer.lnstat.describe(explainer.placed(prepared.inputs[None]))
-        warn(explained.cautions)
-        if not request.as_json:
-            _line("image", source)
-            _line("model", request.name)
-            if explainer.subject.weights:
-                _line("weights", explainer.subject.weights)
-            _line("prediction", explained.outcome(explained.prediction))
-            _line("target", explained.outcome(explained.target))
-            for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
-                _line(heading, line)
-        write_picture(output, kind, explainer, prepared, explained, against)
-    except (UnsupportedModelError, RecordingError) as error:
-        _refuse(request.name, error)
-    except SourceError:
-        raise
-    except ValueError as error:
-        _refuse(request.name, error)
-    except OSError as error:
-        fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
-    if request.as_json:
-        click.echo(json.dumps(_record(source, explainer.subject, explained, output)))
     else:
-        _line("picture", str(output))
+        output = output or Path("lnstat.png")
+        check_output(output, suffixes_of(drawn))
+        if paths and output.resolve() == paths[0].resolve():
+            fail("--output is IMAGE itself; expected another file")
+        if save_map is not None and save_map not in MAPS:
+            check_output(Path(save_map), frozenset(MAPS), "the map")
+            if Path(save_map).resolve() in {path.resolve() for path in (output, *paths)}:
+                fail(f"--save-map is {save_map!r}, the image or the picture itself; expected another file")
+    check_there(paths)
+    # Only now: torch and the libraries of models take seconds to load.
+    from captum_lnstat.commands import explaining
+    from captum_lnstat.commands.models import ModelOptions
+    from captum_lnstat.visualize import Look
 
-
-def _explain_all(paths: tuple[Path, ...], folder: Path, kind: Kind, against: str | None, request: _Request) -> None:
-    """One picture after another, each written whole; an image that cannot be explained is named and counted."""
-    explainer, wanted = request.explainer()
-    warn(explainer.subject.cautions())
-    if explainer.subject.weights:
-        click.echo(f"weights: {explainer.subject.weights}", err=True)
-    skipped = Skipped(len(paths))
-    names = unique_names([path.stem for path in paths])
-    for path, picture in zip(ProgressBar(paths, unit="image", disable=None), names, strict=True):
-        output = folder / f"{picture}.png"
-        try:
-            prepared = explainer.prepare(read_item(path))
-            (explained,) = explainer.explain([prepared], [wanted])
-            write_picture(output, kind, explainer, prepared, explained, against)
-        except UnsupportedModelError as error:  # of the model, so of every other image too
-            _refuse(request.name, error)
-        except OSError as error:
-            fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
-        except (RecordingError, ValueError) as error:
-            skipped.add(path, error, as_json=request.as_json)
-        else:
-            record = json.dumps(_record(str(path), explainer.subject, explained, output))
-            with ProgressBar.external_write_mode():
-                click.echo(record if request.as_json else f"{explained}, {output}")
-    skipped.check()
-    skipped.finish()
-
-
-def _refuse(name: str, error: Exception) -> NoReturn:
-    fail(f"{name} cannot be explained: {one_line(error)}")
-
-
-def _record(source: str, subject: Subject, explained: Explanation, output: Path) -> dict[str, Any]:
-    weights = {"weights": subject.weights} if subject.weights else {}
-    return {"image": source, "model": subject.name, **weights, "picture": str(output), **explained.to_dict()}
-
-
-def _line(heading: str, text: str) -> None:
-    click.echo(f"{heading:<12}{text}")
+    request = explaining.Request(
+        ModelOptions(**model), targets, top_k, rule, as_json, save_map, Look(colormap, alpha, grey), drawn, against
+    )
+    if several:
+        explaining.explain_all(paths, output, request)
+    else:
+        explaining.explain_one(paths[0] if paths else DEFAULT_SCENE if scene is None else scene, output, request)

@@ -1,28 +1,29 @@
-"""What the commands have in common: which model, which images, which class, and how a picture is announced."""
+"""What the commands have in common: which model and images, and mistakes that need no torch to be found."""
 
 from __future__ import annotations
 
+import glob
+import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-from captum_lnstat import zoo
 from captum_lnstat.cli import INCOMPLETE, fail
-from captum_lnstat.errors import SourceError, one_line
-from captum_lnstat.explanation.subject.images import Item, image_files
-from captum_lnstat.explanation.subject.progress import ProgressBar
-from captum_lnstat.explanation.subject.subject import Subject, read_subject
-from captum_lnstat.rules import find_rule, rule_names
+from captum_lnstat.commands.known import CLASSES, FIGURES, RULES, ZOO, Kind
+from captum_lnstat.errors import near, one_line
+from captum_lnstat.explanation.subject.names import find_class
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXIT_CODES = "Exit codes: 0 done; 1 done, but some images were skipped; 2 nothing could be done; 130 interrupted."
+# Pictures that are images alone, not sheets.
+FILES: tuple[Kind, ...] = ("overlay", "original")
 
 
 class RuleName(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -31,21 +32,42 @@ class RuleName(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
     name = "rule"
 
     def get_metavar(self, *args: Any, **kwargs: Any) -> str:
-        return f"[{'|'.join(rule_names())}]"
+        return f"[{'|'.join(RULES)}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value in RULES:
+            return str(value)
+        if ":" not in value:
+            hint = near(value, RULES, "")
+            self.fail(
+                f"rule is {value!r}; expected one of {', '.join(map(repr, RULES))}, or the module that registers "
+                f"another, package.module:NAME{f'; {hint}' if hint else ''}",
+                param,
+                ctx,
+            )
+        from captum_lnstat.rules import find_rule
+
         try:
             return find_rule(value).name
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in rule_names() if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in RULES if name.startswith(incomplete)]
 
 
 def model_options(command: Command) -> Command:
-    """``--model``, ``--pretrained``, ``--checkpoint``, ``--class-names``, ``--whole``."""
+    """Which model: ``--model``, ``--pretrained``, ``--checkpoint``, ``--class-names``, and how it is run."""
     for option in (
+        click.option(
+            "--batch-size",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Images in the model at a time.  [default: 1; on a GPU 8]",
+        ),
+        click.option(
+            "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto: a GPU if there is one."
+        ),
         click.option(
             "--whole", is_flag=True, help="Squeeze the whole image to the model's size, instead of cutting off borders."
         ),
@@ -69,24 +91,66 @@ def model_options(command: Command) -> Command:
             default="swin-mini",
             show_default=True,
             metavar="NAME",
-            help='"swin-mini" or "vit-mini", trained models that come with the package; a ViT or Swin that timm knows; '
-            "torchvision:NAME; hf:NAME, a model of Hugging Face; module:function, also of the current folder.",
+            help='"swin-mini" or "vit-mini", which come with the package and know seven kinds of clothes; a ViT or '
+            "Swin that timm knows; torchvision:NAME; hf:NAME, a model of Hugging Face; module:function, also of the "
+            "current folder.",
         ),
     ):
         command = option(command)
     return command
 
 
-def read_model(name: str, pretrained: bool, checkpoint: Path | None, class_names: Path | None, whole: bool) -> Subject:
-    """The model of the options."""
+def look_options(command: Command) -> Command:
+    """``--colormap``, ``--alpha``, ``--grey``."""
+    for option in (
+        click.option("--grey", is_flag=True, help="The photograph in grey below the map, so that colour is the map's."),
+        click.option(
+            "--alpha",
+            type=click.FloatRange(0, 1),
+            metavar="A",
+            help="How much the map covers where it is strongest, 0 to 1.  [default: 0.75; with --grey 0.9]",
+        ),
+        click.option(
+            "--colormap", metavar="NAME", help="A colormap of matplotlib.  [default: inferno; RdBu_r for signs]"
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def check_model(
+    name: str, pretrained: bool, checkpoint: Path | None, class_names: Path | None, targets: Sequence[str] = ()
+) -> None:
+    """Mistakes in the options of a model that can be told without a library of models."""
     if pretrained and checkpoint is not None:
         fail("--pretrained and --checkpoint exclude each other; give one of them")
-    subject = read_subject(name, pretrained, checkpoint)
-    if class_names is not None:
-        subject = subject.named(class_names)
-    if whole:
-        subject = replace(subject, preprocessing=subject.preprocessing.whole())
-    return subject
+    if pretrained and name in ZOO:
+        fail(
+            f"{name} comes with its weights, so --pretrained says nothing; leave it out, or give the --model it is for"
+        )
+    library, colon, _ = name.partition(":")
+    if not colon and "-" in name and name not in ZOO:  # timm's names have none
+        fail(f"unknown model {name!r}; {near(name, ZOO, 'expected swin-mini, vit-mini or a name that timm knows')}")
+    if library == "hf" and colon and importlib.util.find_spec("transformers") is None:
+        fail(f"{name} needs transformers, which is not installed; pip install 'captum-lnstat[hf]' brings it")
+    if checkpoint is not None and not checkpoint.is_file():
+        fail(f"there is no checkpoint file {str(checkpoint)!r}")
+    if class_names is not None and not class_names.is_file():
+        fail(f"there is no file of class names {str(class_names)!r}")
+    if name in ZOO and checkpoint is None and class_names is None:
+        for target in targets:
+            find_class(target, CLASSES, len(CLASSES))
+
+
+def check_look(colormap: str | None) -> None:
+    """A colormap that matplotlib does not have."""
+    if colormap is None:
+        return
+    import matplotlib as mpl
+
+    if colormap not in mpl.colormaps:
+        known = list(mpl.colormaps)
+        fail(f"unknown colormap {colormap!r}; {near(colormap, known, 'expected one of matplotlib, as viridis')}")
 
 
 def warn(cautions: Sequence[str]) -> None:
@@ -95,30 +159,70 @@ def warn(cautions: Sequence[str]) -> None:
         click.echo(f"Warning: {caution}", err=True)
 
 
-def image_paths(images: tuple[Path, ...]) -> tuple[Path, ...]:
-    """Every file given, and for a folder the images in it."""
+def find_images(given: Sequence[str]) -> tuple[tuple[Path, ...], bool]:
+    """Every file given, the images in a folder, the files that a pattern matches; and whether that may be several."""
     found: list[Path] = []
-    for path in images:
-        found += image_files(path) if path.is_dir() else [path]
-    return tuple(found)
+    several = len(given) > 1
+    for text in given:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+            fail(f"{text!r} is an address; expected a file. Download it first, and give its name here")
+        path = Path(text)
+        if path.is_dir():
+            from captum_lnstat.explanation.subject.files import image_files
+
+            found += image_files(path)
+            several = True
+            _say_what_is_left_out(path)
+        elif not path.exists() and glob.has_magic(text):
+            matched = sorted(Path(each) for each in glob.glob(text, recursive=True) if Path(each).is_file())  # noqa: PTH207
+            if not matched:
+                fail(f"no file matches {text!r}")
+            found += matched
+            several = True
+        else:
+            found.append(path)
+    return tuple(found), several
 
 
-def bundled_scene(number: int) -> tuple[str, Item]:
-    """A scene of the package, and what it shows in words."""
-    scenes = zoo.scenes()
-    if number >= len(scenes):
-        raise SourceError(f"there is no scene {number}; expected 0 to {len(scenes) - 1}")
-    return f"bundled scene {number}: {scenes[number].title}", Item(f"scene-{number}", scenes[number].image)
+def check_there(images: Sequence[Path]) -> None:
+    """Some image has to be there."""
+    if images and not any(path.is_file() for path in images):
+        fail(
+            f"there is no file {str(images[0])!r}"
+            if len(images) == 1
+            else f"none of the {len(images)} files is there, {str(images[0])!r} for one"
+        )
 
 
-def check_output(path: Path, suffixes: set[str]) -> None:
+def _say_what_is_left_out(folder: Path) -> None:
+    inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if inside:
+        named = ", ".join(inside[:3]) + ", ..." * (len(inside) > 3)
+        click.echo(
+            f"Not looked into: {len(inside)} folder{'s' * (len(inside) > 1)} in {folder} ({named}); "
+            f"'{folder}/**/*.jpg' in quotes is every .jpg in it, however deep",
+            err=True,
+        )
+
+
+def suffixes_of(kind: Kind) -> frozenset[str]:
+    """The endings that such a picture can be written with."""
+    if kind not in FILES:
+        return FIGURES
+    from PIL import Image
+
+    return frozenset(suffix[1:] for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE)
+
+
+def check_output(path: Path, suffixes: frozenset[str], what: str = "the picture") -> None:
     """Refuse a file that cannot be written before anything is computed."""
     if path.exists() and not path.is_file():
-        fail(f"{str(path)!r} exists and is no file; expected a file to write the picture to")
+        fail(f"{str(path)!r} exists and is no file; expected a file to write {what} to")
     if path.suffix[1:].lower() not in suffixes:
-        fail(f"the picture cannot be written as {path.name!r}; expected a name that ends in .png or .jpg, say")
+        endings = ".png or .jpg, say" if "jpg" in suffixes else " or ".join(f".{suffix}" for suffix in sorted(suffixes))
+        fail(f"{what} cannot be written as {path.name!r}; expected a name that ends in {endings}")
     if not path.parent.is_dir():
-        fail(f"there is no folder {str(path.parent)!r} to write the picture to")
+        fail(f"there is no folder {str(path.parent)!r} to write {what} to")
     if not os.access(path.parent, os.W_OK):
         fail(f"the folder {str(path.parent)!r} cannot be written to")
 
@@ -150,6 +254,8 @@ class Skipped:
 
     def add(self, image: object, error: Exception, *, as_json: bool = False) -> None:
         """Name an image, with what is wrong with it."""
+        from captum_lnstat.explanation.subject.progress import ProgressBar
+
         self.records.append({"image": str(image), "error": one_line(error)})
         with ProgressBar.external_write_mode():
             click.echo(f"Skipped {image}: {one_line(error)}", err=True)

@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from captum_lnstat.attribution.descent import descend, descend_heads
+from captum_lnstat.commands.known import Kind
+from captum_lnstat.commands.options import FILES
 from captum_lnstat.errors import SourceError, UnsupportedModelError
 from captum_lnstat.explanation.explainer import Explainer, Prepared
-from captum_lnstat.explanation.explanation import Explanation
-from captum_lnstat.explanation.subject.classes import find_class
+from captum_lnstat.explanation.explanation import Explanation, pixels_of
+from captum_lnstat.explanation.subject.names import find_class
 from captum_lnstat.explanation.subject.progress import progress
+from captum_lnstat.explanation.writing import about
 from captum_lnstat.rules import layer_rule_names
-from captum_lnstat.visualize import class_sheet, comparison, draw_sheet, head_sheet, layer_sheet, write_figure
-
-Kind = Literal["sheet", "overlay", "original", "layers", "heads", "classes"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-_FILES: tuple[Kind, ...] = ("overlay", "original")
-
-
-def suffixes_of(kind: Kind) -> set[str]:
-    """The endings that such a picture can be written with."""
-    if kind in _FILES:
-        return {suffix[1:] for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
-    return set(FigureCanvasAgg.get_supported_filetypes())
+from captum_lnstat.visualize import (
+    Panel,
+    class_sheet,
+    comparison,
+    draw_sheet,
+    draw_targets,
+    head_sheet,
+    layer_sheet,
+    write_figure,
+)
 
 
 def write_picture(
-    path: Path, kind: Kind, explainer: Explainer, prepared: Prepared, explained: Explanation, against: str | None
+    path: Path,
+    kind: Kind,
+    explainer: Explainer,
+    prepared: Prepared,
+    found: Sequence[Explanation],
+    against: str | None,
 ) -> None:
-    """Draw a picture of one explained image and write it whole."""
-    if kind in _FILES:
-        explained.save(path, original=kind == "original")
-    else:
-        write_figure(path, _figure(kind, explainer, prepared, explained, against))
+    """Draw a picture of one explained image, of one target or, on a sheet, of several, and write it whole."""
+    if kind in FILES:
+        found[0].save(path, original=kind == "original")
+        return
+    figure = _figure(kind, explainer, prepared, found[0], against) if len(found) == 1 else _panels(explainer, found)
+    write_figure(path, figure, about(found[0]) if len(found) == 1 else "")
+
+
+def _panels(explainer: Explainer, found: Sequence[Explanation]) -> Figure:
+    """A panel for each of several targets."""
+    first = found[0]
+    panels = [Panel(each.likely(each.target), each.relevance, each.signed) for each in found]
+    title = f"predicted {first.likely(first.prediction)}  |  rule {first.rule}"
+    return draw_targets(pixels_of(first.image), panels, f"{explainer.subject.title}\n{title}", look=first.look)
 
 
 def _figure(
@@ -47,10 +60,11 @@ def _figure(
     inputs = explainer.placed(prepared.inputs[None])
     image = prepared.pixels
     likely = explained.likely(explained.target)
-    title = f"predicted {explained.likely(explained.prediction)}  |  target {likely}  |  rule {rule}"
+    above = f"{explainer.subject.title}\n"
+    title = f"{above}predicted {explained.likely(explained.prediction)}  |  target {likely}  |  rule {rule}"
     if kind == "sheet":
         panels = comparison(model, inputs, explained.target, rule=rule, output=output, during=progress)
-        return draw_sheet(image, panels, title)
+        return draw_sheet(image, panels, title, look=explained.look)
     if kind == "layers":
         if rule not in layer_rule_names():
             raise UnsupportedModelError(
@@ -62,7 +76,9 @@ def _figure(
     if kind == "heads":
         with progress("descending"):
             heads = descend_heads(model, inputs, output=output)
-        return head_sheet(heads, image, f"predicted {explained.likely(explained.prediction)}  |  attention heads")
+        return head_sheet(
+            heads, image, f"{above}predicted {explained.likely(explained.prediction)}  |  attention heads"
+        )
     other = _other(explained, against)
     with progress("contrasting"):
         return class_sheet(
@@ -71,7 +87,7 @@ def _figure(
             image,
             (explained.target, other),
             (explained.likely(explained.target), explained.likely(other)),
-            f"{explained.likely(explained.target)}  against  {explained.likely(other)}",
+            f"{above}{explained.likely(explained.target)}  against  {explained.likely(other)}",
             output=output,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import SourceError, one_line
 from captum_lnstat.evaluation.frame import Frame
+from captum_lnstat.explanation.provenance import digest
 from captum_lnstat.explanation.subject.subject import read_subject
 
 
@@ -25,6 +25,9 @@ class Scores(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.model(images).logits
         return scores
+
+
+__all__ = ["Scores", "Subject", "digest", "read"]
 
 
 @dataclass(frozen=True)
@@ -66,23 +69,6 @@ class Subject:
                 "object with such logits"
             )
         return Subject(model, forward, frame, scores.shape[1], digest(model), device)
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of all parameters and buffers.
-
-    Example:
-        >>> a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-        >>> digest(a) == digest(a), digest(a) == digest(b)
-        (True, False)
-    """
-    total = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not isinstance(value, Tensor):
-            continue
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def read(

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from captum_lnstat.explanation.subject.device import find_device
+
 # Until all processes are there, which were started together.
 _GATHERING = timedelta(minutes=30)
 # A process may wait for another that has more, or larger, images to do. One that has ended is noticed at once, one
@@ -93,7 +95,7 @@ def team(device: str = "auto") -> Iterator[Team]:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = _device(device, local)
+    chosen = find_device(device, local)
     if size == 1:
         yield Team(0, 1, chosen)
         return
@@ -109,20 +111,3 @@ def team(device: str = "auto") -> Iterator[Team]:
         yield Team(rank, size, chosen)
     finally:
         dist.destroy_process_group()
-
-
-def _device(name: str, local: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; expected auto, cpu or cuda") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"there is no GPU for device {name!r}; expected auto or cpu")
-        if ":" not in name:
-            if local >= torch.cuda.device_count():
-                raise ValueError(f"process {local} of this host has no GPU; there are {torch.cuda.device_count()}")
-            device = torch.device("cuda", local)
-    return device

@@ -18,9 +18,10 @@ from captum_lnstat.attribution.pixels import to_pixels
 from captum_lnstat.errors import SourceError, one_line
 from captum_lnstat.explanation.explanation import Explanation, pixels_of
 from captum_lnstat.explanation.prediction import Prediction
-from captum_lnstat.explanation.subject.classes import find_class
+from captum_lnstat.explanation.provenance import Provenance
 from captum_lnstat.explanation.subject.crop import View, measure
 from captum_lnstat.explanation.subject.images import Item
+from captum_lnstat.explanation.subject.names import find_class
 from captum_lnstat.explanation.subject.subject import Subject
 from captum_lnstat.recording.forward import Output, pick_output
 from captum_lnstat.trace.trace import Trace
@@ -74,6 +75,7 @@ class Explainer:
         self.subject = subject
         self.output = output
         self.lnstat = LNStatAttribution(subject.model, rule=rule, output=output, **options)
+        self.provenance = Provenance(subject, self.lnstat)
         self._views: dict[tuple[int, int], View] = {}
 
     def prepare(self, item: Item) -> Prepared:
@@ -177,6 +179,7 @@ class Explainer:
                 box=each.view.box,
                 patch=trace.patch,
                 covers=trace.covers,
+                provenance=self.provenance,
                 cautions=self.cautions(prediction, target, picture=each.item.picture is not None)
                 + _shown(len(each.inputs)),
             )

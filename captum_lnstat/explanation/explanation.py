@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from PIL import Image
 from captum_lnstat.attribution.methods import method_of_rule
 from captum_lnstat.errors import SourceError
 from captum_lnstat.explanation.prediction import Prediction, percent
+from captum_lnstat.explanation.provenance import Provenance
 from captum_lnstat.explanation.subject.crop import Box, on_image
-from captum_lnstat.visualize.colors import Scale, faded, overlay
+from captum_lnstat.explanation.writing import SUFFIXES, about, write_map
+from captum_lnstat.visualize.colors import PLAIN, Look, Scale, faded, overlay
 from captum_lnstat.visualize.writing import write_image
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class Explanation(Prediction):
             no resizing and cropping.
         patch: Height and width of a patch, in pixels of ``image``.
         covers: What the map leaves out, in words.
+        look: How the map is laid over the image.
+        provenance: What it was made with.
         cautions: What has to be known to read the map right, in words.
     """
 
@@ -57,6 +61,8 @@ class Explanation(Prediction):
     patch: tuple[int, int] = field(repr=False)
     covers: str = field(default="", repr=False)
     cautions: tuple[str, ...] = field(default=(), repr=False)
+    look: Look = field(default=PLAIN, repr=False)
+    provenance: Provenance | None = field(default=None, repr=False)
 
     @property
     def signed(self) -> bool:
@@ -71,15 +77,27 @@ class Explanation(Prediction):
     @cached_property
     def overlay(self) -> Image.Image:
         """The map laid over ``image``, of its size."""
-        return Image.fromarray(_eight_bits(overlay(pixels_of(self.image), self.relevance, signed=self.signed)))
+        drawn = overlay(pixels_of(self.image), self.relevance, signed=self.signed, look=self.look)
+        return Image.fromarray(_eight_bits(drawn))
+
+    def with_look(self, colormap: str | None = None, alpha: float | None = None, *, grey: bool = False) -> Explanation:
+        """The same explanation, drawn in another way.
+
+        Args:
+            colormap: A colormap of matplotlib, in the place of inferno or, for signed maps, of red and blue.
+            alpha: How much the strongest relevance covers of the image, 0 to 1.
+            grey: The image in grey, so that colour means relevance alone.
+        """
+        return replace(self, look=Look(colormap, alpha, grey))
 
     @cached_property
-    def on_original(self) -> Image.Image:
-        """The map laid over the image that was given, of its size. What the model did not see is a darker grey.
+    def values_on_original(self) -> Float[np.ndarray, "height width"]:
+        """The map on the image that was given, of its size: relevance of the patches, between them interpolated.
+
+        NaN where the model did not see the image.
 
         Raises:
-            SourceError: The model's input was given, not an image; or the transform is no resizing and cropping, so
-                that the pixels of the two cannot be told to belong together.
+            SourceError: As for ``on_original``.
         """
         if self.original is None:
             raise SourceError("a model's input was explained, so there is no original image; take overlay")
@@ -93,7 +111,20 @@ class Explanation(Prediction):
         across = (right - left) * self.grid.shape[1] * self.patch[1] / self.image.width
         down = (bottom - top) * self.grid.shape[0] * self.patch[0] / self.image.height
         values = on_image(self.grid, (left, top, left + across, top + down), self.original.size)
-        seen = np.isfinite(values) & np.isfinite(on_image(np.zeros((1, 1)), self.box, self.original.size))
+        values[~np.isfinite(on_image(np.zeros((1, 1)), self.box, self.original.size))] = np.nan
+        return values
+
+    @cached_property
+    def on_original(self) -> Image.Image:
+        """The map laid over the image that was given, of its size. What the model did not see is a darker grey.
+
+        Raises:
+            SourceError: The model's input was given, not an image; or the transform is no resizing and cropping, so
+                that the pixels of the two cannot be told to belong together.
+        """
+        values = self.values_on_original
+        assert self.original is not None
+        seen = np.isfinite(values)
         scale = Scale.of([values[seen]], signed=self.signed)
         photo = np.asarray(self.original.convert("RGB"))
         drawn = np.empty_like(photo)
@@ -102,23 +133,41 @@ class Explanation(Prediction):
         for top_row in range(0, len(photo), rows):
             part = slice(top_row, top_row + rows)
             pixels, inside = photo[part] / 255, seen[part]
-            laid = overlay(pixels, np.where(inside, values[part], scale.low), scale=scale)
+            laid = overlay(pixels, np.where(inside, values[part], scale.low), scale=scale, look=self.look)
             drawn[part] = _eight_bits(np.where(inside[..., None], laid, 0.6 * faded(pixels)))
         return Image.fromarray(drawn)
 
-    def save(self, path: str | Path, *, original: bool = False) -> Path:
-        """Write the overlay; a file that was there is replaced in one step, and no half of one is ever left.
+    def save(self, path: str | Path, *, original: bool = False, raw: bool = False) -> Path:
+        """Write the overlay, or the map itself; what was there is replaced in one step, no half is ever left.
+
+        A PNG holds as text, under ``captum-lnstat``, what it was made with: model, hash of the weights, target, rule,
+        options, versions. Beside the map itself the same is written as ``NAME.json``.
 
         Args:
-            path: The suffix says the format.
+            path: The suffix says the format: ``.npy``, ``.npz`` and ``.safetensors`` are the map itself, in numbers.
             original: Write ``on_original`` rather than ``overlay``.
+            raw: Write the map itself as a PNG of 16 bits, too, of the size of the image that was given.
 
         Raises:
-            ValueError: Pillow does not write such files.
+            ValueError: Such files are not written.
             OSError: The folder cannot be written to.
             SourceError: As for ``on_original``.
+
+        Example:
+            >>> import json, tempfile
+            >>> from captum_lnstat import explain, zoo
+            >>> explained = explain("vit-mini", zoo.scenes()[300].image)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = explained.save(Path(folder, "map.npz"))
+            ...     np.load(path)["grid"].shape, json.loads(Path(f"{path}.json").read_text())["model"]
+            ((8, 8), 'vit-mini')
         """
-        return write_image(path, self.on_original if original else self.overlay)
+        path = Path(path)
+        if raw or path.suffix in SUFFIXES:
+            if path.suffix not in (*SUFFIXES, ".png"):
+                raise ValueError(f"{path.name!r} is no kind of map; expected {', '.join(SUFFIXES)} or .png")
+            return write_map(path, self)
+        return write_image(path, self.on_original if original else self.overlay, about(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -154,18 +203,23 @@ class Explanations(tuple[Explanation, ...]):
 
     __slots__ = ()
 
-    def save(self, folder: str | Path, *, original: bool = False) -> tuple[Path, ...]:
+    def save(
+        self, folder: str | Path, *, original: bool = False, raw: bool = False, suffix: str = ".png"
+    ) -> tuple[Path, ...]:
         """Write every overlay into a folder, which is made if it is not there: ``NAME.png``, numbered if names repeat.
 
         Args:
             folder: Where to.
-            original: As for ``Explanation.save``.
+            original: As for ``Explanation.save``, and so are the others.
+            raw: The maps themselves.
+            suffix: The format.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = unique_names([each.name for each in self])
         return tuple(
-            each.save(folder / f"{name}.png", original=original) for each, name in zip(self, names, strict=True)
+            each.save(folder / f"{name}{suffix}", original=original, raw=raw)
+            for each, name in zip(self, names, strict=True)
         )
 
     def _repr_png_(self) -> bytes:

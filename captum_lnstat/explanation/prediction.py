@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from captum_lnstat.explanation.subject.classes import label
+from captum_lnstat.explanation.subject.names import label
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -78,6 +78,12 @@ class Prediction:
         """What has to be known of the map of a class that the model all but rules out; nothing of others."""
         if self.probabilities is None or self.probabilities[target] >= FAINT_TARGET:
             return ()
+        if target == self.prediction:
+            likeliest = self.outcome(target)
+            return (
+                f"the model has hardly made up its mind: no class is likelier than {likeliest}; the map shows what "
+                "argued for that one, and may lie on background or on another object",
+            )
         return (
             f"the model all but rules {self.label(target)} out; the map shows what little argued for it, and may lie "
             "on background or on another object",

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from captum_lnstat.visualize.colors import DIVERGING, SEQUENTIAL, Scale, paint
+from captum_lnstat.visualize.colors import DIVERGING, GREY, Look, Scale, paint
 
 if TYPE_CHECKING:
     from captum_lnstat.visualize.maps import Picture
@@ -22,6 +22,8 @@ INK, FAINT = "#222222", "#666666"
 # Inches. Cells shrink until they fit the width of a page, then the sheet becomes wider.
 _PAGE, _LARGEST, _SMALLEST, _GAP = 12.0, 2.9, 1.05, 0.08
 _LABEL, _BAR, _LINE, _HEAD, _FOOT, _MARGIN = 1.5, 0.95, 0.16, 0.45, 0.32, 0.12
+# Below a cell that has a bar of its own.
+_UNDER, _TITLE_LINE = 0.22, 0.2
 # Characters that fit on an inch of the two sizes of text.
 _LETTERS, _SMALL_LETTERS = 13, 15
 
@@ -35,21 +37,31 @@ class Bar:
         low: What is written at the lower end.
         high: What is written at the upper end.
         middle: What is written between them.
+        signed: Whether zero is in its middle; by default it is for the diverging colours.
     """
 
     colormap: str
     low: str
     high: str
     middle: str = ""
+    signed: bool | None = None
+
+    @property
+    def ramp(self) -> Picture:
+        """Its colours from the lower end to the upper one, one row."""
+        signed = self.colormap == DIVERGING if self.signed is None else self.signed
+        return paint(np.linspace(-1.0 if signed else 0.0, 1.0, 256)[None], self.colormap, signed=signed)
 
     @classmethod
-    def of(cls, scale: Scale | None, *, signed: bool = False, colormap: str = SEQUENTIAL) -> Bar:
+    def of(cls, scale: Scale | None, *, signed: bool = False, look: Look = GREY) -> Bar:
         """The bar of a scale, with its numbers; without a scale, of maps that each have their own."""
+        colormap = look.colors(signed=signed if scale is None else scale.signed)
         if scale is None:
-            return cls(DIVERGING, "against", "for") if signed else cls(colormap, "least", "most")
+            ends = ("against", "for") if signed else ("least", "most")
+            return cls(colormap, *ends, signed=signed)
         if scale.signed:
-            return cls(DIVERGING, f"{-scale.high:.2g}", f"{scale.high:.2g}", "0")
-        return cls(colormap, f"{scale.low:.2g}", f"{scale.high:.2g}")
+            return cls(colormap, f"{-scale.high:.2g}", f"{scale.high:.2g}", "0", signed=True)
+        return cls(colormap, f"{scale.low:.2g}", f"{scale.high:.2g}", signed=False)
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ class Row:
         bar: What its colours mean.
         note: Said below the label, in small letters.
         titles: Above each of its cells, if they differ from row to row.
+        bars: Below each of its cells, what its own colours mean; nothing below a picture.
     """
 
     label: str
@@ -69,6 +82,7 @@ class Row:
     bar: Bar | None = None
     note: str = ""
     titles: tuple[str, ...] = ()
+    bars: tuple[Bar | None, ...] = ()
 
 
 def draw_rows(rows: Sequence[Row], title: str, *, titles: Sequence[str] = (), note: str | Sequence[Bar] = "") -> Figure:
@@ -76,7 +90,7 @@ def draw_rows(rows: Sequence[Row], title: str, *, titles: Sequence[str] = (), no
 
     Args:
         rows: At least one, with at least one cell.
-        title: Shown above them all, on one line.
+        title: Shown above them all; its lines are kept.
         titles: Shown above the columns; lines are kept, long ones are broken.
         note: Shown below them all: words, or what the colours mean.
 
@@ -95,22 +109,27 @@ def draw_rows(rows: Sequence[Row], title: str, *, titles: Sequence[str] = (), no
         raise ValueError("rows holds no picture; expected at least one row with a cell")
     cell = min(_LARGEST, max(_SMALLEST, _PAGE / columns - _GAP))
     heights = [cell * max((p.shape[0] / p.shape[1] for p in row.cells if p is not None), default=1.0) for row in rows]
+    under = [_UNDER * any(row.bars) for row in rows]
     above = [_wrapped(titles, cell), *(_wrapped(row.titles, cell) for row in rows)]
     lines = [max((text.count("\n") + 1 for text in texts), default=0) * _LINE for texts in above]
     begin = _MARGIN + (_LABEL if any(row.label for row in rows) else 0)
     width = begin + columns * (cell + _GAP) + (_BAR if any(row.bar for row in rows) else _MARGIN - _GAP)
-    height = _HEAD + lines[0] + sum(heights) + sum(lines[1:]) + _GAP * len(rows) + (_FOOT if note else _MARGIN)
+    head = _HEAD + _TITLE_LINE * title.count("\n")
+    height = (
+        head + lines[0] + sum(heights) + sum(under) + sum(lines[1:]) + _GAP * len(rows) + (_FOOT if note else _MARGIN)
+    )
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    write(figure, 0.5 * width, height - 0.5 * _HEAD, _fitting(title, width), 11.5)
-    top = height - _HEAD - lines[0]
+    fitting = "\n".join(_fitting(line, width) for line in title.splitlines())
+    write(figure, 0.5 * width, height - 0.5 * head, fitting, 11.5)
+    top = height - head - lines[0]
     lefts = [begin + column * (cell + _GAP) for column in range(columns + 1)]
     _write_above(figure, above[0], top, lefts, cell)
     for place, row in enumerate(rows):
         top -= lines[place + 1]
         _write_above(figure, above[place + 1], top, lefts, cell)
         _draw_row(figure, row, top, lefts, cell, heights[place])
-        top -= heights[place] + _GAP
+        top -= heights[place] + under[place] + _GAP
     if isinstance(note, str):
         write(figure, 0.5 * width, 0.5 * _FOOT, note, 9, color=FAINT)
         return figure
@@ -150,23 +169,31 @@ def _draw_row(figure: Figure, row: Row, top: float, lefts: Sequence[float], cell
     for left, pixels in zip(lefts, row.cells, strict=False):
         if pixels is not None:
             draw_pixels(axes_at(figure, left, top - height, cell, height), pixels, cell)
+    for left, bar in zip(lefts, row.bars, strict=False):
+        if bar is not None:
+            _draw_under(figure, bar, left, top - height - 0.5 * _UNDER, cell)
     if row.bar is not None:
         _draw_bar(figure, row.bar, lefts[len(row.cells)] + 0.05, middle, min(0.85 * height, 1.5))
 
 
 def _draw_bar(figure: Figure, bar: Bar, left: float, middle: float, height: float) -> None:
     axes = axes_at(figure, left, middle - 0.5 * height, 0.11, height)
-    ramp = np.linspace(1.0, -1.0 if bar.colormap == DIVERGING else 0.0, 256)[:, None]
-    axes.imshow(paint(ramp, bar.colormap), aspect="auto", interpolation="bilinear")
+    axes.imshow(bar.ramp[:, ::-1].swapaxes(0, 1), aspect="auto", interpolation="bilinear")
     for text, y in ((bar.high, 0.5 * height - 0.06), (bar.middle, 0.0), (bar.low, 0.06 - 0.5 * height)):
         write(figure, left + 0.17, middle + y, text, 8, ha="left", color=FAINT)
+
+
+def _draw_under(figure: Figure, bar: Bar, left: float, middle: float, cell: float) -> None:
+    """A lying bar below a cell, with its numbers at both ends."""
+    axes_at(figure, left + 0.3 * cell, middle - 0.04, 0.4 * cell, 0.08).imshow(bar.ramp, aspect="auto")
+    write(figure, left + 0.27 * cell, middle, bar.low, 7.5, ha="right", color=FAINT)
+    write(figure, left + 0.73 * cell, middle, bar.high, 7.5, ha="left", color=FAINT)
 
 
 def _draw_legend(figure: Figure, bar: Bar, middle: float) -> None:
     """A lying bar in the foot, with its ends in words."""
     axes = axes_at(figure, middle - 0.7, 0.5 * _FOOT - 0.06, 1.4, 0.12)
-    ramp = np.linspace(-1.0 if bar.colormap == DIVERGING else 0.0, 1.0, 256)[None]
-    axes.imshow(paint(ramp, bar.colormap), aspect="auto")
+    axes.imshow(bar.ramp, aspect="auto")
     write(figure, middle - 0.76, 0.5 * _FOOT, bar.low, 9, ha="right", color=FAINT)
     write(figure, middle + 0.76, 0.5 * _FOOT, bar.high, 9, ha="left", color=FAINT)
 

@@ -76,6 +76,38 @@ class Scale:
         return np.clip((relevance - self.low) / (self.high - self.low), -1 if self.signed else 0, 1)
 
 
+@dataclass(frozen=True)
+class Look:
+    """How a map is laid over an image.
+
+    Attributes:
+        colormap: A colormap of matplotlib, in the place of inferno or, for signed maps, of red and blue.
+        alpha: How much the strongest relevance covers of the image, 0 to 1; None for what suits the image's colours.
+        grey: The image in grey, lifted and flattened, so that colour means relevance alone; else as it is.
+
+    Example:
+        >>> overlay(np.zeros((1, 2, 3)), np.array([[0.0, 1.0]]), look=Look("viridis", 1.0)).round(2).tolist()
+        [[[0.0, 0.0, 0.0], [0.99, 0.91, 0.14]]]
+    """
+
+    colormap: str | None = None
+    alpha: float | None = None
+    grey: bool = False
+
+    def colors(self, *, signed: bool) -> str:
+        """The colormap of a map."""
+        return self.colormap or (DIVERGING if signed else SEQUENTIAL)
+
+    @property
+    def cover(self) -> float:
+        """``alpha``, or what suits the image's colours."""
+        return self.alpha if self.alpha is not None else 0.9 if self.grey else 0.75
+
+
+# The photograph in its colours, and in grey.
+PLAIN, GREY = Look(), Look(grey=True)
+
+
 def scaled(relevance: Map, *, signed: bool = False) -> Map:
     """Relevance on the scale of the colours, which is the map's own: units differ from method to method.
 
@@ -100,13 +132,14 @@ def scaled(relevance: Map, *, signed: bool = False) -> Map:
     return Scale.of([relevance], signed=signed)(relevance)
 
 
-def colored(relevance: Map, *, signed: bool = False, scale: Scale | None = None) -> Picture:
+def colored(relevance: Map, *, signed: bool = False, scale: Scale | None = None, look: Look = GREY) -> Picture:
     """Relevance as colours: dark to bright if it is not signed; red for, blue against, white for neither if it is.
 
     Args:
         relevance: ``(height, width)``.
         signed: As for ``scaled``, which also says what is raised.
         scale: A scale that several maps share, in the place of the map's own.
+        look: Its colours.
 
     Example:
         >>> colored(np.array([[-1.0, 0.0, 1.0]]), signed=True).round(1)
@@ -115,23 +148,28 @@ def colored(relevance: Map, *, signed: bool = False, scale: Scale | None = None)
                 [0.4, 0. , 0.1]]])
     """
     scale = scale or Scale.of([relevance], signed=signed)
-    return paint(scale(relevance), DIVERGING if scale.signed else SEQUENTIAL)
+    return paint(scale(relevance), look.colors(signed=scale.signed), signed=scale.signed)
 
 
-def paint(values: Map, colormap: str) -> Picture:
-    """Values on a scale, 0 to 1 or, for the diverging colours, -1 to 1, as colours."""
+def paint(values: Map, colormap: str, *, signed: bool | None = None) -> Picture:
+    """Values on a scale, 0 to 1 or, signed, -1 to 1, as colours; signed by default for the diverging colours."""
     colors: Any = matplotlib.colormaps[colormap]
-    return np.asarray(colors((values + 1) / 2 if colormap == DIVERGING else values)[..., :3])
+    return np.asarray(
+        colors((values + 1) / 2 if (colormap == DIVERGING if signed is None else signed) else values)[..., :3]
+    )
 
 
-def overlay(image: Picture, relevance: Map, *, signed: bool = False, scale: Scale | None = None) -> Picture:
-    """Relevance laid over the image: the image in grey, and the more relevant a pixel the more of its colour.
+def overlay(
+    image: Picture, relevance: Map, *, signed: bool = False, scale: Scale | None = None, look: Look = GREY
+) -> Picture:
+    """Relevance laid over the image: the more relevant a pixel the more of its colour.
 
     Args:
         image: ``(height, width, 3)``, values from 0 to 1.
         relevance: ``(height, width)``.
         signed: As for ``scaled``.
         scale: As for ``colored``.
+        look: Whether the image is in grey, and the colours of the map.
 
     Returns:
         ``(height, width, 3)``, values from 0 to 1.
@@ -150,14 +188,14 @@ def overlay(image: Picture, relevance: Map, *, signed: bool = False, scale: Scal
         )
     scale = scale or Scale.of([relevance], signed=signed)
     values = scale(relevance)
-    base = faded(image, signed=scale.signed)
-    weight = 0.9 * (np.abs(values) ** 0.7)[..., None]
+    base = faded(image, signed=scale.signed) if look.grey else image
+    weight = look.cover * (np.abs(values) ** 0.7)[..., None]
     if scale.signed:
         # The pale middle of the diverging colours would outline every change of sign.
-        return np.asarray(
-            base * (1 - weight) + paint(np.sign(values) * (0.4 + 0.6 * np.abs(values)), DIVERGING) * weight
-        )
-    return np.asarray(base * (1 - weight) + paint(values, SEQUENTIAL) * weight)
+        values = np.sign(values) * (0.4 + 0.6 * np.abs(values))
+    return np.asarray(
+        base * (1 - weight) + paint(values, look.colors(signed=scale.signed), signed=scale.signed) * weight
+    )
 
 
 def faded(image: Picture, *, signed: bool = False) -> Picture:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captum_lnstat.attribution.methods import METHODS, Method, method_of_rule
 from captum_lnstat.recording.forward import Output
 from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
-from captum_lnstat.visualize.colors import Scale, overlay
+from captum_lnstat.visualize.colors import GREY, Look, Scale, overlay
 from captum_lnstat.visualize.maps import to_map
 from captum_lnstat.visualize.sheet import Panel
 
@@ -79,7 +79,12 @@ class ComparedImage:
 
 
 def compare_sheet(
-    images: Sequence[ComparedImage], methods: Sequence[Method], title: str, *, scale: ScaleOf = "method"
+    images: Sequence[ComparedImage],
+    methods: Sequence[Method],
+    title: str,
+    *,
+    scale: ScaleOf = "method",
+    look: Look = GREY,
 ) -> Figure:
     """Several methods on several images.
 
@@ -90,6 +95,7 @@ def compare_sheet(
         scale: ``"method"``: one scale for each method, its numbers beside its row. ``"map"``: every map on its own.
             ``"shared"``: one for all of them, in multiples of the mean size of each map, since the methods' own units
             differ.
+        look: How maps are laid over the images.
 
     Returns:
         A figure that belongs to no pyplot state. The sheet says which scale it uses.
@@ -119,8 +125,11 @@ def compare_sheet(
         else:
             shown = [Scale.of([each], signed=method.signed) for each in maps]
         cells = tuple(
-            overlay(image.image, each, scale=one) for image, each, one in zip(images, maps, shown, strict=True)
+            overlay(image.image, each, scale=one, look=look)
+            for image, each, one in zip(images, maps, shown, strict=True)
         )
         unit = method.unit if scale == "method" else ""
-        rows.append(Row(method.title, cells, Bar.of(None if scale == "map" else shown[0], signed=method.signed), unit))
+        bar = Bar.of(None if scale == "map" else shown[0], signed=method.signed, look=look)
+        bars = tuple(Bar.of(one, look=look) for one in shown) if scale == "map" else ()
+        rows.append(Row(method.title, cells, bar, unit, bars=bars))
     return draw_rows(rows, title, titles=[image.title for image in images], note=_NOTES[scale])

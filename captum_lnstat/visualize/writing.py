@@ -5,15 +5,19 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from captum_lnstat.visualize.sheet import Panel, draw_sheet
 
 if TYPE_CHECKING:
     from captum_lnstat.visualize.maps import Picture
+
+# The key of what a PNG says about itself.
+TEXT = "captum-lnstat"
 
 
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:
@@ -24,7 +28,7 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:
         write: Given the open file.
 
     Raises:
-        OSError: The folder cannot be written to.
+        OSError: The folder cannot be written to; the error names ``path``.
 
     Example:
         >>> import tempfile
@@ -38,24 +42,40 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:
         with part.open("xb") as file:
             write(file)
         part.replace(path)
+    except OSError as error:
+        if error.filename is not None:  # of the file beside it, which nobody asked for
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         part.unlink(missing_ok=True)
     return path
 
 
-def write_figure(path: str | Path, figure: Figure) -> Path:
+def write_figure(path: str | Path, figure: Figure, about: str = "") -> Path:
     """Write a figure whole; the suffix says the format: png, jpg, pdf, svg and whatever else matplotlib writes.
+
+    Args:
+        path: Where to.
+        figure: The figure.
+        about: What a PNG holds as text under ``captum-lnstat``.
 
     Raises:
         ValueError: matplotlib does not write such files.
         OSError: The folder cannot be written to.
     """
     path = Path(path)
-    return write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:] or "png"))
+    kind = path.suffix[1:] or "png"
+    text: dict[str, Any] = {"metadata": {TEXT: about}} if about and kind.lower() == "png" else {}
+    return write_whole(path, lambda file: figure.savefig(file, format=kind, **text))
 
 
-def write_image(path: str | Path, image: Image.Image) -> Path:
+def write_image(path: str | Path, image: Image.Image, about: str = "") -> Path:
     """Write a Pillow image whole; the suffix says the format.
+
+    Args:
+        path: Where to.
+        image: The image.
+        about: As for ``write_figure``.
 
     Raises:
         ValueError: Pillow does not write such files.
@@ -66,7 +86,11 @@ def write_image(path: str | Path, image: Image.Image) -> Path:
     kind = Image.registered_extensions().get(suffix)
     if kind not in Image.SAVE:
         raise ValueError(f"{path.name!r} is no kind of image that can be written; expected .png, .jpg or .webp, say")
-    return write_whole(path, lambda file: image.save(file, format=kind))
+    options: dict[str, Any] = {}
+    if about and kind == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt(TEXT, about)
+    return write_whole(path, lambda file: image.save(file, format=kind, **options))
 
 
 def write_sheet(path: str | Path, image: Picture, panels: Sequence[Panel], title: str) -> Path:

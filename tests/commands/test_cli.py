@@ -20,7 +20,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 import captum_lnstat
 from captum_lnstat import LNStatAttribution, RecordingError, cli, zoo
 from captum_lnstat.attribution.methods import METHODS
-from captum_lnstat.commands import explain, options, pictures
+from captum_lnstat.commands import explain, models, options, pictures
 from captum_lnstat.explanation.subject import progress
 
 VIT = "vit_tiny_patch16_224"
@@ -40,8 +40,8 @@ def _folder(tmp_path, monkeypatch):
 def drawn(monkeypatch):
     """Path, image, panels and title of every sheet that the command writes."""
     calls = []
-    monkeypatch.setattr(pictures, "draw_sheet", lambda *arguments: arguments)
-    monkeypatch.setattr(pictures, "write_figure", lambda path, sheet: calls.append((path, *sheet)))
+    monkeypatch.setattr(pictures, "draw_sheet", lambda *arguments, look: arguments)
+    monkeypatch.setattr(pictures, "write_figure", lambda path, sheet, about: calls.append((path, *sheet)))
     return calls
 
 
@@ -162,7 +162,7 @@ def test_a_target_is_a_name_or_an_index(drawn, target):
     confidence = reference.model(inputs).softmax(1)[0].detach()
     best = int(confidence.argmax())
     assert title == (
-        f"predicted {reference.class_names[best]} {float(confidence[best]):.1%}  |  "
+        f"swin-mini\npredicted {reference.class_names[best]} {float(confidence[best]):.1%}  |  "
         f"target trouser {float(confidence[1]):.1%}  |  rule rollout"
     )
 
@@ -289,7 +289,7 @@ def test_names_of_classes_are_not_made_up(vit_file):
 
 def test_a_folder_that_cannot_be_written_to_is_found_out_first(monkeypatch):
     monkeypatch.setattr(options.os, "access", lambda path, mode: False)  # root may write anywhere
-    monkeypatch.setattr(options, "read_subject", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(models, "read_subject", lambda *_: pytest.fail("the model was loaded first"))
     assert refused() == "Error: the folder '.' cannot be written to\n"
 
 

@@ -15,9 +15,10 @@ from PIL import Image
 
 import captum_lnstat
 from captum_lnstat import UnsupportedModelError, cli, zoo
-from captum_lnstat.commands import compare, explain, options, pictures
+from captum_lnstat.commands import comparing, explain, explaining, models, options, pictures
 from captum_lnstat.explanation.explainer import Explainer
 from captum_lnstat.explanation.subject import progress as _console
+from captum_lnstat.visualize import Look
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +151,7 @@ def test_a_folder_without_images_is_said_to_be_one(tmp_path):
 @pytest.mark.parametrize("kind", ["layers", "heads", "classes", "original"])
 def test_every_kind_of_picture_is_drawn(monkeypatch, kind):
     drawn = []
-    monkeypatch.setattr(pictures, "write_figure", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr(pictures, "write_figure", lambda path, figure, about: drawn.append(figure))
     result = run("explain", "--picture", kind, "--model", "vit-mini", "--target", "trouser")
     assert result.exit_code == 0, result.stderr
     if kind == "original":
@@ -164,7 +165,7 @@ def test_every_kind_of_picture_is_drawn(monkeypatch, kind):
 def test_the_other_class_is_the_one_asked_for_or_the_likeliest(monkeypatch):
     asked = []
     monkeypatch.setattr(pictures, "class_sheet", lambda *arguments, **options: asked.append(arguments[3]))
-    monkeypatch.setattr(pictures, "write_figure", lambda path, figure: None)
+    monkeypatch.setattr(pictures, "write_figure", lambda path, figure, about: None)
     reference = zoo.load("swin-mini")
     inputs = reference.transform(zoo.scenes()[explain.DEFAULT_SCENE].image)[None]
     best, second = reference.model(inputs)[0].topk(2).indices.tolist()
@@ -181,7 +182,7 @@ def test_an_interrupted_run_keeps_what_is_finished(photos, monkeypatch):
             raise KeyboardInterrupt
         written(path, *arguments)
 
-    monkeypatch.setattr(explain, "write_picture", interrupt)
+    monkeypatch.setattr(explaining, "write_picture", interrupt)
     result = run("explain", photos)
     assert result.exit_code == 130
     assert result.stderr.endswith("Interrupted\n")
@@ -197,13 +198,13 @@ def test_ctrl_c_in_the_middle_of_writing_leaves_whole_files(tmp_path, photos):
         from PIL import Image
         from captum_lnstat.cli import main
         save, count = Image.Image.save, []
-        def slow(self, file, format):
+        def slow(self, file, format, **options):
             count.append(1)
             if len(count) == 2:
                 file.write(b"half")
                 file.flush()
                 os.kill(os.getpid(), signal.SIGINT)
-            save(self, file, format=format)
+            save(self, file, format=format, **options)
         Image.Image.save = slow
         main(prog_name="captum-lnstat")
     """
@@ -220,15 +221,15 @@ def test_ctrl_c_in_the_middle_of_writing_leaves_whole_files(tmp_path, photos):
 
 def test_compare_draws_methods_by_rows_and_images_by_columns(photos, monkeypatch):
     drawn = []
-    monkeypatch.setattr(compare, "compare_sheet", lambda *arguments, **options: drawn.append((arguments, options)))
-    monkeypatch.setattr(compare, "write_figure", lambda path, figure: Path(path).write_text("sheet"))
+    monkeypatch.setattr(comparing, "compare_sheet", lambda *arguments, **options: drawn.append((arguments, options)))
+    monkeypatch.setattr(comparing, "write_figure", lambda path, figure: Path(path).write_text("sheet"))
     result = run("compare", photos, "--methods", "lnstat,chefer", "--target", "bag", "--scale", "map", "--json")
     assert result.exit_code == 1
     (((columns, methods, title), how),) = drawn
     assert [column.title.splitlines()[0] for column in columns] == ["a", "c"]
     assert all(len(column.maps) == 2 for column in columns)
     assert [method.title for method in methods] == ["LNStat", "Chefer et al. 2021"]
-    assert (title, how) == ("swin-mini", {"scale": "map"})
+    assert (title, how) == ("swin-mini", {"scale": "map", "look": Look()})
     record = json.loads(result.stdout)
     assert record["methods"] == ["lnstat", "chefer"]
     assert [each["image"] for each in record["images"]] == [str(photos / "a.png"), str(photos / "c.png")]
@@ -263,7 +264,7 @@ def test_a_mistake_in_compare_is_one_line(arguments, says):
 
 
 def test_an_assumed_preprocessing_is_said(monkeypatch, capsys):
-    subject = options.read_subject("swin-mini")
+    subject = models.read_subject("swin-mini")
     object.__setattr__(subject, "preprocessing", type(subject.preprocessing)(subject.transform, "the usual one", True))
     options.warn(subject.cautions())
     assert "does not say how its images were prepared; the usual one is taken" in capsys.readouterr().err

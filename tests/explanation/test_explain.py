@@ -167,6 +167,7 @@ def test_a_hot_patch_is_hot_at_its_pixels_of_the_original(vit, photo):
         grid = np.zeros((4, 4))
         grid[row, column] = 1
         hot = Explanation(**{**{name: getattr(found, name) for name in found.__dataclass_fields__}, "grid": grid})
+        hot = hot.with_look(grey=True)
         pixels = np.asarray(hot.on_original).astype(int)
         colored = np.argwhere(np.ptp(pixels, axis=2) > 40)
         middle = colored.mean(0)
@@ -276,7 +277,7 @@ def test_pictures_are_written_whole_or_not_at_all(swin, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"'a\.nope' is no kind of image"):
         found.save(tmp_path / "a.nope")
 
-    def interrupt(self, file, format):
+    def interrupt(self, file, format, **options):
         file.write(b"half")
         raise KeyboardInterrupt
 

@@ -2,6 +2,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -12,7 +13,19 @@ from PIL import Image
 
 from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, zoo
 from captum_lnstat.attribution.methods import METHODS
-from captum_lnstat.visualize import Panel, Scale, colored, comparison, draw_sheet, overlay, scaled, to_map, to_picture
+from captum_lnstat.visualize import (
+    PLAIN,
+    Look,
+    Panel,
+    Scale,
+    colored,
+    comparison,
+    draw_sheet,
+    overlay,
+    scaled,
+    to_map,
+    to_picture,
+)
 from captum_lnstat.visualize import write_sheet as write
 
 GREEN = np.tile([0.1, 0.8, 0.1], (40, 60, 1))
@@ -107,6 +120,21 @@ def test_an_overlay_shows_the_picture_under_weak_relevance():
     assert pixels[0, 1, 0] - pixels[0, 0, 0] > 0.4
 
 
+def test_the_photograph_keeps_its_colours_unless_grey_is_asked_for():
+    relevance = np.zeros((40, 60))
+    relevance[:, 30:] = 1.0
+    plain = overlay(GREEN, relevance, look=PLAIN)
+    np.testing.assert_allclose(plain[:, :30], GREEN[:, :30])
+    strongest = colored(np.array([[0.0, 1.0]]))[0, 1]
+    np.testing.assert_allclose(plain[0, 40], 0.25 * GREEN[0, 40] + 0.75 * strongest)
+    # How much it covers, and its colours, are what is asked for; signs too.
+    np.testing.assert_allclose(overlay(GREEN, relevance, look=Look(alpha=0))[0, 40], GREEN[0, 40])
+    full = overlay(GREEN, relevance, look=Look("viridis", 1.0))[0, 40]
+    np.testing.assert_allclose(full, matplotlib.colormaps["viridis"](1.0)[:3])
+    signed = overlay(GREEN, -relevance, signed=True, look=Look("PuOr", 1.0))[0, 40]
+    np.testing.assert_allclose(signed, matplotlib.colormaps["PuOr"](0.0)[:3])
+
+
 def test_a_signed_overlay_is_red_for_and_blue_against():
     against, favour = overlay(np.full((1, 2, 3), 0.5), np.array([[-1.0, 1.0]]), signed=True)[0]
     assert against[2] > against[0] + 0.2
@@ -157,15 +185,21 @@ LEGENDS = ["least relevant", "most relevant", "against the target", "for the tar
 def test_a_sheet_has_image_map_and_overlay_and_the_others_beside_them():
     panels = [Panel("a", RAMP), Panel("b", RAMP), Panel("c", RAMP - 0.5, signed=True)]
     figure = draw_sheet(GREEN, panels, "a title with $ and $")
-    assert words(figure) == ["a title with $ and $", "image", "a", "a, overlay", "b", "c", *LEGENDS]
+    own = ["0", "0.99"]
+    first_row, second_row = ["image", "a", "a, overlay", *own, *own], ["b", "c", *own, "-0.5", "0.5"]
+    assert words(figure) == ["a title with $ and $", *first_row, *second_row, *LEGENDS]
     assert not any(text.get_parse_math() for text in figure.texts)
-    shown = [axes.images[0].get_array() for axes in figure.axes]
+    arrays = [axes.images[0].get_array() for axes in figure.axes]
+    shown, bars = ([array for array in arrays if (len(array) == 1) is flat] for flat in (False, True))
     for drawn, pixels in zip(shown, [GREEN, colored(RAMP), overlay(GREEN, RAMP), overlay(GREEN, RAMP)], strict=False):
         np.testing.assert_allclose(drawn, pixels)
     np.testing.assert_allclose(shown[4], overlay(GREEN, RAMP - 0.5, signed=True))
-    np.testing.assert_allclose(shown[5], colored(np.linspace(0, 1, 256)[None], scale=Scale(0, 1)))
-    np.testing.assert_allclose(shown[6], colored(np.linspace(-1, 1, 256)[None], scale=Scale(0, 1, signed=True)))
-    first, fourth = figure.axes[0].get_position(), figure.axes[3].get_position()
+    ramps = [colored(np.linspace(0, 1, 256)[None], scale=Scale(0, 1))]
+    ramps.append(colored(np.linspace(-1, 1, 256)[None], scale=Scale(0, 1, signed=True)))
+    # Of both panels in the first row, both in the second, and the two in the foot.
+    for bar, ramp in zip(bars, [ramps[0], ramps[0], ramps[0], ramps[1], *ramps], strict=True):
+        np.testing.assert_allclose(bar, ramp)
+    first, fourth = figure.axes[0].get_position(), figure.axes[5].get_position()
     assert first.x0 == fourth.x0
     assert first.y0 > fourth.y1
     assert plt.get_fignums() == []
@@ -175,7 +209,7 @@ def test_a_sheet_keeps_the_shape_of_the_image_and_needs_a_panel():
     figure = draw_sheet(GREEN, [Panel("a", RAMP)], "title")
     box = figure.axes[0].get_window_extent()
     assert box.width / box.height == pytest.approx(60 / 40)
-    assert words(figure) == ["title", "image", "a", "a, overlay", *LEGENDS[:2]]
+    assert words(figure) == ["title", "image", "a", "a, overlay", *["0", "0.99"] * 2, *LEGENDS[:2]]
     with pytest.raises(ValueError, match="panels is empty"):
         draw_sheet(GREEN, [], "title")
 

@@ -13,6 +13,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from captum_lnstat.errors import SourceError
+from captum_lnstat.explanation.subject.files import image_files
+
+__all__ = ["ImageLike", "Item", "from_array", "image_files", "read_image", "read_item", "read_items", "to_rgb"]
 
 ImageLike = Union[str, Path, Image.Image, "np.ndarray[Any, Any]", Tensor]
 
@@ -59,6 +62,8 @@ def read_items(images: ImageLike | Sequence[ImageLike]) -> tuple[list[Item], boo
 
 def _item(image: ImageLike, name: str) -> Item:
     if isinstance(image, str | Path):
+        if "://" in str(image):
+            raise SourceError(f"{image!r} is an address; expected a file. Download it first, and give its name here")
         path = Path(image)
         if path.is_dir():
             raise SourceError(f"{str(path)!r} is a folder; expected an image, or a list of the images in it")
@@ -121,24 +126,6 @@ def read_image(path: str | Path) -> Image.Image:
         raise SourceError(f"there is no file {str(path)!r}") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise SourceError(f"{str(path)!r} cannot be read as an image: {error}") from None
-
-
-def image_files(folder: Path) -> tuple[Path, ...]:
-    """The images that lie in a folder, by name: files with a suffix that Pillow reads, none of its subfolders.
-
-    Raises:
-        SourceError: There are none.
-    """
-    Image.init()
-    suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN} - {".pdf", ".mpg", ".mpeg"}
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-    )
-    if not files:
-        raise SourceError(f"there is no image in the folder {str(folder)!r}; expected files such as .jpg or .png")
-    return tuple(files)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +55,11 @@ class Subject:
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """From a Pillow image to ``(channel, height, width)``."""
         return self.preprocessing.transform
+
+    @property
+    def title(self) -> str:
+        """What it is called on a picture: its name, and the file of its weights."""
+        return f"{self.name} ({self.weights.partition(':')[0]})" if self.weights else self.name
 
     def find(self, target: str | None) -> int | None:
         """The class that an index or a name means; none if there is no target."""
@@ -162,6 +168,8 @@ def _build(name: str, pretrained: bool) -> tuple[Any, Any]:
     weights = None
     try:
         if name in zoo.names():
+            if pretrained:
+                raise SourceError(f"{name} comes with its weights, so pretrained says nothing; leave it out")
             model: Any = zoo.load(name).model
         elif not rest:
             model = _from_timm(name, pretrained)
@@ -206,6 +214,10 @@ def _from_torchvision(name: str, pretrained: bool) -> tuple[Any, Any]:
 
 
 def _from_transformers(name: str, pretrained: bool) -> Any:
+    if importlib.util.find_spec("transformers") is None:
+        raise SourceError(
+            f"hf:{name} needs transformers, which is not installed; pip install 'captum-lnstat[hf]' brings it"
+        )
     transformers = importlib.import_module("transformers")
     auto = transformers.AutoModelForImageClassification
     if pretrained:
