@@ -124,6 +124,7 @@ def explain(
         output = output or Path("lnstat")
         if save_map is not None and save_map not in MAPS:
             fail(f"--save-map is {save_map!r}; of several images expected a form, one of {', '.join(MAPS)}")
+        check_there(paths)
         check_folder(output, paths)
     else:
         output = output or Path("lnstat.png")
@@ -134,7 +135,7 @@ def explain(
             check_output(Path(save_map), frozenset(MAPS), "the map")
             if Path(save_map).resolve() in {path.resolve() for path in (output, *paths)}:
                 fail(f"--save-map is {save_map!r}, the image or the picture itself; expected another file")
-    check_there(paths)
+        check_there(paths)
     # Only now: torch and the libraries of models take seconds to load.
     from captum_lnstat.commands import explaining
     from captum_lnstat.commands.models import ModelOptions

@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save as save_tensors
 
-from captum_lnstat.explanation.subject.names import label
 from captum_lnstat.visualize.writing import TEXT, write_image, write_whole
 
 # An ``Explanation``, which is made further up.
@@ -29,7 +28,7 @@ def about(explained: Explained, **more: Any) -> str:
             **made,
             "image": explained.name,
             "target": explained.target,
-            "target_name": label(explained.class_names, explained.target) if explained.class_names else None,
+            "target_name": explained.class_names[explained.target] if explained.class_names else None,
             "confidence": explained.confidence,
             "prediction": explained.prediction,
             "rule": explained.rule,

@@ -147,7 +147,13 @@ def innermost(model: nn.Module, holds: Callable[[nn.Module], bool]) -> bool:
 
 
 def register_topology(family: type[Topology]) -> type[Topology]:
-    """Class decorator: make a family known to ``find_topology``. The last one registered is tried first."""
+    """Class decorator: make a family known to ``find_topology``. The last one registered is tried first.
+
+    Raises:
+        TypeError: It is no subclass of ``Topology``.
+    """
+    if not (isinstance(family, type) and issubclass(family, Topology)):
+        raise TypeError(f"register_topology was given {family!r}; expected a subclass of Topology")
     _FAMILIES.insert(0, family)
     return family
 

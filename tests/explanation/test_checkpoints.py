@@ -43,7 +43,7 @@ def load(path: Path, model: nn.Module) -> str:
 
 STATE, OTHER = vit(1).state_dict(), vit(2).state_dict()
 FORMS = {
-    "all of it": (STATE, "x.pth: all of it"),
+    "all of it": (STATE, "x.pth"),
     "tutorial": ({"epoch": 3, "loss": 0.5, "model_state_dict": STATE}, "x.pth: model_state_dict"),
     "lightning": (
         {"epoch": 3, "state_dict": {**prefixed(STATE, "model."), "loss.weight": torch.ones(3)}, "hyper_parameters": {}},
@@ -52,7 +52,7 @@ FORMS = {
     "parallel": ({"net": prefixed(STATE, "module.")}, "x.pth: net, names without 'module.'"),
     "backbone": (prefixed(STATE, "backbone."), "x.pth: names without 'backbone.'"),
     "whatever": ({"a": {"b": prefixed(STATE, "encoder.tower.")}}, "x.pth: a.b, names without 'encoder.tower.'"),
-    "compiled": (prefixed(STATE, "_orig_mod."), "x.pth: all of it"),
+    "compiled": (prefixed(STATE, "_orig_mod."), "x.pth"),
     "compiled inside": (prefixed(STATE, "module.net._orig_mod."), "x.pth: names without 'module.net.'"),
     "average, timm": ({"state_dict": OTHER, "state_dict_ema": STATE}, "x.pth: state_dict_ema, not state_dict"),
     "average, own": (

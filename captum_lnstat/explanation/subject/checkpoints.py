@@ -139,7 +139,8 @@ def load_checkpoint(model: Any, name: str, found: tuple[Weights, ...], path: Pat
         ) from None
     beside = [choice for choice in fitting if choice is not best]
     instead = [f"not {', '.join(str(choice) or 'those at the top' for choice in beside)}"] if beside else []
-    return f"{path.name}: {', '.join([str(best) or 'all of it', *instead])}"
+    taken = [*([str(best)] if str(best) else []), *instead]
+    return f"{path.name}: {', '.join(taken)}" if taken else path.name
 
 
 def _choices(weights: Weights, own: Mapping[str, str]) -> Iterator[Weights]:
