@@ -15,10 +15,12 @@ def eager(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             module = module.module
-        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod  # type: ignore[assignment]
-        else:
+            continue
+        # Its own: a wrapper may pass on the attributes of a compiled module inside it.
+        held: Any = vars(module).get("_modules")
+        if not isinstance(held, dict) or held.get("_orig_mod") is None:
             return module
+        module = held["_orig_mod"]
 
 
 def recorded_name(dotted: str) -> str:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.errors import RecordingError, warn_caller
+from captum_lnstat.errors import RecordingError, UnsupportedModelError, warn_caller
 from captum_lnstat.recording.statistics import stream
+from captum_lnstat.topology.anatomy.projections import without_gradient
 from captum_lnstat.trace.pooling import FixedPooling
 from captum_lnstat.trace.trace import Trace
 
@@ -108,6 +109,33 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} is in train mode: dropout and stochastic depth make the explanation of this pass "
             "random. Call model.eval() first"
         )
+
+
+def check_gradients(model: nn.Module) -> None:
+    """A model with a layer that lets no gradient through is refused: what lies behind it would be left out, unseen."""
+    closed = without_gradient(model)
+    if closed is not None:
+        raise UnsupportedModelError(
+            f"{closed} lets no gradient through, and this method is made of gradients; expected layers that are not "
+            "quantised, or only their weights. rule='lnstat' and rule='evidence' need gradients of the head alone"
+        )
+
+
+def check_whole(model: nn.Module) -> None:
+    """A model of which a process holds parts of the weights only is refused."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return  # nothing can be sharded
+    from torch.distributed import fsdp
+    from torch.distributed.tensor import DTensor
+
+    kinds = (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) or any(isinstance(p, DTensor) for p in module._parameters.values()):
+            raise UnsupportedModelError(
+                f"the weights of {type(model).__name__} are sharded (FSDP or DTensor, seen at {name!r}): they are "
+                "whole only while a module runs, and an explanation reads them afterwards. Load the full state dict "
+                "into a model that is not sharded, and explain that"
+            )
 
 
 def check_stream(trace: Trace, stream_end: Tensor) -> None:

@@ -16,7 +16,15 @@ from captum_lnstat.recording.forward import ForwardArgs, Output, Target, pick_ou
 from captum_lnstat.recording.recorder import Differentiable, Recorder
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
-from captum_lnstat.rules.checks import check_model, check_seen, check_size, check_start, check_stream
+from captum_lnstat.rules.checks import (
+    check_gradients,
+    check_model,
+    check_seen,
+    check_size,
+    check_start,
+    check_stream,
+    check_whole,
+)
 from captum_lnstat.rules.checks import reads as reads_tokens
 from captum_lnstat.rules.head import Head, contrast, gradients, target_score
 from captum_lnstat.rules.reads import reads_besides_the_end
@@ -95,8 +103,11 @@ def run(
         starts: The rule may start with what the head reads, whatever the class.
         output: Which of several outputs is explained.
     """
+    check_whole(model)
     topology = find_topology(eager(model))
     check_model(topology.model)
+    if differentiable != "head":
+        check_gradients(topology.model)
     if isinstance(forward_func, nn.Module):
         forward_func = eager(forward_func)
     check_size(image, topology.model, topology.entrance, direct=forward_func is topology.model)

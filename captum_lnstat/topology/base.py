@@ -14,7 +14,7 @@ from torch import nn
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.recording import Recording
-from captum_lnstat.topology.anatomy.embedding import convolutions, outside
+from captum_lnstat.topology.anatomy.embedding import convolutions, named, outside
 from captum_lnstat.topology.anatomy.parts import Known, known_so_far, recall
 from captum_lnstat.topology.anatomy.refusal import no_family, several_models
 from captum_lnstat.topology.anatomy.structure import Structure, structure_of
@@ -188,7 +188,10 @@ def _found(model: nn.Module) -> Topology:
         if len(found) > 1:
             raise UnsupportedModelError(several_models(model, [module for module, _ in found.values()]))
         for module, family in found.values():
-            return family(module)
+            topology = family(module)
+            # A wrapper may pass on the attributes of what it holds; the modules are inside that one.
+            if topology.entrance in named(module):
+                return topology
         level = [child for module in level for child in module.children()]
     known = {family.family: family.expects for family in reversed(_FAMILIES)}
     raise UnsupportedModelError(no_family(model, known))

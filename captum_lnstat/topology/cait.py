@@ -32,10 +32,11 @@ from captum_lnstat.topology.anatomy.embedding import (
     patch_of,
     reads_images,
 )
-from captum_lnstat.topology.anatomy.parts import layers, parts_of
+from captum_lnstat.topology.anatomy.parts import parts_of
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
+from captum_lnstat.topology.anatomy.projections import projections
 from captum_lnstat.topology.base import BlockTopology, register_topology
-from captum_lnstat.topology.residual import norms_in_order, path_to_update, residual_block
+from captum_lnstat.topology.residual import block_taps, norms_in_order, path_to_update, residual_block
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
@@ -76,10 +77,11 @@ class ClassAttentionTopology(BlockTopology):
         talking, attending = self._lists
         yield from self.convolutions.values()
         yield self.head_begins
-        yield from attending.values()
+        for block in attending.values():
+            yield from block_taps(block)
         for block in talking.values():
             parts = parts_of(block)
-            yield from (block, parts.out, _joined_projection(block), *_mixers(block).values())
+            yield from (block, parts.out.module, _joined_projection(block), *_mixers(block).values())
 
     @property
     def head_begins(self) -> nn.Module:
@@ -149,29 +151,29 @@ def _by_head(joined: Tensor, heads: int) -> Tensor:
     return joined.reshape(*joined.shape[:-1], heads, -1).transpose(1, 2)
 
 
-def _mixers(block: nn.Module) -> dict[str, nn.Linear]:
+def _mixers(block: nn.Module) -> dict[str, nn.Module]:
     """The Linears of an attention that map heads to heads, by their names in the block."""
     parts = parts_of(block)
     attention = block.get_submodule(parts.attention)
     heads = getattr(attention, "num_heads", None)
     return {
-        f"{parts.attention}.{name}": part
-        for name, part in attention.named_modules()
-        if isinstance(part, nn.Linear) and part.in_features == part.out_features == heads and part is not parts.out
+        f"{parts.attention}.{part.name}": part.module
+        for part in projections(attention)
+        if part.in_features == part.out_features == heads and part.module is not parts.out.module
     }
 
 
-def _joined_projection(block: nn.Module) -> nn.Linear:
+def _joined_projection(block: nn.Module) -> nn.Module:
     """The Linear that makes queries, keys and values in one."""
     parts = parts_of(block)
-    linears = layers(block.get_submodule(parts.attention), nn.Linear)
+    linears = projections(block.get_submodule(parts.attention))
     found = [linear for linear in linears if linear.out_features == 3 * parts.out.in_features]
     if len(found) != 1:
         raise UnsupportedModelError(
             f"{len(found)} Linears of an attention with talking heads make {3 * parts.out.in_features} channels; "
             "expected one, for queries, keys and values"
         )
-    return found[0]
+    return found[0].module
 
 
 def _talking_site(name: str, block: nn.Module, recording: Recording) -> TalkingSite:
@@ -188,5 +190,5 @@ def _talking_site(name: str, block: nn.Module, recording: Recording) -> TalkingS
     mixed = after[0].output.read().permute(0, 3, 1, 2)
     joined = recording.call(within[id(_joined_projection(block))]).output.read()
     value = _by_head(joined.chunk(3, -1)[2], mixed.shape[1])
-    output = edge(recording.call(within[id(parts.out)]).input.tensor)
+    output = edge(recording.call(within[id(parts.out.module)]).input.tensor)
     return TalkingSite(softmax.module, Kept.of(mixed), Kept.of(value), output)

@@ -22,6 +22,7 @@ from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, patch_of, reads_images
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, BlockParts, is_residual_block, layers, parts_of
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
+from captum_lnstat.topology.anatomy.projections import is_projection
 from captum_lnstat.topology.anatomy.unfolding import cut
 from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
 from captum_lnstat.topology.residual import block_taps, residual_block, with_pooled_queries
@@ -156,9 +157,9 @@ def _pooling_order(grid: Grid, pools: int, device: torch.device) -> Tensor:
     return ids.flatten()
 
 
-def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+def _linears(block: nn.Module) -> dict[str, nn.Module]:
     """Linears that are children of the block itself."""
-    return {name: child for name, child in block.named_children() if isinstance(child, nn.Linear)}
+    return {name: child for name, child in block.named_children() if is_projection(child)}
 
 
 def _widens(block: nn.Module) -> bool:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid, Groups, Layout
 from captum_lnstat.recording.recording import NormCall, Recording
-from captum_lnstat.recording.sites import AttentionSite
+from captum_lnstat.recording.sites import AttentionSite, MultiHeadSite
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
 from captum_lnstat.topology.anatomy.geometry import channels_last
 from captum_lnstat.topology.anatomy.parts import BlockParts, parts_of
 from captum_lnstat.topology.anatomy.parts import is_residual_block as is_residual_block
+from captum_lnstat.topology.anatomy.projections import in_place
 from captum_lnstat.topology.anatomy.unfolding import unfolded
 from captum_lnstat.topology.anatomy.units import norm_step
 from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale
@@ -25,8 +26,9 @@ from captum_lnstat.trace.steps import Block, Transition
 
 def block_taps(block: nn.Module) -> list[nn.Module]:
     """The modules whose calls ``residual_block`` reads."""
-    gate = parts_of(block).gate
-    return [block] if gate is None else [block, gate[1]]
+    parts = parts_of(block)
+    gate = [] if parts.gate is None else [parts.gate[1]]
+    return [block, *gate, *([parts.out.module] if parts.out.wrapped else [])]
 
 
 def residual_block(
@@ -133,10 +135,20 @@ def path_to_update(
         path.append(FrozenNorm.of(inner))
     if parts.gate is not None:
         path.append(FrozenScale(recording.call(f"{name}.{parts.gate[0]}").output.read().sigmoid()))
-    path.append(FrozenLinear(parts.out.weight, parts.out.bias))
+    path.append(_out(name, parts, site, recording))
     if parts.scale is not None:
-        path.append(FrozenScale(parts.scale))
+        path.append(FrozenScale(in_place(parts.scale, f"LayerScale of {name!r}")))
     return tuple(path)
+
+
+def _out(name: str, parts: BlockParts, site: AttentionSite, recording: Recording) -> FrozenLinear:
+    """The Linear from the joined heads to the stream, as it was in the pass."""
+    if isinstance(site, MultiHeadSite):
+        return FrozenLinear(site.arguments["out_proj_weight"], site.arguments["out_proj_bias"])
+    out, attention = parts.out, f"{name}.{parts.attention}"
+    if out.wrapped and out.within(attention) not in recording.calls:
+        return out.weight(attention)  # torchvision's Swin takes weights from its Linears, and runs no adapter of them
+    return out.map(attention, recording.call(name).input.tensor)
 
 
 def _norm_of_heads(attention: str, parts: BlockParts, site: AttentionSite, recording: Recording) -> NormCall | None:

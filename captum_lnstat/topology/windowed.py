@@ -22,9 +22,10 @@ from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, name
 from captum_lnstat.topology.anatomy.geometry import pair
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, is_residual_block
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
+from captum_lnstat.topology.anatomy.projections import Projection, projections
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.residual import block_taps, residual_block, trailing_norm
-from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm
+from captum_lnstat.trace.maps import FrozenMap, FrozenNorm
 from captum_lnstat.trace.pooling import FixedPooling, Pooling, UndefinedPooling
 from captum_lnstat.trace.steps import Merging, Step
 from captum_lnstat.trace.trace import Trace
@@ -150,9 +151,14 @@ def _window_owner(block: Any) -> Any:
 
 
 def _is_merging(module: object) -> bool:
-    reduction = getattr(module, "reduction", None)
+    reduction = _reduction(module)
     norm = getattr(module, "norm", None)
-    return isinstance(reduction, nn.Linear) and isinstance(norm, nn.Module) and not reduction.in_features % 4
+    return reduction is not None and isinstance(norm, nn.Module) and not reduction.in_features % 4
+
+
+def _reduction(module: object) -> Projection | None:
+    found = projections(module) if isinstance(module, nn.Module) and hasattr(module, "reduction") else []
+    return next((one for one in found if one.name == "reduction"), None)
 
 
 def _patch_convolution(model: nn.Module, steps: list[Any]) -> nn.Conv2d | None:
@@ -210,8 +216,8 @@ def _merging(name: str, module: Any, recording: Recording, grid: Grid) -> Mergin
     """Swin v1 normalises the joined children, then reduces them; Swin v2 reduces them, then normalises the parent."""
     norm = FrozenNorm.of(recording.norm(f"{name}.norm"))
     children = recording.call(name).input.read()
-    reduction: nn.Linear = module.reduction
-    linear = FrozenLinear(reduction.weight, reduction.bias)
+    reduction: Any = _reduction(module)
+    linear = reduction.map(name, children)
     norm_first = recording.norm(f"{name}.norm").input.tensor.shape[-1] == reduction.in_features
     path: tuple[FrozenMap, ...] = (norm, linear) if norm_first else (linear, norm)
     if reduction.in_features == reduction.out_features:
@@ -220,4 +226,4 @@ def _merging(name: str, module: Any, recording: Recording, grid: Grid) -> Mergin
             "before or after the reduction"
         )
     groups, after = quads(grid, children.device), stream(recording.call(name).output.read())
-    return Merging(name, groups, stream(children), path, norm_first, reduction.weight.detach(), after)
+    return Merging(name, groups, stream(children), path, norm_first, linear.weight.detach(), after)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from captum_lnstat.layout import Grid
 from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.parts import Layer, is_residual_block
+from captum_lnstat.topology.anatomy.projections import ADAPTED
 
 LISTS = (nn.ModuleList, nn.Sequential)
 # A convolution that reads images has few input channels; one between two stages reads features, which are more.
@@ -45,11 +46,19 @@ def outside(model: nn.Module, blocks: Iterable[nn.Module], kind: type[Layer]) ->
 def convolutions(model: nn.Module, but_in: Iterable[nn.Module] = ()) -> dict[str, nn.Conv2d]:
     """Convolutions of ``model`` by name, in the order in which they are defined; those in ``but_in`` are left out.
 
+    So are those of an adapter around a convolution, which make of its input what is added to its output.
+
     Example:
         >>> list(convolutions(nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Conv2d(4, 8, 2))))
         ['0', '2']
     """
-    return outside(model, but_in, nn.Conv2d)
+    return outside(model, [*but_in, *_beside_adapted(model)], nn.Conv2d)
+
+
+def _beside_adapted(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if ADAPTED in module._modules:
+            yield from (child for name, child in module.named_children() if name != ADAPTED)
 
 
 def reads_images(found: Mapping[str, nn.Conv2d]) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.eager import eager
+from captum_lnstat.topology.anatomy.projections import Projection, projections
 
 BLOCK_PARTS = "two LayerNorms, one attention with heads and a Linear after it, and an MLP"
 
@@ -30,14 +31,14 @@ class BlockParts:
         norms: Names of its LayerNorms in the block, as defined; the recording says in which order they run. A third
             one normalises the stream that the block returns.
         attention: Name of the child that attends.
-        out: The Linear from the joined heads back to the stream.
+        out: The Linear, or what stands for it, from the joined heads back to the stream; found in ``attention``.
         scale: What the attention's output is multiplied by, channel by channel (LayerScale), or ``None``.
         gate: The Linear whose sigmoid multiplies the joined heads, and its name in the block, or ``None``.
     """
 
     norms: tuple[str, ...]
     attention: str
-    out: nn.Linear
+    out: Projection
     scale: Tensor | None
     gate: tuple[str, nn.Linear] | None
 
@@ -131,8 +132,8 @@ def _find_parts(block: nn.Module) -> BlockParts | None:
         return None
     attention: Any = children[attending[0]]
     gate = getattr(attention, "gate", None)
-    linears = [linear for linear in layers(attention, nn.Linear) if linear.out_features == width and linear is not gate]
-    linears = [linear for linear in linears if linear.in_features > _COORDINATES]
+    linears = [linear for linear in projections(attention) if linear.out_features == width]
+    linears = [linear for linear in linears if linear.in_features > _COORDINATES and linear.module is not gate]
     if not linears:
         return None
     named_gate = (f"{attending[0]}.gate", gate) if isinstance(gate, nn.Linear) else None
@@ -161,7 +162,7 @@ def _channels(module: nn.Module) -> int | None:
 def _attends(module: nn.Module) -> bool:
     if not has_heads(module) or _holds_block(module):
         return False  # a whole encoder
-    return bool(layers(module, nn.Linear))
+    return bool(projections(module))
 
 
 @_once

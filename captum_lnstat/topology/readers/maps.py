@@ -15,6 +15,7 @@ from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.affine import is_affine, pull_back_by_autograd
 from captum_lnstat.topology.anatomy.geometry import channels_first, partition, squares
 from captum_lnstat.topology.anatomy.parts import has_heads, layers
+from captum_lnstat.topology.anatomy.projections import projections
 from captum_lnstat.topology.anatomy.unfolding import cut
 from captum_lnstat.topology.anatomy.units import Stream, layout_of
 from captum_lnstat.topology.readers.base import SPATIAL, Reader, under
@@ -31,13 +32,13 @@ class SequentialReader(Reader):
     def reads(cls, module: nn.Module) -> bool:
         chains = _chains(module)
         attending = [chain for chain in chains if has_heads(chain)]
-        return len(chains) == 2 and attending == chains[:1] and bool(layers(chains[0], nn.Linear))
+        return len(chains) == 2 and attending == chains[:1] and bool(projections(chains[0]))
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
         self._names = [name for name, child in block.named_children() if child in _chains(block)]
         self._attending, self._mlp = _chains(block)
-        self._out = layers(self._attending, nn.Linear)[-1]
+        self._out = projections(self._attending)[-1]
 
     @property
     def width(self) -> int:
@@ -56,7 +57,7 @@ class SequentialReader(Reader):
         )
         after = channels_first(recording.call(name).output.read())
         middle, _ = groups.scatter(stream(between.flatten(0, -3)), len(before.tokens))
-        path = (FrozenLinear(self._out.weight, self._out.bias),)
+        path = (self._out.map(f"{name}.{self._names[0]}", parts),)
         return [Block(name, site, groups, before.tokens, middle, after, path)]
 
 
@@ -153,7 +154,7 @@ def _is_pointwise(attention: nn.Module) -> bool:
     """Whether convolutions of 1 x 1 stand for its Linears; those of a position bias are not as wide as its tokens."""
     found = layers(attention, nn.Conv2d)
     widths = {convolution.in_channels for convolution in found}
-    linears = [(linear.in_features, linear.out_features) for linear in layers(attention, nn.Linear)]
+    linears = [(linear.in_features, linear.out_features) for linear in projections(attention)]
     pointwise = len(found) >= 2 and all(convolution.kernel_size == (1, 1) for convolution in found)
     return pointwise and not any(widths.issuperset(linear) for linear in linears)
 
@@ -186,7 +187,7 @@ class LocalReader(Reader):
         super().__init__(block)
         children = dict(block.named_children())
         self._attention, self._mlp = (name for name, child in children.items() if len(layers(child, nn.LayerNorm)) == 1)
-        self._out = layers(children[self._attention], nn.Linear)[-1]
+        self._out = projections(children[self._attention])[-1]
         self._local = [name for name, child in children.items() if is_affine(child) and layers(child, nn.Conv2d)]
 
     @property
@@ -202,7 +203,7 @@ class LocalReader(Reader):
     def steps(self, name: str, recording: Recording, before: Stream) -> list[Block | Update]:
         site = cut(recording.site(f"{name}.{self._attention}"))
         after, read = stream(recording.call(name).output.read()), recording.call(f"{name}.{self._mlp}").input.read()
-        path = (FrozenLinear(self._out.weight, self._out.bias),)
+        path = (self._out.map(f"{name}.{self._attention}", read),)
         layout = squares(before.grid, site.shape[2], before.tokens.device)
         mixed = stream(read)
         if not self._local:

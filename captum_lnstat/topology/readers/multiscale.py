@@ -20,6 +20,7 @@ from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.embedding import grid_of
 from captum_lnstat.topology.anatomy.parts import find_parts
+from captum_lnstat.topology.anatomy.projections import is_projection
 from captum_lnstat.topology.anatomy.units import Stream
 from captum_lnstat.topology.readers.base import PartsReader, under
 from captum_lnstat.topology.residual import residual_block, with_pooled_queries
@@ -38,7 +39,7 @@ class MultiscaleReader(PartsReader):
         super().__init__(block)
         self.poolings = _poolings(self.attention)
         self.pooled_shortcut = next((c for c in block.children() if isinstance(c, nn.MaxPool2d | nn.AvgPool2d)), None)
-        self.widened = next((c for c in block.children() if isinstance(c, nn.Linear)), None)
+        self.widened = next((c for c in block.children() if is_projection(c)), None)
 
     def taps(self) -> Iterator[nn.Module]:
         yield from super().taps()
@@ -86,7 +87,8 @@ class MultiscaleReader(PartsReader):
             )
         queries = recording.call(f"{name}.{self.parts.attention}.{norms[0]}").output.read()
         joined = stream(queries.transpose(1, 2).flatten(2))
-        return joined @ self.parts.out.weight.detach().to(joined.dtype).T
+        weight = self.parts.out.map(f"{name}.{self.parts.attention}", queries).weight
+        return joined @ weight.detach().to(joined.dtype).T
 
     def _shortcut(self, before: Stream) -> Callable[[Tensor], Tensor]:
         norm: nn.Module = getattr(self.block, self.parts.norms[0])
