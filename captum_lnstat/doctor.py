@@ -61,9 +61,9 @@ def examine(model: nn.Module, image_size: tuple[int, int]) -> Examination:
         >>> examine(timm.create_model("resnet18").eval(), (64, 64)).to_dict()["supported"]
         False
     """
-    parameter = next(model.parameters(), torch.zeros(()))
+    parameter = next(model.parameters(), torch.zeros((), device="cpu"))
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(1, channels(model), *image_size, generator=random).to(parameter)
+    images = torch.randn(1, channels(model), *image_size, generator=random, device="cpu").to(parameter)
     rules: dict[str, str | None] = {}
     try:
         description = LNStatAttribution(model).describe(images)

@@ -61,8 +61,8 @@ def patch_feature_mask(model: nn.Module, image_size: int | tuple[int, int]) -> I
 
 
 def _mask(grid: Grid, patch: Grid, size: tuple[int, int]) -> Int[Tensor, "1 1 height width"]:
-    row = (torch.arange(size[0]) // patch[0]).clamp(max=grid[0] - 1)
-    column = (torch.arange(size[1]) // patch[1]).clamp(max=grid[1] - 1)
+    row = (torch.arange(size[0], device="cpu") // patch[0]).clamp(max=grid[0] - 1)
+    column = (torch.arange(size[1], device="cpu") // patch[1]).clamp(max=grid[1] - 1)
     mask: Tensor = row[:, None] * grid[1] + column
     return mask[None, None]
 

@@ -23,7 +23,9 @@ def check_interpolation(interpolation: Interpolation) -> None:
 
 def _axis(cells: int, cell: int, pixels: int, mode: str) -> Float[Tensor, "pixel cell"]:
     """How much of each cell's relevance every pixel of one image axis gets; each column sums to one."""
-    weights = F.interpolate(torch.eye(cells, dtype=torch.float64)[None], size=cells * cell, mode=mode)[0].T
+    weights = F.interpolate(torch.eye(cells, dtype=torch.float64, device="cpu")[None], size=cells * cell, mode=mode)[
+        0
+    ].T
     # An image padded to whole patches ends inside the last one: its relevance stays on the pixels that exist.
     weights = weights[:pixels]
     weights = weights / weights.sum(0, keepdim=True)

@@ -45,7 +45,7 @@ def quantus_explain_func(attribution: Callable[..., Any], *, sum_channels: bool 
         kwargs.pop("device", None)
         given = np.asarray(inputs)
         target = None if targets is None else torch.from_numpy(np.array(targets, np.int64, order="C"))
-        example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        example = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
         # Copies, since torch takes neither read-only arrays nor those with negative strides, such as flipped images.
         image = torch.from_numpy(np.array(given, order="C")).to(example)
         values = attribution(model, **options).attribute(

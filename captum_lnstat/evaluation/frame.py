@@ -105,9 +105,9 @@ class Frame:
     def boxes(self, boxes: Tensor, width: int, height: int) -> Tensor:
         """Boxes of an image of a size, cut at the border; those of which less than a pixel is left are gone."""
         (tall, wide), top, left = self.cut(width, height)
-        scale = torch.tensor([wide / width, tall / height] * 2)
-        moved = boxes * scale - torch.tensor([left, top] * 2, dtype=torch.float32)
-        limit = torch.tensor([self.size[1], self.size[0]] * 2, dtype=torch.float32)
+        scale = torch.tensor([wide / width, tall / height] * 2, device="cpu")
+        moved = boxes * scale - torch.tensor([left, top] * 2, dtype=torch.float32, device="cpu")
+        limit = torch.tensor([self.size[1], self.size[0]] * 2, dtype=torch.float32, device="cpu")
         moved = torch.minimum(moved.clamp(min=0), limit)
         return moved[((moved[:, 2:] - moved[:, :2]) >= 1).all(1)]
 

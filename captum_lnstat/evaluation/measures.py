@@ -129,7 +129,7 @@ def _grid(spec: Spec) -> Measure:
         return metrics.grid_share(maps, rows, cols, chosen).float().cpu(), pointing.float().cpu()
 
     def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
-        values = torch.full((2, len(batch.examples)), float("nan"))
+        values = torch.full((2, len(batch.examples)), float("nan"), device="cpu")
         made = [mosaic(batch, one, rows, cols, full=full) for one in batch.examples]
         able = [row for row, found in enumerate(made) if found is not None]
         if able and full:
@@ -213,9 +213,9 @@ def _box(spec: Spec) -> Measure:
         found = {f"{spec.text}.iou": metrics.box_iou(maps, boxes, **options)}
         labels = [one.sample.target for one in batch.examples]
         right = [row for row, label in enumerate(labels) if label is not None]
-        values = torch.full((len(labels),), float("nan"))
+        values = torch.full((len(labels),), float("nan"), device="cpu")
         if right:
-            known = torch.tensor([label for label in labels if label is not None])
+            known = torch.tensor([label for label in labels if label is not None], device="cpu")
             predicted = batch.predicted.cpu()[right]
             chosen = [boxes[row] for row in right]
             values[right] = metrics.top1_localisation(maps[right], chosen, predicted, known, **options).float().cpu()

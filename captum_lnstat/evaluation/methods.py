@@ -156,14 +156,14 @@ def _expect(spec: Spec, known: tuple[str, ...]) -> None:
 
 def _random(images: Tensor, targets: Tensor) -> Tensor:
     """A random value a patch of a 14 x 14 grid: what any method has to beat."""
-    grid = torch.rand(len(images), 1, 14, 14).to(images)
+    grid = torch.rand(len(images), 1, 14, 14, device="cpu").to(images)
     return nn.functional.interpolate(grid, images.shape[2:], mode="bilinear", align_corners=False)
 
 
 def _centre(images: Tensor, targets: Tensor) -> Tensor:
     """A Gaussian in the middle, its standard deviation a quarter of each side: what photographers give away."""
     height, width = images.shape[2:]
-    down, across = (torch.linspace(-2, 2, 2 * side + 1)[1::2].square() for side in (height, width))
+    down, across = (torch.linspace(-2, 2, 2 * side + 1, device="cpu")[1::2].square() for side in (height, width))
     bell = torch.exp(-(down[:, None] + across) / 2)
     return bell.to(images).expand(len(images), 1, height, width)
 

@@ -94,7 +94,7 @@ def _region(one: Example) -> Tensor:
     if one.mask is not None:
         return one.mask
     height, width = one.image.shape[1:]
-    area = torch.zeros(height, width, dtype=torch.bool)
+    area = torch.zeros(height, width, dtype=torch.bool, device="cpu")
     assert one.boxes is not None
     for left, top, right, bottom in one.boxes.round().long().tolist():
         area[top:bottom, left:right] = True

@@ -160,7 +160,7 @@ def _chosen(count: int, settings: Settings) -> list[int]:
     """All indices, or the first ``limit`` of a permutation, in order: a larger limit asks for more, not for others."""
     if settings.limit is None or settings.limit >= count:
         return list(range(count))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed), device="cpu")
     return sorted(order[: settings.limit].tolist())
 
 

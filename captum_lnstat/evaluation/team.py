@@ -45,7 +45,7 @@ class Team:
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:
-            dist.all_reduce(torch.zeros(1))  # on the CPU: a barrier of nccl would time out
+            dist.all_reduce(torch.zeros(1, device="cpu"))  # on the CPU: a barrier of nccl would time out
 
     def agree(self, value: Any, what: str) -> None:
         """Raise on all processes if their values are not the same."""

@@ -43,9 +43,9 @@ def patch_draws(
         )
     count = min(max(1, round(share * rows * cols)), rows * cols - 1)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.zeros(draws, rows * cols, dtype=torch.bool)
+    chosen = torch.zeros(draws, rows * cols, dtype=torch.bool, device="cpu")
     for draw in chosen:
-        draw[torch.randperm(rows * cols, generator=generator)[:count]] = True
+        draw[torch.randperm(rows * cols, generator=generator, device="cpu")[:count]] = True
     grid = chosen.view(draws, rows, cols)
     return grid.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :height, :width]
 
@@ -167,7 +167,7 @@ def sensitivity(
         raise ValueError(f"radius is {radius} and draws {draws}; expected a radius above 0 and one draw or more")
     classes = class_indices(target, images)
     generator = torch.Generator().manual_seed(seed)
-    noise = (torch.rand((draws, *images.shape[1:]), generator=generator) * 2 - 1) * radius
+    noise = (torch.rand((draws, *images.shape[1:]), generator=generator, device="cpu") * 2 - 1) * radius
     noise, used = noise.to(images), 0
 
     def add_noise(repeated: Tensor) -> Tensor:

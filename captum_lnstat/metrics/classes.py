@@ -49,8 +49,8 @@ class ImageMean(Metric):  # type: ignore[misc]
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.options: dict[str, Any] = {}
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.long, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Count a batch: what ``measure`` takes before its options."""
@@ -58,7 +58,7 @@ class ImageMean(Metric):  # type: ignore[misc]
 
     def add(self, values: PerImage) -> None:
         """Count one value for every image of a batch."""
-        self.total += values.double().sum()
+        self.total += values.double().sum().to(self.total.device)
         self.images += len(values)
 
     def mean(self, total: Tensor | None = None) -> Float[Tensor, "..."]:
@@ -272,11 +272,11 @@ class Spearman(ImageMean):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("ceilings", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("ceilings", torch.zeros((), dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, maps: Maps, human: Shaped[Tensor, "batch height width"]) -> None:
         self.add(agreement.spearman(maps, human))
-        self.ceilings += agreement.spearman_ceiling(human).double().sum()
+        self.ceilings += agreement.spearman_ceiling(human).double().sum().to(self.ceilings.device)
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
         """Both means over all images seen.
@@ -308,13 +308,14 @@ class Segmentation(ImageMean):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name, shape in (("correct", ()), ("labelled", ()), ("intersection", (2,)), ("union", (2,))):
-            self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(shape, dtype=torch.long, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, maps: Maps, truth: Int[Tensor, "batch height width"]) -> None:
         counts = segmentation.segmentation_counts(maps, truth)
         self.add(segmentation.segmentation_average_precision(maps, truth))
         for name in ("correct", "labelled", "intersection", "union"):
-            setattr(self, name, getattr(self, name) + getattr(counts, name).sum(0))
+            so_far: Tensor = getattr(self, name)
+            setattr(self, name, so_far + getattr(counts, name).sum(0).to(so_far.device))
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
         """The three figures over all images seen.

@@ -34,7 +34,9 @@ def black(mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "1 chann
         raise ValueError(f"mean has {len(mean)} values and std {len(std)}; expected one a channel in both")
     if any(not value > 0 for value in std):
         raise ValueError(f"std is {tuple(std)}; expected values above 0")
-    colour = -torch.tensor(tuple(mean), dtype=torch.float64) / torch.tensor(tuple(std), dtype=torch.float64)
+    colour = -torch.tensor(tuple(mean), dtype=torch.float64, device="cpu") / torch.tensor(
+        tuple(std), dtype=torch.float64, device="cpu"
+    )
     return colour.float()[None, :, None, None]
 
 

@@ -53,11 +53,11 @@ class _Path(_OnModel):
 
     def __init__(self, fill: Fill, length: int, **kwargs: Any) -> None:
         super().__init__(fill, **kwargs)
-        self.add_state("curve", torch.zeros(length, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("curve", torch.zeros(length, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def _take(self, found: Curve) -> None:
         self.add(found.auc)
-        self.curve += found.values.double().sum(0)
+        self.curve += found.values.double().sum(0).to(self.curve.device)
 
     def compute(self) -> dict[str, Float[Tensor, "..."]]:
         """``auc``, the mean height of the curves, and ``curve``, their mean at every step.

@@ -75,7 +75,7 @@ def removal_ranks(maps: Maps, order: Order) -> Int[Tensor, "batch height width"]
     if order not in ("positive", "negative"):
         raise ValueError(f"order is {order!r}; expected 'positive' or 'negative'")
     values = maps.flatten(1)
-    ties = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0)).to(maps.device)
+    ties = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(maps.device)
     # Widened before the sort, which is not on offer for every half type everywhere.
     found = values[:, ties].double().argsort(stable=True, dim=1, descending=order == "positive")
     sequence = ties[found]

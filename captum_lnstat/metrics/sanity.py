@@ -105,7 +105,7 @@ def _randomise(module: nn.Module, manner: Manner) -> None:
         return
     for parameter in module.parameters(recurse=False):
         values = parameter.flatten()
-        parameter.copy_(values[torch.randperm(len(values)).to(values.device)].view_as(parameter))
+        parameter.copy_(values[torch.randperm(len(values), device="cpu").to(values.device)].view_as(parameter))
 
 
 def _check_untied(model: nn.Module, names: set[str]) -> None:

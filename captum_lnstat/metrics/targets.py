@@ -33,7 +33,7 @@ def class_indices(target: Classes, batch: Tensor, name: str = "target") -> Int[T
         >>> class_indices(3, torch.zeros(2, 1)), class_indices([0, 1], torch.zeros(2, 1))
         (tensor([3, 3]), tensor([0, 1]))
     """
-    given = torch.as_tensor(target)
+    given = target if isinstance(target, Tensor) else torch.as_tensor(target, device="cpu")
     whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
     if not whole and (given.numel() or isinstance(target, Tensor)):  # an empty list has no dtype of its own
         raise TypeError(f"{name} is of {given.dtype}; expected whole numbers: one class, or one for every image")

@@ -48,7 +48,7 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self._piece = torch.empty(0, dtype=torch.uint8)
+        self._piece = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._used = 0
         self._pieces: set[int] = set()
         self._known: dict[int, Original] = {}
@@ -73,7 +73,7 @@ class Arena:
         if original is not None and alive and original.version != tensor._version:
             original.changed = True
         if original is None or not alive or original.changed:
-            flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+            flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
             copy = self._take(size).copy_(flat)
             original = Original(weakref.ref(storage), tensor._version, copy)
             self._known[storage.data_ptr()] = original
@@ -83,7 +83,7 @@ class Arena:
 
     def _take(self, size: int) -> Tensor:
         if self._used + size > len(self._piece):
-            self._piece, self._used = torch.empty(max(PIECE, size), dtype=torch.uint8), 0
+            self._piece, self._used = torch.empty(max(PIECE, size), dtype=torch.uint8, device="cpu"), 0
             self._pieces.add(self._piece.data_ptr())
         taken = self._piece[self._used : self._used + size]
         self._used += -(-size // _ALIGNED) * _ALIGNED

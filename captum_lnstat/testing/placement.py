@@ -61,7 +61,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def noise(model: nn.Module, image_size: tuple[int, int], batch: int = 2, channels: int = 3, seed: int = 0) -> Tensor:
     """Images of noise in the dtype of ``model``."""
     random = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, channels, *image_size, generator=random).to(_dtype(model))
+    return torch.randn(batch, channels, *image_size, generator=random, device="cpu").to(_dtype(model))
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,10 @@ def check_placement(
 
 
 def _inside(region: Region, grid: Tensor, patch: tuple[int, int]) -> Tensor:
-    centres = torch.cartesian_prod(*((torch.arange(n) + 0.5) * side for n, side in zip(grid.shape, patch, strict=True)))
-    return torch.tensor([region.holds(y, x) for y, x in centres.tolist()]).reshape(grid.shape)
+    centres = torch.cartesian_prod(
+        *((torch.arange(n, device="cpu") + 0.5) * side for n, side in zip(grid.shape, patch, strict=True))
+    )
+    return torch.tensor([region.holds(y, x) for y, x in centres.tolist()], device="cpu").reshape(grid.shape)
 
 
 def _check_readout(readout: Readout, place: Ground, images: Tensor, without: Tensor, when: str) -> None:

@@ -45,7 +45,7 @@ def wake(model: nn.Module, seed: int = 0, gain: float = 0.5) -> Any:
         for parameter in model.parameters():
             if not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
-            noise = torch.randn(parameter.shape, generator=random).to(parameter)
+            noise = torch.randn(parameter.shape, generator=random, device="cpu").to(parameter)
             first = parameter.flatten()[0]
             constant = bool((parameter == first).all()) and parameter.numel() > 1
             if id(parameter) in weights:
@@ -136,21 +136,23 @@ class Scenes:
         self.stimulus, self.distractor = (self._texture(region, patch) for _ in range(2))
 
     def _texture(self, region: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-        tile = torch.randn(self.channels, *patch, generator=self.random)
+        tile = torch.randn(self.channels, *patch, generator=self.random, device="cpu")
         repeats = [-(-side // part) for side, part in zip(region, patch, strict=True)]
         tiled = tile.repeat(1, *repeats)[:, : region[0], : region[1]]
         return (GREY + CONTRAST * tiled).to(self.dtype)
 
     def blank(self, count: int) -> Float[Tensor, "count channel height width"]:
         """Images without anything in them."""
-        noise = torch.randn(count, self.channels, *self.image, generator=self.random)
+        noise = torch.randn(count, self.channels, *self.image, generator=self.random, device="cpu")
         return (GREY + NOISE * noise).to(self.dtype)
 
     def batch(self, regions: list[Region], count: int) -> tuple[Tensor, Tensor]:
         """Images of which every second has the stimulus at a random region, and half of all the distractor."""
-        images, scores = self.blank(count), torch.zeros(count, dtype=self.dtype)
+        images, scores = self.blank(count), torch.zeros(count, dtype=self.dtype, device="cpu")
         for i, image in enumerate(images):
-            one, other = (regions[int(n)] for n in torch.randperm(len(regions), generator=self.random)[:2])
+            one, other = (
+                regions[int(n)] for n in torch.randperm(len(regions), generator=self.random, device="cpu")[:2]
+            )
             if i % 4 > 1:
                 other.cut(image).copy_(self.distractor)
             if i % 2:
@@ -215,7 +217,7 @@ def plant(
     woken = wake(model)
     with torch.no_grad():
         width = pick_output(woken(scenes.blank(1)), output).flatten(1).shape[1]
-    direction = torch.randn(width, generator=scenes.random).to(scenes.dtype)
+    direction = torch.randn(width, generator=scenes.random, device="cpu").to(scenes.dtype)
     readout = Readout(woken, output, direction / direction.norm())
     optimizer = torch.optim.Adam(readout.parameters(), lr=rate)
     running, step = SCORE**2, 0

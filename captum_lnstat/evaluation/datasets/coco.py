@@ -68,7 +68,9 @@ class Coco(Dataset):
         try:
             whole = [one for one in self._of[key] if not one.get("iscrowd")]
             crowd = [one for one in self._of[key] if one.get("iscrowd")]
-            boxes = torch.tensor([_corners(one["bbox"]) for one in whole if one.get("bbox")], dtype=torch.float32)
+            boxes = torch.tensor(
+                [_corners(one["bbox"]) for one in whole if one.get("bbox")], dtype=torch.float32, device="cpu"
+            )
             mask = _union(whole, image.size)
             others = [o for k, found in self._of.items() if k[0] == key[0] and k != key for o in found]
             other = _union(others, image.size)

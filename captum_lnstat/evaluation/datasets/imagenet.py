@@ -119,7 +119,7 @@ def _read_boxes(path: Path) -> Tensor:
     boxes = reading(path, voc_boxes, "an annotation with boxes")
     if not boxes:
         raise BrokenFileError(f"{str(path)!r} holds no object; expected at least one")
-    return torch.tensor([box for _, box in boxes], dtype=torch.float32)
+    return torch.tensor([box for _, box in boxes], dtype=torch.float32, device="cpu")
 
 
 def voc_boxes(path: Path) -> list[tuple[str, tuple[float, float, float, float]]]:

@@ -47,6 +47,6 @@ class Scenes(Dataset):
             scene.labels[which],
             scene.masks[which],
             other_mask=scene.masks[1 - which] if two else None,
-            boxes=None if two else torch.tensor([scene.boxes[which]], dtype=torch.float32),
+            boxes=None if two else torch.tensor([scene.boxes[which]], dtype=torch.float32, device="cpu"),
             only_two=two,
         )

@@ -50,4 +50,4 @@ class TinyImageNet(Dataset):
         places = [self._images / "images" / file_name, self._images / wnid / file_name]
         places.append(self._images / wnid / "images" / file_name)
         image = read_image(next((one for one in places if one.is_file()), places[0]))
-        return Sample(self.name(index), image, target, boxes=torch.tensor([box], dtype=torch.float32))
+        return Sample(self.name(index), image, target, boxes=torch.tensor([box], dtype=torch.float32, device="cpu"))

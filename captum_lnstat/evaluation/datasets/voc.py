@@ -80,7 +80,7 @@ class PascalVoc(Dataset):
         target = CLASSES.index(one)
         image = read_image(self._root / "JPEGImages" / f"{name}.jpg")
         objects = reading(self._annotation(name), voc_boxes, "an annotation with boxes")
-        boxes = torch.tensor([box for label, box in objects if label == one], dtype=torch.float32)
+        boxes = torch.tensor([box for label, box in objects if label == one], dtype=torch.float32, device="cpu")
         if self._masks is None:
             return Sample(self.name(index), image, target, boxes=boxes)
         labels = torch.from_numpy(read_labels(self._masks / f"{name}.png").astype("int64"))
