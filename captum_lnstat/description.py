@@ -35,8 +35,8 @@ class Description:
     Attributes:
         model: Class of the transformer's model.
         family: The topology that it was recognised as.
-        grid: Rows and columns of patches, and so of every map.
-        patch: Height and width of a patch in pixels.
+        grid: Rows and columns of patches, and so of every map; of a video frames, rows and columns.
+        patch: Height and width of a patch in pixels; of a video frames, height and width.
         prefix_tokens: Tokens before the patches.
         pooling: How the head reads the tokens.
         outputs: Shape of the model's output.
@@ -50,8 +50,8 @@ class Description:
 
     model: str
     family: str
-    grid: tuple[int, int]
-    patch: tuple[int, int]
+    grid: tuple[int, ...]
+    patch: tuple[int, ...]
     prefix_tokens: int
     pooling: str
     outputs: tuple[int, ...]
@@ -71,9 +71,10 @@ class Description:
         return _plain(record)  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
+        frames = f"{self.patch[0]} frames x " if len(self.patch) > 2 else ""
         head = (
-            f"{self.model}: {self.family} transformer, {self.grid[0]} x {self.grid[1]} patches of "
-            f"{self.patch[0]} x {self.patch[1]} px, {self.prefix_tokens} prefix tokens\n"
+            f"{self.model}: {self.family} transformer, {' x '.join(map(str, self.grid))} patches of "
+            f"{frames}{self.patch[-2]} x {self.patch[-1]} px, {self.prefix_tokens} prefix tokens\n"
             f"head: {self.pooling}, output {self.outputs}; {self.norms} norm calls; residual share {self.residual!r}"
         )
         rule = [f"rule {self.rule}: {self.formula}"] if self.rule else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Protocol
@@ -13,8 +14,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-# Rows and columns of tokens.
-Grid = tuple[int, int]
+# Rows and columns of tokens; of a video frames, rows and columns.
+Grid = tuple[int, ...]
 PADDING = -1
 # So many layouts are remembered.
 LAYOUTS = 64
@@ -168,9 +169,9 @@ def windows(
     """The windows of a shifted-window attention: roll by ``-shift``, pad right and below, cut into windows.
 
     Args:
-        grid: Rows and columns of tokens.
-        window: Rows and columns of a window.
-        shift: Rows and columns of the cyclic shift.
+        grid: Rows and columns of tokens, or frames, rows and columns.
+        window: Those of a window.
+        shift: Those of the cyclic shift.
         device: Where the index lives.
         pad_first: Pad, then roll: the padding moves with the tokens.
 
@@ -180,27 +181,31 @@ def windows(
         >>> windows((2, 3), (2, 2), (0, 1), pad_first=True).index.tolist()
         [[1, 2, 4, 5], [-1, 0, -1, 3]]
     """
-    ids = torch.arange(grid[0] * grid[1], device=device).reshape(grid)
-    padding = (0, -grid[1] % window[1], 0, -grid[0] % window[0])
+    axes = range(len(grid))
+    ids = torch.arange(math.prod(grid), device=device).reshape(grid)
+    padding = [end for axis in reversed(axes) for end in (0, -grid[axis] % window[axis])]
     if pad_first:
         ids = F.pad(ids, padding, value=PADDING)
-    ids = ids.roll((-shift[0], -shift[1]), dims=(0, 1))
+    ids = ids.roll([-step for step in shift], dims=tuple(axes))
     if not pad_first:
         ids = F.pad(ids, padding, value=PADDING)
-    rows, columns = ids.shape[0] // window[0], ids.shape[1] // window[1]
-    ids = ids.reshape(rows, window[0], columns, window[1]).transpose(1, 2)
-    return Groups(ids.reshape(rows * columns, window[0] * window[1]))
+    # Every axis becomes two: which window, which place in it.
+    ids = ids.reshape([size for axis in axes for size in (ids.shape[axis] // window[axis], window[axis])])
+    ids = ids.permute(*(2 * axis for axis in axes), *(2 * axis + 1 for axis in axes))
+    return Groups(ids.reshape(-1, math.prod(window)))
 
 
 def quads(grid: Grid, device: torch.device | None = None) -> Groups:
     """The 2 x 2 children of every merged token, in the order a patch merging joins them: down first, then right.
 
+    Those of a video are of one frame.
+
     Example:
         >>> quads((2, 3)).index.tolist()
         [[0, 3, 1, 4], [2, 5, -1, -1]]
     """
-    ids = torch.arange(grid[0] * grid[1], device=device).reshape(grid)
-    ids = F.pad(ids, (0, grid[1] % 2, 0, grid[0] % 2), value=PADDING)
-    rows, columns = ids.shape[0] // 2, ids.shape[1] // 2
-    ids = ids.reshape(rows, 2, columns, 2).permute(0, 2, 3, 1)
-    return Groups(ids.reshape(rows * columns, 4))
+    ids = torch.arange(math.prod(grid), device=device).reshape(grid)
+    ids = F.pad(ids, (0, grid[-1] % 2, 0, grid[-2] % 2), value=PADDING)
+    rows, columns = ids.shape[-2] // 2, ids.shape[-1] // 2
+    ids = ids.reshape(-1, rows, 2, columns, 2).permute(0, 1, 3, 4, 2)
+    return Groups(ids.reshape(-1, 4))

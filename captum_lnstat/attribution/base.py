@@ -129,7 +129,8 @@ class GridAttribution(OnePass):
             internal_batch_size: As for ``attribute``.
 
         Returns:
-            A ``(batch, rows, columns)`` tensor in float32 (float64 for a float64 model).
+            A ``(batch, rows, columns)`` tensor in float32 (float64 for a float64 model); ``(batch, frames, rows,
+            columns)`` for videos.
         """
         parts = chunks(the_image(inputs), target, additional_forward_args, internal_batch_size)
         return joined([explain_batch(self, image, [wanted], arguments)[1].grid for image, wanted, arguments in parts])
@@ -172,9 +173,11 @@ class GridAttribution(OnePass):
 
     def _to_inputs(self, outcome: Pass, grid: Tensor, image: Tensor) -> Tensor:
         """Relevance of patches as an attribution of the image's shape: evenly over the channels, the sum kept."""
-        pixels = to_pixels(grid, (image.shape[-2], image.shape[-1]), outcome.trace.patch, self.interpolation)
-        spread = (pixels / image.shape[1]).to(image.dtype)
-        return spread[:, None].expand(-1, image.shape[1], -1, -1).contiguous()
+        channels = outcome.trace.channel_axis
+        size = (*image.shape[1:channels], *image.shape[channels + 1 :])
+        pixels = to_pixels(grid, size, outcome.trace.patch, self.interpolation)
+        spread = (pixels / image.shape[channels]).to(image.dtype)
+        return spread.unsqueeze(channels).expand(image.shape).contiguous()
 
     def _attribute(
         self,

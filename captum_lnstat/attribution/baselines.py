@@ -226,11 +226,14 @@ class FrozenLayerNorm(GridAttribution):
 
 def _patch_sums(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     assert outcome.score is not None
-    trace, pixels = outcome.trace, outcome.input_times_gradient.sum(1)
-    (rows, columns), (height, width) = trace.grid, trace.patch
+    trace, pixels = outcome.trace, outcome.input_times_gradient.sum(outcome.trace.channel_axis)
+    sides = list(zip(trace.grid, trace.patch, strict=True))  # tokens, and pixels of each, along every axis
     # An image padded to whole patches ends inside the last one; pixels past the last patch are never read.
-    pixels = F.pad(pixels, (0, columns * width - pixels.shape[2], 0, rows * height - pixels.shape[1]))
-    grid = pixels.reshape(-1, rows, height, columns, width).sum((2, 4))
-    nothing = torch.zeros_like(grid[:, 0, 0])
+    whole = zip(sides, pixels.shape[1:], strict=True)
+    pixels = F.pad(pixels, [end for (count, part), side in reversed(list(whole)) for end in (0, count * part - side)])
+    grid = pixels.reshape(-1, *(size for side in sides for size in side)).sum(
+        [2 * axis + 2 for axis in range(len(sides))]
+    )
+    nothing = torch.zeros_like(grid.flatten(1)[:, 0])
     constant = outcome.score.to(grid.dtype) - per_image(grid)
     return (Relevance(grid, grid.new_zeros(len(grid), trace.prefix), nothing, constant),)

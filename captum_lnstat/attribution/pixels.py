@@ -34,19 +34,19 @@ def _axis(cells: int, cell: int, pixels: int, mode: str) -> Float[Tensor, "pixel
 
 
 def to_pixels(
-    grid: Float[Tensor, "batch row column"],
-    image_size: tuple[int, int],
-    patch: tuple[int, int],
+    grid: Float[Tensor, "batch *grid"],
+    image_size: tuple[int, ...],
+    patch: tuple[int, ...],
     interpolation: Interpolation = "bilinear",
-) -> Float[Tensor, "batch height width"]:
+) -> Float[Tensor, "batch *pixels"]:
     """Spread the relevance of every patch over pixels; the sum over an image stays that of its grid.
 
     Args:
-        grid: Relevance on the patch grid.
-        image_size: Height and width of the image in pixels.
-        patch: Height and width of a patch in pixels.
+        grid: Relevance on the patch grid; that of videos has its frames first.
+        image_size: Height and width of the image in pixels; frames, height and width of a video.
+        patch: Height and width of a patch in pixels; frames, height and width of one of a video.
         interpolation: ``"nearest"``: evenly over the patch. ``"bilinear"``: with the weights of bilinear
-            interpolation between patch centres.
+            interpolation between patch centres. Over the frames of a patch always evenly.
 
     Example:
         >>> import torch
@@ -55,6 +55,9 @@ def to_pixels(
                 [1., 1., 0., 0.]])
     """
     mode = _MODES[interpolation]
-    rows = _axis(grid.shape[1], patch[0], image_size[0], mode).to(grid)
-    columns = _axis(grid.shape[2], patch[1], image_size[1], mode).to(grid)
+    rows = _axis(grid.shape[-2], patch[-2], image_size[-2], mode).to(grid)
+    columns = _axis(grid.shape[-1], patch[-1], image_size[-1], mode).to(grid)
+    if len(patch) == 3:
+        frames = _axis(grid.shape[1], patch[0], image_size[0], _MODES["nearest"]).to(grid)
+        grid = torch.einsum("ft,btrc->bfrc", frames, grid)
     return rows @ grid @ columns.T

@@ -58,7 +58,7 @@ class Explanation(Prediction):
     image: Image.Image = field(repr=False)
     original: Image.Image | None = field(repr=False)
     box: Box | None = field(repr=False)
-    patch: tuple[int, int] = field(repr=False)
+    patch: tuple[int, ...] = field(repr=False)
     covers: str = field(default="", repr=False)
     cautions: tuple[str, ...] = field(default=(), repr=False)
     look: Look = field(default=PLAIN, repr=False)

@@ -28,8 +28,10 @@ def check_image(image: object) -> Tensor:
     if image.layout is not torch.strided or image.is_nested or image.device.type == "meta":
         kind = "nested" if image.is_nested else image.device.type if image.device.type == "meta" else image.layout
         raise TypeError(f"inputs is a {kind} tensor; expected a dense one with values")
-    if image.dim() != 4:
-        raise ValueError(f"inputs has shape {tuple(image.shape)}; expected (batch, channels, height, width)")
+    if image.dim() not in (4, 5):
+        raise ValueError(
+            f"inputs has shape {tuple(image.shape)}; expected (batch, channels, height, width), of videos one axis more"
+        )
     if image.numel() == 0:
         raise ValueError(f"inputs has shape {tuple(image.shape)}; expected at least one image")
     if not image.is_floating_point():
@@ -62,6 +64,17 @@ def size_not_taken(embed: Any, size: tuple[int, int]) -> str | None:
     return None
 
 
+def check_axes(image: Tensor, axes: int) -> None:
+    """Images for a model of images, videos for one of videos."""
+    if image.dim() != axes + 2:
+        expected = "(batch, channels, height, width)"
+        if axes == 3:
+            expected = (
+                "videos, (batch, channels, frames, height, width) or with the frames first, as the model takes them"
+            )
+        raise ValueError(f"inputs has shape {tuple(image.shape)}; expected {expected}")
+
+
 def check_size(image: Tensor, model: nn.Module, entrance: str, *, direct: bool) -> None:
     """Images that the model cannot take, refused before it runs.
 
@@ -79,17 +92,20 @@ def check_size(image: Tensor, model: nn.Module, entrance: str, *, direct: bool) 
             "or build the model for this size (img_size=, or dynamic_img_size=True where timm has it)"
         )
     layers = () if embed is None else embed.modules()
-    convolution = next((layer for layer in layers if isinstance(layer, nn.Conv2d)), None)
-    if direct and convolution is not None and convolution.in_channels != image.shape[1]:
+    convolution = next((layer for layer in layers if isinstance(layer, nn.Conv2d | nn.Conv3d)), None)
+    # Of a video, which axis has the channels is the model's own business.
+    if direct and convolution is not None and convolution.in_channels not in image.shape[1:-2]:
+        seen = f"have {image.shape[1]} channels" if image.dim() == 4 else f"are videos of shape {tuple(image.shape)}"
         raise ValueError(
-            f"inputs have {image.shape[1]} channels; the model takes {convolution.in_channels}. Repeat or convert "
-            "them, or build the model with in_chans="
+            f"inputs {seen}; the model takes {convolution.in_channels} channels. Repeat or convert them, or build the "
+            "model with in_chans="
         )
 
 
 def check_seen(seen: Tensor, image: Tensor) -> None:
     """The transformer has to see the images it is to explain: as many, and of their size."""
-    if len(seen) != len(image) or seen.shape[-2:] != image.shape[-2:]:
+    video = image.dim() == 5 and seen.dim() == 5
+    if len(seen) != len(image) or seen.shape[-2:] != image.shape[-2:] or (video and seen.numel() != image.numel()):
         raise RecordingError(
             f"the transformer was given images of shape {tuple(seen.shape)}, forward_func of {tuple(image.shape)}; "
             "expected as many, of the same height and width. Resize, crop or repeat them before you explain them"

@@ -17,6 +17,7 @@ from captum_lnstat.recording.recorder import Differentiable, Recorder
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
 from captum_lnstat.rules.checks import (
+    check_axes,
     check_gradients,
     check_model,
     check_seen,
@@ -110,6 +111,7 @@ def run(
         check_gradients(topology.model)
     if isinstance(forward_func, nn.Module):
         forward_func = eager(forward_func)
+    check_axes(image, topology.axes)
     check_size(image, topology.model, topology.entrance, direct=forward_func is topology.model)
     # A caller in inference_mode or no_grad still gets gradients at the head; the trunk has a graph only if asked for.
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable != "head"):
@@ -148,7 +150,8 @@ def run(
         stream_end = trace.end.detach().requires_grad_() if recording.stream_end is None else recording.stream_end
         with torch.no_grad():
             check_stream(trace, stream_end)
-        trace = replace(trace, training=topology.model.training)
+        channels = topology.channel_axis(recording, image)
+        trace = replace(trace, training=topology.model.training, channel_axis=channels)
         if starts and isinstance(trace.pooling, PoolingAsRead):
             assert trace.pooling.found  # while the graph of the head is there
         reads = reads_besides_the_end(recording, trace, x) if differentiable == "head" else ()

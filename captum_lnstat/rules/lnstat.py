@@ -37,15 +37,14 @@ def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
 
     Where all blocks see the same grid, only what the upper half of them contributed counts: what the lower blocks write
     is read by the blocks above them, and little of it by the head itself. And the map is smoothed by a 28th of its
-    side. Where stages merge, the lower ones alone know where things are, and the merging shares how fine that is: all
-    blocks count, and the map is left as it is.
+    side, each frame of a video by itself. Where stages merge, the lower ones alone know where things are, and the
+    merging shares how fine that is: all blocks count, and the map is left as it is.
     """
     trace = outcome.trace
-    one_grid = trace.grain == (1.0, 1.0)
-    since = _upper_half(trace, outcome.head) if one_grid else 0
+    since = _upper_half(trace, outcome.head) if trace.one_grid else 0
     e = walk(trace, settings, evidence(trace, outcome.head, settings, since))[0]
     g = torch.stack([one.grid for one in e])
-    if one_grid:
+    if trace.one_grid:
         g = smoothed(g, (BLUR * g.shape[-2], BLUR * g.shape[-1]))
     prefix, nothing = torch.zeros_like(e[0].prefix), torch.zeros_like(e[0].padding)
     return tuple(Relevance(grid, prefix, nothing, nothing) for grid in g.clamp(min=0))

@@ -51,7 +51,7 @@ class Relevance:
         constant: What belongs to no token: biases and the LayerNorms' betas.
     """
 
-    grid: Float[Tensor, "batch row column"]
+    grid: Float[Tensor, "batch *grid"]
     prefix: Float[Tensor, "batch token"]
     padding: Float[Tensor, " batch"]
     constant: Float[Tensor, " batch"]

@@ -75,7 +75,7 @@ class Ground:
 
     scenes: Scenes
     regions: list[Region]
-    patch: tuple[int, int]
+    patch: tuple[int, ...]
     margin: int = 0
 
 
@@ -167,7 +167,7 @@ def _mean_over(layout: Layout, groups: Float[Tensor, "batch_groups member"]) -> 
     return (values / weights.clamp(min=torch.finfo(values.dtype).tiny))[..., 0]
 
 
-def _peak(grid: Tensor, patch: tuple[int, int]) -> tuple[float, float]:
+def _peak(grid: Tensor, patch: tuple[int, ...]) -> tuple[float, float]:
     """The centre of the patch with the largest value, in pixels."""
     row, column = divmod(int(grid.argmax()), grid.shape[1])
     return (row + 0.5) * patch[0], (column + 0.5) * patch[1]
@@ -228,7 +228,7 @@ def check_placement(
     return placement, (planted.steps, planted.loss)
 
 
-def _inside(region: Region, grid: Tensor, patch: tuple[int, int]) -> Tensor:
+def _inside(region: Region, grid: Tensor, patch: tuple[int, ...]) -> Tensor:
     centres = torch.cartesian_prod(
         *((torch.arange(n, device="cpu") + 0.5) * side for n, side in zip(grid.shape, patch, strict=True))
     )

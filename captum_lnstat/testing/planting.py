@@ -126,7 +126,7 @@ class Scenes:
         self,
         image: tuple[int, int],
         region: tuple[int, int],
-        patch: tuple[int, int],
+        patch: tuple[int, ...],
         channels: int,
         seed: int,
         dtype: torch.dtype,
@@ -135,7 +135,7 @@ class Scenes:
         self.image, self.channels, self.dtype = image, channels, dtype
         self.stimulus, self.distractor = (self._texture(region, patch) for _ in range(2))
 
-    def _texture(self, region: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    def _texture(self, region: tuple[int, int], patch: tuple[int, ...]) -> Tensor:
         tile = torch.randn(self.channels, *patch, generator=self.random, device="cpu")
         repeats = [-(-side // part) for side, part in zip(region, patch, strict=True)]
         tiled = tile.repeat(1, *repeats)[:, : region[0], : region[1]]

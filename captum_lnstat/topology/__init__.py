@@ -5,6 +5,7 @@
 from captum_lnstat.topology.base import Topology, find_topology, register_topology
 from captum_lnstat.topology.hierarchical import HierarchicalTopology
 from captum_lnstat.topology.encoder import EncoderTopology
+from captum_lnstat.topology.video import VideoTopology
 from captum_lnstat.topology.convolved import ConvolvedTopology
 from captum_lnstat.topology.plain import PlainTopology
 from captum_lnstat.topology.pooled import PooledTopology
@@ -20,6 +21,7 @@ __all__ = [
     "PlainTopology",
     "PooledTopology",
     "Topology",
+    "VideoTopology",
     "WindowedTopology",
     "find_topology",
     "register_topology",

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.eager import eager
@@ -99,6 +99,15 @@ class Topology(ABC):
     def channels_first(self) -> bool:
         """Whether a map there has its channels before its rows and columns."""
         return False
+
+    @property
+    def axes(self) -> int:
+        """How many axes the images have beside batch and channels: 3 if they are videos."""
+        return 2
+
+    def channel_axis(self, recording: Recording, images: Tensor) -> int:
+        """Which axis of the images that ``forward_func`` was given has their channels."""
+        return 1
 
     @abstractmethod
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:

@@ -1,12 +1,13 @@
-"""Swin and its relatives: attention in shifted windows, stages joined by 2 x 2 patch mergings.
+"""Swin and its relatives: attention in shifted windows, stages joined by 2 x 2 patch mergings; Video Swin among them.
 
 Found by structure: a convolution that cuts the image into patches, blocks that know a window and a shift, mergings
 with a norm and a reduction, a last LayerNorm. Tokens may be a map ``(batch, rows, columns, channels)`` or a sequence
-``(batch, tokens, channels)``.
+``(batch, tokens, channels)``; of a video, ``(batch, frames, rows, columns, channels)``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -19,10 +20,10 @@ from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, names_of, outside
-from captum_lnstat.topology.anatomy.geometry import pair
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, is_residual_block
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.projections import Projection, projections
+from captum_lnstat.topology.anatomy.volumes import channel_axis, sizes, tubelet_convolutions
 from captum_lnstat.topology.base import Topology, register_topology
 from captum_lnstat.topology.residual import block_taps, residual_block, trailing_norm
 from captum_lnstat.trace.maps import FrozenMap, FrozenNorm
@@ -85,6 +86,15 @@ class WindowedTopology(Topology):
     def head_follows(self) -> nn.Module:
         last: nn.Module = self._steps[-1]
         return last
+
+    @property
+    def axes(self) -> int:
+        return len(self._patches.kernel_size)
+
+    def channel_axis(self, recording: Recording, images: Tensor) -> int:
+        if self.axes == 2:
+            return 1
+        return channel_axis(images, recording.call(self._names[id(self._patches)]).input.tensor)
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         grid = first_grid = grid_of(recording, self._names[id(self._patches)])
@@ -161,9 +171,10 @@ def _reduction(module: object) -> Projection | None:
     return next((one for one in found if one.name == "reduction"), None)
 
 
-def _patch_convolution(model: nn.Module, steps: list[Any]) -> nn.Conv2d | None:
+def _patch_convolution(model: nn.Module, steps: list[Any]) -> nn.Conv2d | nn.Conv3d | None:
     """The first convolution outside the steps, if it cuts the image into patches that do not overlap."""
-    first = next(iter(convolutions(model, steps).values()), None)
+    videos = next(iter(tubelet_convolutions(model, steps).values()), None)
+    first: nn.Conv2d | nn.Conv3d | None = next(iter(convolutions(model, steps).values()), videos)
     return first if first is not None and first.kernel_size == first.stride else None
 
 
@@ -183,17 +194,19 @@ def _is_swin(model: nn.Module, steps: list[Any]) -> bool:
 def _pools_by_mean(model: nn.Module, steps: list[Any]) -> bool:
     """Whether an average pooling is all that the head is set to: torch's own, or one of several kinds of pooling."""
     pools = _outside(model, steps)
-    average = any(isinstance(pool, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d) for pool in pools)
+    average = any(
+        isinstance(pool, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d) for pool in pools
+    )
     average = average or any(getattr(pool, "pool_type", None) == "avg" for pool in pools)
     return average and getattr(model, "global_pool", "avg") == "avg"
 
 
 def _check_grid(name: str, tokens: Tensor, grid: Grid) -> None:
     shape = tuple(tokens.shape[1:-1])
-    if shape not in (grid, (grid[0] * grid[1],)):
+    if shape not in (grid, (math.prod(grid),)):
         raise RecordingError(
-            f"{name!r} was given tokens of shape {tuple(tokens.shape)}; expected (batch, {grid[0]}, {grid[1]}, "
-            f"channels) or (batch, {grid[0] * grid[1]}, channels)"
+            f"{name!r} was given tokens of shape {tuple(tokens.shape)}; expected (batch, "
+            f"{', '.join(map(str, grid))}, channels) or (batch, {math.prod(grid)}, channels)"
         )
 
 
@@ -201,14 +214,16 @@ def _layout(block: Any, tokens: Tensor, grid: Grid) -> Groups:
     """The windows of a block. Who cuts them decides what is done where a grid is not whole windows.
 
     A block that is given a map rolls it, then pads. A block that is given a sequence pads, then rolls; so does an
-    attention that cuts its own windows, and it drops the shift of an axis that one window covers.
+    attention that cuts its own windows, and it drops the shift of an axis that one window covers. On videos both do
+    what the latter does, and a window is no longer than the grid along any axis.
     """
-    owner = _window_owner(block)
-    window, shift = pair(owner.window_size), pair(owner.shift_size)
-    if owner is not block:
-        covered = [size <= side for size, side in zip(grid, window, strict=True)]
-        shift = (0 if covered[0] else shift[0], 0 if covered[1] else shift[1])
-    pad_first = owner is not block or tokens.dim() == 3
+    owner, video = _window_owner(block), len(grid) == 3
+    window, shift = sizes(owner.window_size, len(grid)), sizes(owner.shift_size, len(grid))
+    if owner is not block or video:
+        shift = tuple(0 if size <= side else step for size, side, step in zip(grid, window, shift, strict=True))
+    if video:
+        window = tuple(map(min, grid, window))
+    pad_first = owner is not block or video or tokens.dim() == 3
     return windows(grid, window, shift, tokens.device, pad_first=pad_first)
 
 
@@ -225,5 +240,11 @@ def _merging(name: str, module: Any, recording: Recording, grid: Grid) -> Mergin
             f"{name} keeps its width of {reduction.in_features} channels, so it cannot be told whether its norm comes "
             "before or after the reduction"
         )
+    if reduction.in_features != 4 * children.shape[-1]:
+        raise UnsupportedModelError(
+            f"{name} joins {reduction.in_features / children.shape[-1]:g} tokens of {children.shape[-1]} channels; "
+            "expected 2 x 2, in videos those of one frame"
+        )
     groups, after = quads(grid, children.device), stream(recording.call(name).output.read())
-    return Merging(name, groups, stream(children), path, norm_first, linear.weight.detach(), after)
+    merged = (*grid[:-2], (grid[-2] + 1) // 2, (grid[-1] + 1) // 2)
+    return Merging(name, groups, stream(children), path, norm_first, linear.weight.detach(), after, merged)

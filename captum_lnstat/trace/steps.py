@@ -181,6 +181,7 @@ class Merging(_Step):
         norm_first: True if the LayerNorm reads the joined children, False if it reads the parent.
         reduction: Weight of the linear map, ``(parent channels, joined channels)``.
         after: The residual stream after the merging.
+        grid: Rows and columns of tokens after it, half as many of each.
     """
 
     name: str
@@ -190,10 +191,7 @@ class Merging(_Step):
     norm_first: bool
     reduction: Float[Tensor, "out in"]
     after: Float[Tensor, "batch parent out"]
-    grid = None  # half of that before
-
-    def grid_after(self, grid: Grid) -> Grid:
-        return (grid[0] + 1) // 2, (grid[1] + 1) // 2
+    grid: Grid
 
     def pull_back(self, u: Cotangent) -> tuple[Cotangent, Float[Tensor, "batch score"]]:
         """From the cotangent of the parents to that of the children, and the constant."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,14 +27,15 @@ class Trace:
         steps: Blocks and mergings, from the image to the head.
         tokens: The residual stream before the first step.
         prefix: Number of prefix tokens; the patch tokens follow, row by row.
-        grid: Rows and columns of patch tokens before the first step.
-        patch: Height and width of a patch in pixels.
+        grid: Rows and columns of patch tokens before the first step; of a video frames, rows and columns.
+        patch: Height and width of a patch in pixels; of a video frames, height and width.
         pooling: How the head reads the tokens.
         training: The model was in train mode, so that dropout may stand between what was recorded and what came of it.
         place: Which patch token is at each place of the grid, row by row, if they are not in that order.
         covers: What the map leaves out, in words: stages that attention cannot see through.
         gradients: Every attention has an output that a gradient can be taken at.
         blocks_below: How many blocks of the model lie before the first step.
+        channel_axis: Which axis of the images has their channels; the others are those of the grid.
     """
 
     family: str
@@ -41,13 +43,14 @@ class Trace:
     tokens: Float[Tensor, "batch token channel"]
     prefix: int
     grid: Grid
-    patch: tuple[int, int]
+    patch: tuple[int, ...]
     pooling: Pooling
     training: bool = False
     place: Int[Tensor, " patch"] | None = None
     covers: str = ""
     gradients: bool = True
     blocks_below: int = 0
+    channel_axis: int = 1
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -74,10 +77,15 @@ class Trace:
         return replace(self, steps=self.steps[first:], tokens=tokens, grid=grid, place=None, blocks_below=below)
 
     @property
-    def grain(self) -> tuple[float, float]:
+    def grain(self) -> tuple[float, ...]:
         """Height and width of a patch token at the head, in patches of the grid: 1 where no stage is coarser."""
         last = self._grid_after(len(self.steps))
-        return self.grid[0] / last[0], self.grid[1] / last[1]
+        return tuple(first / later for first, later in zip(self.grid, last, strict=True))
+
+    @property
+    def one_grid(self) -> bool:
+        """Whether all blocks see the same grid."""
+        return all(side == 1 for side in self.grain)
 
     def _grid_after(self, count: int) -> Grid:
         """Rows and columns of patch tokens after the first ``count`` steps."""
@@ -94,9 +102,9 @@ class Trace:
         steps = self.steps if block is None else self.steps[: self._place_of(block)]
         return [step.below for step in reversed(steps) if step.below is not None]
 
-    def on_grid(self, values: Float[Tensor, "batch token *rest"]) -> Float[Tensor, "batch row column *rest"]:
+    def on_grid(self, values: Float[Tensor, "batch token *rest"]) -> Float[Tensor, "batch *grid *rest"]:
         """Values of the tokens before the first step at their places on the grid; prefix tokens, if any, left out."""
-        patches = values[:, values.shape[1] - self.grid[0] * self.grid[1] :]
+        patches = values[:, values.shape[1] - math.prod(self.grid) :]
         patches = patches if self.place is None else patches[:, self.place]
         return patches.reshape(len(patches), *self.grid, *patches.shape[2:])
 

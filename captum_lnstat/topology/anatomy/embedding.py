@@ -67,9 +67,8 @@ def reads_images(found: Mapping[str, nn.Conv2d]) -> bool:
 
 
 def grid_of(recording: Recording, convolution: str) -> Grid:
-    """Rows and columns of what a convolution returned."""
-    rows, columns = recording.call(convolution).output.tensor.shape[-2:]
-    return int(rows), int(columns)
+    """Rows and columns of what a convolution returned; frames, rows and columns if it is one of videos."""
+    return tuple(map(int, recording.call(convolution).output.tensor.shape[2:]))
 
 
 def patch_of(

@@ -1,0 +1,80 @@
+"""Plain encoders of videos, VideoMAE and ViViT among them: tubelets, one list of residual blocks, a head of any kind.
+
+Nothing is looked up by name. The grid is what the one convolution over frames, rows and columns returned; prefix tokens
+are those that the first block sees beyond it; the order of the tokens is the one in which they are the convolution's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from captum_lnstat.errors import RecordingError
+from captum_lnstat.layout import WholeImage
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.topology.anatomy.embedding import block_lists, check_prefix_first, grid_of
+from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS
+from captum_lnstat.topology.anatomy.pooling import pooling_as_read
+from captum_lnstat.topology.anatomy.volumes import channel_axis, place_of_tubelets, tubelet_convolutions
+from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
+from captum_lnstat.topology.residual import block_taps, residual_block
+from captum_lnstat.trace.trace import Trace
+
+
+@register_topology
+class VideoTopology(BlockTopology):
+    """Prefix tokens, then tubelet tokens through one list of blocks; attention among all of them."""
+
+    family = "video"
+    expects = f"a convolution over frames, rows and columns and one list of blocks with {BLOCK_PARTS}"
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return innermost(model, _holds_encoder)
+
+    @property
+    def axes(self) -> int:
+        return 3
+
+    @cached_property
+    def blocks(self) -> dict[str, nn.Module]:
+        ((name, blocks),) = block_lists(self.model).items()
+        return {f"{name}.{child}".lstrip("."): block for child, block in blocks.named_children()}
+
+    @property
+    def entrance(self) -> str:
+        return next(iter(tubelet_convolutions(self.model, self.blocks.values())))
+
+    @property
+    def taps(self) -> Iterable[nn.Module]:
+        yield self.model.get_submodule(self.entrance)
+        yield from self.norms.values()
+        for block in self.blocks.values():
+            yield from block_taps(block)
+
+    def channel_axis(self, recording: Recording, images: Tensor) -> int:
+        return channel_axis(images, recording.call(self.entrance).input.tensor)
+
+    def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
+        grid, patch = grid_of(recording, self.entrance), self.model.get_submodule(self.entrance).stride
+        blocks = tuple(residual_block(name, block, recording, WholeImage()) for name, block in self.blocks.items())
+        tokens = blocks[0].before
+        prefix = tokens.shape[1] - math.prod(grid)
+        if prefix < 0 or len(tokens) != len(recording.call(self.entrance).input.tensor):
+            raise RecordingError(
+                f"the first block saw tokens of shape {tuple(tokens.shape)}; expected those of a grid of "
+                f"{' x '.join(map(str, grid))} and prefix tokens before them, for every video. Tokens that were "
+                "dropped, merged or divided among several passes cannot be placed on it"
+            )
+        check_prefix_first(recording, tokens.shape[1], prefix, seen=True)
+        place = place_of_tubelets(self.model, recording.call(self.entrance).output.tensor, tokens, grid)
+        pooling = pooling_as_read(recording, prefix, self.norms, self.blocks)
+        return Trace(self.family, blocks, tokens, prefix, grid, patch, pooling, place=place)
+
+
+def _holds_encoder(model: nn.Module) -> bool:
+    lists = block_lists(model)
+    return len(lists) == 1 and len(tubelet_convolutions(model, lists.values())) == 1
