@@ -82,7 +82,13 @@ def first(module: Any, *names: str) -> Any:
 
 def blocks_of(model: Any) -> list[Any]:
     paths = ("blocks", "encoder.layers", "layers", "encoder.layer", "model.layer", "mix.layers")
-    for root in (model, *(getattr(model, name, None) for name in ("vision_model", "trunk", "vit", "deit", "dinov2"))):
+    for root in (
+        model,
+        *(
+            getattr(model, name, None)
+            for name in ("vision_model", "trunk", "vit", "deit", "dinov2", "videomae", "vivit")
+        ),
+    ):
         for name in ("", "dinov2_with_registers.", "beit."):
             found = first(root, *(name + path for path in paths)) if root is not None else None
             if found is not None:
@@ -193,7 +199,7 @@ class Oracle:
         return dense, dense_values
 
     def _out(self, block: Any, attn: Any, attention: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        proj = first(attn, "proj", "o_proj", "out_proj")
+        proj = first(attn, "proj", "o_proj", "out_proj", "output.dense")
         tokens = attention.shape[2]
         size = proj.in_features
         matrix = torch.eye(size).double().expand(self.batch, tokens, size, size)

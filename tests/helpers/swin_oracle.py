@@ -103,7 +103,7 @@ class SwinDense(Dense):
     """``Dense`` for a Swin whose parts a ``Library`` knows."""
 
     def __init__(
-        self, library: Library, model: nn.Module, x: Tensor, grid: tuple[int, int], *, graph: bool = False
+        self, library: Library, model: nn.Module, x: Tensor, grid: tuple[int, ...], *, graph: bool = False
     ) -> None:
         self.library, self.batch = library, len(x)
         self.case = Case("swin", lambda: model, (x.shape[2], x.shape[3]), grid, (4, 4), "patches")
@@ -129,7 +129,7 @@ class SwinDense(Dense):
 
     def _merging(self, module: Any) -> DenseMerging:
         ids = self.library.merging_ids(module, self._grid)
-        self._grid = (self._grid[0] + 1) // 2, (self._grid[1] + 1) // 2
+        self._grid = (*self._grid[:-2], (self._grid[-2] + 1) // 2, (self._grid[-1] + 1) // 2)
         x = self.capture.inputs[module]
         x = x.flatten(1, -2)
         channels, weight = x.shape[-1], module.reduction.weight
