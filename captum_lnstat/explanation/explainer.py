@@ -24,6 +24,7 @@ from captum_lnstat.explanation.subject.images import Item
 from captum_lnstat.explanation.subject.names import find_class
 from captum_lnstat.explanation.subject.subject import Subject
 from captum_lnstat.recording.forward import Output, pick_output
+from captum_lnstat.topology import takes_videos
 from captum_lnstat.trace.trace import Trace
 from captum_lnstat.visualize.maps import to_picture
 
@@ -72,6 +73,11 @@ class Explainer:
     """
 
     def __init__(self, subject: Subject, *, rule: str = "lnstat", output: Output = None, **options: Any) -> None:
+        if takes_videos(subject.model):
+            raise SourceError(
+                f"{type(subject.model).__name__} takes videos; expected a model of images. LNStatAttribution explains "
+                "videos, and captum_lnstat.visualize.frame_sheet draws them"
+            )
         self.subject = subject
         self.output = output
         self.lnstat = LNStatAttribution(subject.model, rule=rule, output=output, **options)

@@ -64,15 +64,20 @@ def size_not_taken(embed: Any, size: tuple[int, int]) -> str | None:
     return None
 
 
-def check_axes(image: Tensor, axes: int) -> None:
-    """Images for a model of images, videos for one of videos."""
+def check_axes(image: Tensor, axes: int, model: Any) -> None:
+    """Images for a model of images, videos for one of videos, of as many frames as it says it takes."""
+    expected = "(batch, channels, height, width)"
+    if image.dim() == 5:
+        expected += (
+            ": the convolution that cuts the patches is one of images, so where in a video they lie is not known"
+        )
+    if axes == 3:
+        expected = "videos, (batch, channels, frames, height, width) or with the frames first, as the model takes them"
     if image.dim() != axes + 2:
-        expected = "(batch, channels, height, width)"
-        if axes == 3:
-            expected = (
-                "videos, (batch, channels, frames, height, width) or with the frames first, as the model takes them"
-            )
         raise ValueError(f"inputs has shape {tuple(image.shape)}; expected {expected}")
+    frames = getattr(getattr(model, "config", None), "num_frames", None)
+    if axes == 3 and isinstance(frames, int) and frames not in image.shape[1:3]:
+        raise ValueError(f"inputs has shape {tuple(image.shape)}; the model takes videos of {frames} frames")
 
 
 def check_size(image: Tensor, model: nn.Module, entrance: str, *, direct: bool) -> None:
@@ -108,7 +113,8 @@ def check_seen(seen: Tensor, image: Tensor) -> None:
     if len(seen) != len(image) or seen.shape[-2:] != image.shape[-2:] or (video and seen.numel() != image.numel()):
         raise RecordingError(
             f"the transformer was given images of shape {tuple(seen.shape)}, forward_func of {tuple(image.shape)}; "
-            "expected as many, of the same height and width. Resize, crop or repeat them before you explain them"
+            f"expected as many, of the same height and width{' and number of frames' * video}. Resize, crop or repeat "
+            "them before you explain them"
         )
 
 

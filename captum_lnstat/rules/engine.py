@@ -111,7 +111,7 @@ def run(
         check_gradients(topology.model)
     if isinstance(forward_func, nn.Module):
         forward_func = eager(forward_func)
-    check_axes(image, topology.axes)
+    check_axes(image, topology.axes, topology.model)
     check_size(image, topology.model, topology.entrance, direct=forward_func is topology.model)
     # A caller in inference_mode or no_grad still gets gradients at the head; the trunk has a graph only if asked for.
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable != "head"):

@@ -2,7 +2,7 @@
 
 # The family registered last is tried first: what is known of a model beyond its structure comes before the structure.
 # isort: off
-from captum_lnstat.topology.base import Topology, find_topology, register_topology
+from captum_lnstat.topology.base import Topology, find_topology, register_topology, takes_videos
 from captum_lnstat.topology.hierarchical import HierarchicalTopology
 from captum_lnstat.topology.encoder import EncoderTopology
 from captum_lnstat.topology.video import VideoTopology
@@ -25,4 +25,5 @@ __all__ = [
     "WindowedTopology",
     "find_topology",
     "register_topology",
+    "takes_videos",
 ]

@@ -188,6 +188,14 @@ def find_topology(model: nn.Module) -> Topology:
     return topology
 
 
+def takes_videos(model: nn.Module) -> bool:
+    """Whether there is a transformer of a known family in ``model``, and it is one of videos."""
+    try:
+        return find_topology(eager(model)).axes == 3
+    except UnsupportedModelError:
+        return False
+
+
 def _found(model: nn.Module) -> Topology:
     level = [model]
     while level:

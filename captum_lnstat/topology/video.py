@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from captum_lnstat.errors import RecordingError
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.embedding import block_lists, check_prefix_first, grid_of
@@ -59,6 +59,7 @@ class VideoTopology(BlockTopology):
         return channel_axis(images, recording.call(self.entrance).input.tensor)
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
+        self._check_attention(recording)
         grid, patch = grid_of(recording, self.entrance), self.model.get_submodule(self.entrance).stride
         blocks = tuple(residual_block(name, block, recording, WholeImage()) for name, block in self.blocks.items())
         tokens = blocks[0].before
@@ -73,6 +74,17 @@ class VideoTopology(BlockTopology):
         place = place_of_tubelets(self.model, recording.call(self.entrance).output.tensor, tokens, grid)
         pooling = pooling_as_read(recording, prefix, self.norms, self.blocks)
         return Trace(self.family, blocks, tokens, prefix, grid, patch, pooling, place=place)
+
+    def _check_attention(self, recording: Recording) -> None:
+        """Attention has to be among all tokens of the stream."""
+        for name in self.blocks:
+            tokens, (_, _, *seen) = recording.call(name).input.tensor, recording.site(name).shape
+            if tokens.dim() != 3 or seen != [tokens.shape[1]] * 2:
+                raise UnsupportedModelError(
+                    f"the attention of {name!r} is {seen[0]} x {seen[1]}, the block was given {tuple(tokens.shape)}; "
+                    "expected attention among all tokens of a video. Where queries or keys are pooled (MViT), or "
+                    "frames are attended to by themselves, relevance in a video is not defined yet"
+                )
 
 
 def _holds_encoder(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
 from captum_lnstat.visualize.classes import class_sheet
 from captum_lnstat.visualize.colors import GREY, PLAIN, Look, Scale, colored, overlay, scaled
 from captum_lnstat.visualize.compare import ComparedImage, compare_sheet, comparison
+from captum_lnstat.visualize.frames import frame_sheet
 from captum_lnstat.visualize.layers import head_sheet, layer_sheet
 from captum_lnstat.visualize.maps import to_map, to_picture
 from captum_lnstat.visualize.sheet import Panel, draw_sheet, draw_targets
@@ -34,6 +35,7 @@ __all__ = [
     "draw_rows",
     "draw_sheet",
     "draw_targets",
+    "frame_sheet",
     "head_sheet",
     "layer_sheet",
     "overlay",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
+from captum_lnstat.testing.planting import CONTRAST, GREY, Region, Scenes
 from helpers.models import CLASSES, enliven, generator
 from helpers.plain_models import Plain
 from helpers.plain_oracle import Oracle, first
@@ -132,3 +134,39 @@ class PlainVideo(Oracle):
             return super()._attention(block, attn)
         attention = self.seen[attn.attention][1][1]
         return attention, self._heads(self.seen[attn.attention.value][1], attention.shape[1])
+
+
+@dataclass(frozen=True)
+class Moment(Region):
+    """A rectangle of pixels in some frames of a video, channels first."""
+
+    first: int = 0
+    frames: int = 0
+
+    def cut(self, images: Tensor) -> Tensor:
+        return super().cut(images)[..., self.first : self.first + self.frames, :, :]
+
+    def holds_token(self, place: tuple[int, ...], patch: tuple[int, ...]) -> bool:
+        """Whether the middle of a token lies inside."""
+        frame, y, x = ((at + 0.5) * side for at, side in zip(place, patch, strict=True))
+        return self.holds(y, x) and self.first <= frame < self.first + self.frames
+
+
+class VideoScenes(Scenes):
+    """Grey videos with faint noise, in which a stimulus and a distractor can be put; sizes have the frames first."""
+
+    def _texture(self, region: Any, patch: Any) -> Tensor:
+        tile = torch.randn(self.channels, *patch, generator=self.random)
+        repeats = [side // part for side, part in zip(region, patch, strict=True)]
+        return (GREY + CONTRAST * tile.repeat(1, *repeats)).to(self.dtype)
+
+
+class FramesFirst(nn.Module):
+    """A model that takes the frames first, given the channels first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x.transpose(1, 2))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.models import rule, targets
 from helpers.swin_oracle import SwinDense
 from helpers.video import (
@@ -25,6 +26,7 @@ from helpers.video import (
 )
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformerBlockV2
+from torchvision.models.video.mvit import MSBlockConfig, MViT
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
 from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
@@ -256,8 +258,28 @@ def test_tokens_that_are_not_those_of_the_convolution_are_refused():
 # What is refused.
 
 
-def test_images_for_a_model_of_videos_and_videos_for_one_of_images():
-    with pytest.raises(ValueError, match=r"shape \(1, 3, 32, 32\); expected videos, \(batch, channels, frames, height"):
-        LNStatAttribution(build("swin")).attribute(torch.zeros(1, 3, 32, 32), 1)
-    with pytest.raises(ValueError, match=r"are videos of shape \(1, 4, 8, 32, 32\); the model takes 3 channels"):
-        LNStatAttribution(build("swin")).attribute(torch.zeros(1, 4, 8, 32, 32), 1)
+def test_attention_that_is_pooled_is_refused():
+    settings = [MSBlockConfig(2, 24, 24, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2])] * 2
+    options = {"spatial_size": (32, 32), "temporal_size": 4, "block_setting": settings, "residual_pool": False}
+    options |= {"residual_with_cls_embed": False, "rel_pos_embed": False, "proj_after_attn": False, "num_classes": 3}
+    with torch.random.fork_rng():
+        model = MViT(**options).eval()
+    with pytest.raises(UnsupportedModelError, match="expected attention among all tokens of a video"):
+        LNStatAttribution(model).describe(torch.randn(1, 3, 4, 32, 32))
+
+
+@pytest.mark.parametrize("kind", ["joint_space_time", "divided_space_time"])
+def test_frames_that_are_cut_one_by_one_are_refused(kind):
+    sizes = {"image_size": 16, "patch_size": 8, "num_frames": 4, "hidden_size": 24, "num_hidden_layers": 2}
+    config = transformers.TimesformerConfig(
+        **sizes, num_attention_heads=2, intermediate_size=48, attention_type=kind, num_labels=3
+    )
+    with torch.random.fork_rng():
+        model = transformers.TimesformerForVideoClassification(config).eval()
+    error, words = (
+        (ValueError, "convolution that cuts the patches is one of images")
+        if kind == "joint_space_time"
+        else (UnsupportedModelError, "attends to space and to time apart")
+    )
+    with pytest.raises(error, match=words):
+        LNStatAttribution(model).describe(torch.randn(1, 4, 3, 16, 16))
