@@ -14,7 +14,7 @@ from captum_lnstat.attribution.arguments import joined, the_image
 from captum_lnstat.attribution.base import OnePass, record, relevance_of
 from captum_lnstat.attribution.batches import chunks
 from captum_lnstat.attribution.lnstat import LNStatAttribution
-from captum_lnstat.errors import warn_caller
+from captum_lnstat.errors import UnsupportedModelError, warn_caller
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.forward import (
     ForwardArgs,
@@ -31,7 +31,7 @@ from captum_lnstat.rules import Relevance, find_rule
 from captum_lnstat.rules.checks import check_fits
 from captum_lnstat.rules.engine import Pass
 from captum_lnstat.rules.rule import DEFAULT
-from captum_lnstat.topology import find_topology
+from captum_lnstat.topology import DividedTopology, find_topology
 from captum_lnstat.trace.steps import Block, MergingShare
 
 
@@ -183,6 +183,11 @@ def explain_layer(
     """The relevance at the block's tokens, and the shape of the activation there."""
     lnstat = method.lnstat
     outcome = record(lnstat, inputs, [target], additional_forward_args)
+    if outcome.trace.family == DividedTopology.family:
+        raise UnsupportedModelError(
+            f"a block of {type(lnstat.transformer).__name__} attends twice, over time and over space, and what lies "
+            "between is not the output of a module; expected LNStatAttribution, at the video"
+        )
     block = _block(method.layer, outcome, find_topology(eager(lnstat.transformer)).model)
     call = outcome.recording.call(block.name)
     activation = call.input if attribute_to_layer_input else call.output

@@ -5,6 +5,7 @@
 from captum_lnstat.topology.base import Topology, find_topology, register_topology, takes_videos
 from captum_lnstat.topology.hierarchical import HierarchicalTopology
 from captum_lnstat.topology.encoder import EncoderTopology
+from captum_lnstat.topology.divided import DividedTopology
 from captum_lnstat.topology.video import VideoTopology
 from captum_lnstat.topology.convolved import ConvolvedTopology
 from captum_lnstat.topology.plain import PlainTopology
@@ -16,6 +17,7 @@ from captum_lnstat.topology.cait import ClassAttentionTopology
 __all__ = [
     "ClassAttentionTopology",
     "ConvolvedTopology",
+    "DividedTopology",
     "EncoderTopology",
     "HierarchicalTopology",
     "PlainTopology",

@@ -10,7 +10,7 @@ from captum.attr import NoiseTunnel
 from captum.metrics import infidelity, sensitivity_max
 from helpers.models import rule, targets
 from helpers.oracles import out_of_focus
-from helpers.video import FramesFirst, Moment, VideoScenes, lively, video_mae, video_swin, videos
+from helpers.video import FramesFirst, Moment, VideoScenes, lively, timesformer, video_mae, video_swin, videos
 
 from captum_lnstat import (
     AttentionRollout,
@@ -44,12 +44,15 @@ def scores(model):
 # Where it lies.
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["swin", "mae", "timesformer"])
 def test_a_stimulus_is_found_in_its_frames_and_at_its_place(name):
     """A model that was trained to tell whether the stimulus is there, wherever and whenever that is."""
-    model = video_swin(num_classes=2) if name == "swin" else FramesFirst(video_mae(image_size=16, num_frames=6))
+    model, patch = {
+        "swin": (video_swin(), (2, 4, 4)),
+        "mae": (FramesFirst(video_mae(image_size=16, num_frames=6)), (2, 8, 8)),
+        "timesformer": (FramesFirst(timesformer(num_frames=6)), (1, 8, 8)),
+    }[name]
     size = (6, 16, 16)
-    patch = (2, 4, 4) if name == "swin" else (2, 8, 8)
     scenes = VideoScenes(size, (2, 8, 8), patch, 3, 0, torch.float32)
     moments = [Moment(y, x, 8, 8, first, 2) for first, y, x in itertools.product((0, 2, 4), (0, 8), (0, 8))]
     with torch.random.fork_rng():

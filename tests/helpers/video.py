@@ -53,6 +53,15 @@ def vivit(**options: Any) -> nn.Module:
         return transformers.VivitForVideoClassification(config).eval()
 
 
+def timesformer(**options: Any) -> nn.Module:
+    """Hugging Face's TimeSformer: a class token before 4 x 2 x 2 patches of 8 x 8 pixels, frames before channels."""
+    sizes = {**_SIZES, "image_size": 16, "num_frames": 4, "patch_size": 8}
+    del sizes["attn_implementation"]
+    config = transformers.TimesformerConfig(**{**sizes, **options})
+    with torch.random.fork_rng():
+        return transformers.TimesformerForVideoClassification(config).eval()
+
+
 class Tubelets(nn.Module):
     """A user's encoder of videos, whose tokens may be in any order of frames, rows and columns."""
 

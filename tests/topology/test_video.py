@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.models import rule, targets
 from helpers.swin_oracle import SwinDense
 from helpers.video import (
@@ -19,6 +18,7 @@ from helpers.video import (
     Tubelets,
     lively,
     swin_oracle,
+    timesformer,
     video_mae,
     video_swin,
     videos,
@@ -29,7 +29,7 @@ from torchvision.models.swin_transformer import SwinTransformerBlockV2
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 from torchvision.models.video.swin_transformer import ShiftedWindowAttention3d
 
-from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
+from captum_lnstat import AttentionRollout, LayerLNStat, LNStatAttribution, RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Groups, quads, windows
 from captum_lnstat.rules.engine import run
 from captum_lnstat.topology.anatomy.volumes import channel_axis
@@ -63,7 +63,13 @@ PLAIN = {
     "video-mae-flat": Model(partial(video_mae, image_size=(16, 40)), (2, 8, 3, 16, 40), (4, 2, 5), (2, 8, 8)),
     "vivit": Model(vivit, (2, 8, 3, 32, 32), (4, 2, 4), (2, 16, 8)),
 }
-MODELS = {**SWINS, **PLAIN}
+DIVIDED = {
+    "timesformer": Model(timesformer, (2, 4, 3, 16, 16), (4, 2, 2), (1, 8, 8)),
+    "timesformer-3": Model(partial(timesformer, image_size=24, num_frames=3), (2, 3, 3, 24, 24), (3, 3, 3), (1, 8, 8)),
+}
+MODELS = {**SWINS, **PLAIN, **DIVIDED}
+FAMILIES = {**dict.fromkeys(SWINS, "windowed"), **dict.fromkeys(PLAIN, "video")}
+NO_CLASS = {*SWINS, "video-mae", "video-mae-flat"}
 
 
 @cache
@@ -149,6 +155,59 @@ def test_windows_of_three_axes():
     assert quads((2, 2, 3)).index.tolist() == [[0, 3, 1, 4], [2, 5, -1, -1], [6, 9, 7, 10], [8, 11, -1, -1]]
 
 
+# TimeSformer, whose class token stands in every frame.
+
+
+def _dense_attentions(model: Any, x: Tensor) -> list[Tensor]:
+    """The mean over the heads of both attentions of every block, among all tokens, the class token's first."""
+    seen = []
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        for name, module in model.named_modules()
+        if name.endswith("attn_drop")
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    batch, frames = x.shape[:2]
+    places = len(seen[0]) // batch
+    tokens = torch.arange(places * frames).reshape(places, frames) + 1  # as the model has them
+    found = []
+    for number, heads in enumerate(seen):
+        maps = heads.mean(1).unflatten(0, (batch, -1))
+        dense = torch.zeros(batch, 1 + places * frames, 1 + places * frames, dtype=x.dtype)
+        for group in range(maps.shape[1]):
+            if number % 2:
+                members = torch.cat([torch.zeros(1, dtype=torch.long), tokens[:, group]])
+                dense[:, members[1:, None], members] = maps[:, group, 1:]
+                dense[:, 0, members] += maps[:, group, 0] / frames
+            else:
+                dense[:, tokens[group][:, None], tokens[group]] = maps[:, group]
+        if number % 2 == 0:
+            dense[:, 0, 0] = 1
+        found.append(dense)
+    return found
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_rollout_on_a_timesformer_is_the_dense_product(name):
+    model, x, grid = build(name), show(name), MODELS[name].grid
+    row = torch.eye(1 + grid[0] * grid[1] * grid[2]).double()[:1].expand(2, -1)
+    for dense in reversed(_dense_attentions(model, x)):
+        half = (torch.eye(dense.shape[1]).double() + dense) / 2
+        row = torch.einsum("bi,bij->bj", row, half)
+    expected = row[:, 1:].reshape(2, grid[1], grid[2], grid[0]).permute(0, 3, 1, 2)
+    torch.testing.assert_close(AttentionRollout(model).relevance(x), expected)
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_layers_of_a_timesformer_are_refused(name):
+    model = build(name)
+    with pytest.raises(UnsupportedModelError, match="attends twice, over time and over space"):
+        LayerLNStat(model, model.timesformer.encoder.layer[0]).attribute(show(name), 1)
+
+
 # What holds for all of them.
 
 
@@ -156,9 +215,9 @@ def test_windows_of_three_axes():
 def test_recognised(name):
     case = MODELS[name]
     found = LNStatAttribution(build(name)).describe(show(name))
-    assert (found.grid, found.patch, found.prefix_tokens) == (case.grid, case.patch, int(name == "vivit"))
-    assert found.family == ("windowed" if name in SWINS else "video")
-    assert found.pooling == ("class token" if name == "vivit" else "mean of the tokens")
+    assert (found.grid, found.patch, found.prefix_tokens) == (case.grid, case.patch, int(name not in NO_CLASS))
+    assert found.family == FAMILIES.get(name, "divided space and time")
+    assert found.pooling == ("mean of the tokens" if name in NO_CLASS else "class token")
     sizes = " x ".join(map(str, case.grid))
     pixels = f"{case.patch[0]} frames x {case.patch[1]} x {case.patch[2]} px"
     assert f"{sizes} patches of {pixels}" in str(found)
@@ -268,18 +327,8 @@ def test_attention_that_is_pooled_is_refused():
         LNStatAttribution(model).describe(torch.randn(1, 3, 4, 32, 32))
 
 
-@pytest.mark.parametrize("kind", ["joint_space_time", "divided_space_time"])
+@pytest.mark.parametrize("kind", ["joint_space_time", "space_only"])
 def test_frames_that_are_cut_one_by_one_are_refused(kind):
-    sizes = {"image_size": 16, "patch_size": 8, "num_frames": 4, "hidden_size": 24, "num_hidden_layers": 2}
-    config = transformers.TimesformerConfig(
-        **sizes, num_attention_heads=2, intermediate_size=48, attention_type=kind, num_labels=3
-    )
-    with torch.random.fork_rng():
-        model = transformers.TimesformerForVideoClassification(config).eval()
-    error, words = (
-        (ValueError, "convolution that cuts the patches is one of images")
-        if kind == "joint_space_time"
-        else (UnsupportedModelError, "attends to space and to time apart")
-    )
-    with pytest.raises(error, match=words):
+    model = timesformer(attention_type=kind)
+    with pytest.raises(ValueError, match="the convolution that cuts the patches is one of images"):
         LNStatAttribution(model).describe(torch.randn(1, 4, 3, 16, 16))
