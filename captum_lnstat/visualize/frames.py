@@ -23,8 +23,8 @@ _FRAMES = 8
 
 
 def frame_sheet(
-    inputs: Float[Tensor, "3 frame height width"],
-    attribution: Float[Tensor, "3 frame height width"],
+    inputs: Float[Tensor, "channel frame height width"],
+    attribution: Float[Tensor, "channel frame height width"],
     mean: Sequence[float],
     std: Sequence[float],
     title: str,
@@ -36,7 +36,7 @@ def frame_sheet(
 
     Args:
         inputs: The video, normalised for the model, channels first; ``inputs.transpose(0, 1)`` of a model that takes
-            the frames first.
+            the frames first. Three channels, or one.
         attribution: Of the video, of the same shape.
         mean: Mean of every channel that the transform subtracted.
         std: Deviation of every channel that it divided by.
@@ -57,16 +57,16 @@ def frame_sheet(
         >>> len(frame_sheet(video, video, (0, 0, 0), (1, 1, 1), "a video of itself", most=2).axes)
         5
     """
-    if inputs.dim() != 4 or inputs.shape != attribution.shape or len(inputs) != 3 or most < 1:
+    if inputs.dim() != 4 or inputs.shape != attribution.shape or len(inputs) not in (1, 3) or most < 1:
         raise ValueError(
             f"inputs has shape {tuple(inputs.shape)}, attribution {tuple(attribution.shape)}, most is {most}; expected "
-            "(3, frame, height, width) for both, and at least one frame"
+            "(3, frame, height, width), or one channel, for both, and at least one frame"
         )
     count = inputs.shape[1]
     shown = np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
     maps: list[Map] = [to_map(attribution[:, frame]) for frame in range(count)]
     scale = Scale.of(maps, signed=signed)
-    pictures: list[Picture] = [to_picture(inputs[:, frame], mean, std) for frame in shown]
+    pictures: list[Picture] = [to_picture(inputs[:, frame].expand(3, -1, -1), mean, std) for frame in shown]
     overlays = [overlay(picture, maps[frame], scale=scale) for picture, frame in zip(pictures, shown, strict=True)]
     rows = [Row("frames", tuple(pictures)), Row("relevance", tuple(overlays), Bar.of(scale), "one scale for all")]
     return draw_rows(rows, title, titles=[f"frame {frame}" for frame in shown])
