@@ -87,7 +87,7 @@ class DividedTopology(BlockTopology):
                 f"grid of {' x '.join(map(str, grid))}, for every video"
             )
         check_prefix_first(recording, 1 + count, 1, seen=True)
-        place = place_of_tubelets(self.model, made, tokens, grid)
+        place = place_of_tubelets(self.model, made, tokens, grid, likely=(1, 2, 0))
         ids = torch.arange(count, device=tokens.device) if place is None else place
         steps = [
             step

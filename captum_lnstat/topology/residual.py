@@ -121,8 +121,10 @@ def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: Grid)
 
 
 def norms_in_order(name: str, parts: BlockParts, recording: Recording) -> list[NormCall]:
-    """The calls of the block's norms in the order in which they ran."""
-    return recording.in_order(recording.norm(f"{name}.{norm}") for norm in parts.norms)
+    """The calls of the block's norms in the order in which they ran; of three, one may be for what is not used."""
+    names = [f"{name}.{norm}" for norm in parts.norms]
+    ran = [norm for norm in names if recording.norms_inside(norm)]
+    return recording.in_order(recording.norm(norm) for norm in (ran if len(ran) > 1 else names))
 
 
 def path_to_update(

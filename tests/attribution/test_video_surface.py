@@ -174,3 +174,14 @@ def test_what_is_for_images_only_says_so():
         explain(model, torch.zeros(3, 32, 32))
     with pytest.raises(UnsupportedModelError, match="PatchEmbed3d"):
         patch_feature_mask(model, 32)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [(video_swin, (1, 3, 8, 32, 24)), (video_mae, (1, 8, 3, 32, 32)), (timesformer, (1, 4, 3, 16, 16))],
+)
+def test_a_video_that_is_the_same_everywhere(build, shape):
+    """Its tokens do not show their order, which is that of the family then."""
+    model, x = lively(build(), torch.float64), torch.full(shape, 0.5).double()
+    _, delta = LNStatAttribution(model, rule="evidence").attribute(x, 1, return_convergence_delta=True)
+    assert float(delta.abs().max()) < 1e-9

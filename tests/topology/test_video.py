@@ -314,6 +314,15 @@ def test_tokens_that_are_not_those_of_the_convolution_are_refused():
         LNStatAttribution(model).attribute(videos(1, 3, 4, 24, 32), 1)
 
 
+def test_a_norm_that_does_not_run_is_no_part_of_a_block():
+    """MONAI's blocks have one for the cross-attention that an encoder does not have."""
+    model, x = lively(Tubelets()), videos(1, 3, 4, 24, 32)
+    expected = rule(model, "evidence", x, targets(1)).grid
+    for layer in model.mix.layers:
+        layer.norm_cross = nn.LayerNorm(24)
+    assert torch.equal(rule(model, "evidence", x, targets(1)).grid, expected)
+
+
 # What is refused.
 
 

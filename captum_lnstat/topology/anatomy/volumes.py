@@ -80,7 +80,9 @@ def _covers(seen: Tensor, ordered: Tensor) -> bool:
     return seen.shape[1] == ordered.shape[1] and ordered.shape[2] <= seen.shape[2] < 2 * ordered.shape[2]
 
 
-def place_of_tubelets(model: nn.Module, tubelets: Tensor, tokens: Tensor, grid: Grid) -> Tensor | None:
+def place_of_tubelets(
+    model: nn.Module, tubelets: Tensor, tokens: Tensor, grid: Grid, likely: tuple[int, int, int] = (0, 1, 2)
+) -> Tensor | None:
     """Which token is at each place of the grid, frame by frame and row by row; ``None`` if they are in that order.
 
     The first block is given what the convolution made, plus a position. An order is the right one if what is left
@@ -92,6 +94,7 @@ def place_of_tubelets(model: nn.Module, tubelets: Tensor, tokens: Tensor, grid: 
         tubelets: What the convolution made, ``(batch, channel, frame, row, column)``.
         tokens: What the first block was given, ``(batch, token, channel)``; those of the tubelets are the last.
         grid: Frames, rows and columns.
+        likely: The order of these axes that is tried first: of a video that is the same everywhere, any fits.
 
     Raises:
         UnsupportedModelError: No order leaves a position.
@@ -102,7 +105,7 @@ def place_of_tubelets(model: nn.Module, tubelets: Tensor, tokens: Tensor, grid: 
         spread = (tubelets - tubelets.mean((2, 3, 4), keepdim=True)).abs().amax()
         rounding = 8 * torch.finfo(tubelets.dtype).eps * patches.abs().amax()
         bar = torch.maximum(SAME * spread, rounding)
-        for order in itertools.permutations(range(3)):
+        for order in sorted(itertools.permutations(range(3)), key=lambda order: order != likely):
             turned, back = [grid[axis] for axis in order], [order.index(axis) for axis in range(3)]
             left = patches - tubelets.permute(0, *(axis + 2 for axis in order), 1).flatten(1, 3)
             on_grid = left.reshape(len(left), *turned, channels).permute(0, *(axis + 1 for axis in back), 4)
