@@ -13,6 +13,10 @@ from captum_lnstat.description import Description
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.rules import find_rule, rule_names
 from captum_lnstat.topology.anatomy.images import channels
+from captum_lnstat.topology import takes_videos
+
+# So many frames a video has if the model does not say.
+FRAMES = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Examination:
 
 
 def examine(model: nn.Module, image_size: tuple[int, int]) -> Examination:
-    """Run one image of noise through every rule.
+    """Run one image of noise, or one video, through every rule.
 
     Args:
         model: Any model; it is not changed.
@@ -63,7 +67,7 @@ def examine(model: nn.Module, image_size: tuple[int, int]) -> Examination:
     """
     parameter = next(model.parameters(), torch.zeros((), device="cpu"))
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(1, channels(model), *image_size, generator=random, device="cpu").to(parameter)
+    images = torch.randn(_shape(model, image_size), generator=random, device="cpu").to(parameter)
     rules: dict[str, str | None] = {}
     try:
         description = LNStatAttribution(model).describe(images)
@@ -74,6 +78,15 @@ def examine(model: nn.Module, image_size: tuple[int, int]) -> Examination:
     known = [why for why in rules.values() if why is not None]
     refusal = UnsupportedModelError(known[0]) if len(known) == len(rules) else None
     return Examination(image_size, description, refusal, rules)
+
+
+def _shape(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, ...]:
+    """Of one image, or, for a model of videos, of one video; those of Hugging Face take the frames first."""
+    if not takes_videos(model):
+        return 1, channels(model), *image_size
+    config = getattr(model, "config", None)
+    frames = getattr(config, "num_frames", FRAMES)
+    return (1, 3, frames, *image_size) if config is None else (1, frames, 3, *image_size)
 
 
 def _undefined(model: nn.Module, images: torch.Tensor, rule: Any) -> str | None:

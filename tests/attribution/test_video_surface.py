@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from captum_lnstat import (
     patch_feature_mask,
 )
 from captum_lnstat.attribution.pixels import to_pixels
+from captum_lnstat.doctor import examine
 from captum_lnstat.errors import SourceError
 from captum_lnstat.rules.engine import run
 from captum_lnstat.rules.evidence import evidence
@@ -185,3 +187,11 @@ def test_a_video_that_is_the_same_everywhere(build, shape):
     model, x = lively(build(), torch.float64), torch.full(shape, 0.5).double()
     _, delta = LNStatAttribution(model, rule="evidence").attribute(x, 1, return_convergence_delta=True)
     assert float(delta.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize(("name", "grid"), [("swin", (8, 8, 6)), ("mae", (4, 4, 4))])
+def test_a_model_of_videos_is_examined_with_a_video(name, grid):
+    examined = examine(build(name), SHAPES[name][-2:])
+    assert examined.refusal is None
+    assert examined.description.grid == grid
+    assert json.dumps(examined.to_dict())
