@@ -12,8 +12,8 @@ from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.description import Description
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.rules import find_rule, rule_names
-from captum_lnstat.topology.anatomy.images import channels
 from captum_lnstat.topology import takes_videos
+from captum_lnstat.topology.anatomy.images import channels
 
 # So many frames a video has if the model does not say.
 FRAMES = 16
