@@ -23,7 +23,7 @@ from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.embedding import LISTS, block_lists, check_prefix_first, named, reads_images
 from captum_lnstat.topology.anatomy.parts import has_heads, layers
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
-from captum_lnstat.topology.anatomy.volumes import channel_axis, place_of_tubelets
+from captum_lnstat.topology.anatomy.volumes import channel_axis, patch_of, place_of_tubelets
 from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.maps import FrozenLinear, FrozenMap
@@ -78,7 +78,7 @@ class DividedTopology(BlockTopology):
         return channel_axis(images, self._frames(recording)[0])
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
-        _, made = self._frames(recording)
+        seen, made = self._frames(recording)
         grid, count = tuple(made.shape[2:]), math.prod(made.shape[2:])
         tokens = stream(recording.call(next(iter(self.blocks))).input.read())
         if tokens.shape[:2] != (len(made), 1 + count):
@@ -95,7 +95,7 @@ class DividedTopology(BlockTopology):
             for step in _steps(name, block, recording, ids.reshape(grid[0], -1), grid)
         ]
         pooling = pooling_as_read(recording, 1, self.norms, self.blocks)
-        patch = (1, *self.convolutions[self._convolution].stride)
+        patch = (1, *patch_of(self.convolutions[self._convolution], seen.shape[3:], grid[1:]))
         return Trace(self.family, tuple(steps), tokens, 1, grid, patch, pooling, place=place)
 
 

@@ -18,7 +18,7 @@ from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.embedding import block_lists, check_prefix_first, grid_of
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
-from captum_lnstat.topology.anatomy.volumes import channel_axis, place_of_tubelets, tubelet_convolutions
+from captum_lnstat.topology.anatomy.volumes import channel_axis, patch_of, place_of_tubelets, tubelet_convolutions
 from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
 from captum_lnstat.topology.residual import block_taps, residual_block
 from captum_lnstat.trace.trace import Trace
@@ -60,7 +60,8 @@ class VideoTopology(BlockTopology):
 
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         self._check_attention(recording)
-        grid, patch = grid_of(recording, self.entrance), self.model.get_submodule(self.entrance).stride
+        grid, cut = grid_of(recording, self.entrance), self.model.get_submodule(self.entrance)
+        patch = patch_of(cut, recording.call(self.entrance).input.tensor.shape[2:], grid)
         blocks = tuple(residual_block(name, block, recording, WholeImage()) for name, block in self.blocks.items())
         tokens = blocks[0].before
         prefix = tokens.shape[1] - math.prod(grid)

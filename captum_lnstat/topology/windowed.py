@@ -173,8 +173,8 @@ def _reduction(module: object) -> Projection | None:
 
 def _patch_convolution(model: nn.Module, steps: list[Any]) -> nn.Conv2d | nn.Conv3d | None:
     """The first convolution outside the steps, if it cuts the image into patches that do not overlap."""
-    videos = next(iter(tubelet_convolutions(model, steps).values()), None)
-    first: nn.Conv2d | nn.Conv3d | None = next(iter(convolutions(model, steps).values()), videos)
+    first: nn.Conv2d | nn.Conv3d | None = next(iter(convolutions(model, steps).values()), None)
+    first = first or next(iter(tubelet_convolutions(model, steps).values()), None)
     return first if first is not None and first.kernel_size == first.stride else None
 
 

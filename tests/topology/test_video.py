@@ -326,6 +326,18 @@ def test_a_norm_that_does_not_run_is_no_part_of_a_block():
 # What is refused.
 
 
+def test_patches_that_do_not_cover_the_video_are_refused():
+    model, x = Tubelets(count=4 * 5 * 3).eval(), torch.rand(1, 3, 4, 22, 12)
+    model.cut = nn.Conv3d(3, 24, (1, 6, 4), (1, 4, 4))
+    assert run(model, model, x).trace.patch == (1, 4, 4)
+    model.cut = nn.Conv3d(3, 24, (1, 6, 4), (1, 4, 4), dilation=(1, 1, 2))
+    model.place = nn.Parameter(torch.randn(1, 4 * 5 * 2, 24))
+    with pytest.raises(
+        UnsupportedModelError, match="makes 2 tokens of 12 pixels or frames; expected patches of 4 side"
+    ):
+        run(model, model, x)
+
+
 def test_attention_that_is_pooled_is_refused():
     settings = [MSBlockConfig(2, 24, 24, [3, 3, 3], [3, 3, 3], [1, 1, 1], [1, 2, 2])] * 2
     options = {"spatial_size": (32, 32), "temporal_size": 4, "block_setting": settings, "residual_pool": False}

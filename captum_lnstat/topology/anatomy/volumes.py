@@ -39,6 +39,27 @@ def sizes(size: Any, axes: int) -> Grid:
     return tuple(int(one) for one in several)
 
 
+def patch_of(convolution: nn.Conv2d | nn.Conv3d, given: Iterable[int], made: Iterable[int]) -> tuple[int, ...]:
+    """The pixels of a patch along every axis of a convolution: its strides.
+
+    Args:
+        convolution: The one that makes the patches.
+        given: The sizes of what it was given.
+        made: The sizes of what it returned.
+
+    Raises:
+        UnsupportedModelError: Such patches do not cover the video.
+    """
+    strides = tuple(map(int, convolution.stride))
+    for size, count, stride in zip(given, made, strides, strict=True):
+        if abs(size - count * stride) >= stride:
+            raise UnsupportedModelError(
+                f"a convolution with strides of {' x '.join(map(str, strides))} makes {count} tokens of {size} pixels "
+                f"or frames; expected patches of {stride} side by side"
+            )
+    return strides
+
+
 def channel_axis(videos: Tensor, seen: Tensor) -> int:
     """Which axis of videos has their channels: 1, or 2 where the frames come first.
 
