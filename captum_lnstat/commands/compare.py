@@ -21,6 +21,7 @@ from captum_lnstat.commands.options import (
     model_options,
 )
 from captum_lnstat.errors import near
+from captum_lnstat.explanation.subject.progress import progress
 
 DEFAULT_SCENES = (3, 120, 264, 300)
 DEFAULT_METHODS = "lnstat,evidence,attention-rollout,chefer,ig"
@@ -107,9 +108,10 @@ def compare(
     check_look(colormap)
     check_there(paths)
     # Only now: torch and the libraries of models take seconds to load.
-    from captum_lnstat.commands.comparing import compare_all
-    from captum_lnstat.commands.models import ModelOptions
-    from captum_lnstat.visualize import Look
+    with progress("loading torch and the libraries of models"):
+        from captum_lnstat.commands.comparing import compare_all
+        from captum_lnstat.commands.models import ModelOptions
+        from captum_lnstat.visualize import Look
 
     sources: Sequence[Path | int] = paths or scenes or DEFAULT_SCENES
     target = targets[0] if targets else None

@@ -22,6 +22,7 @@ from captum_lnstat.commands.options import (
     model_options,
     suffixes_of,
 )
+from captum_lnstat.explanation.subject.progress import progress
 
 # Two objects well apart, both known to the model: another --target moves the map from one to the other.
 DEFAULT_SCENE = 264
@@ -137,9 +138,10 @@ def explain(
                 fail(f"--save-map is {save_map!r}, the image or the picture itself; expected another file")
         check_there(paths)
     # Only now: torch and the libraries of models take seconds to load.
-    from captum_lnstat.commands import explaining
-    from captum_lnstat.commands.models import ModelOptions
-    from captum_lnstat.visualize import Look
+    with progress("loading torch and the libraries of models"):
+        from captum_lnstat.commands import explaining
+        from captum_lnstat.commands.models import ModelOptions
+        from captum_lnstat.visualize import Look
 
     request = explaining.Request(
         ModelOptions(**model), targets, top_k, rule, as_json, save_map, Look(colormap, alpha, grey), drawn, against

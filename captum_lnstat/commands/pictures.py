@@ -72,7 +72,7 @@ def _figure(
             )
         with progress("descending"):
             blocks = descend(model, inputs, explained.target, rule=rule, output=output)
-        return layer_sheet(blocks, image, title, signed=explained.signed)
+        return layer_sheet(blocks, image, title, signed=explained.signed, look=explained.look)
     if kind == "heads":
         with progress("descending"):
             heads = descend_heads(model, inputs, output=output)
@@ -89,6 +89,7 @@ def _figure(
             (explained.likely(explained.target), explained.likely(other)),
             f"{above}{explained.likely(explained.target)}  against  {explained.likely(other)}",
             output=output,
+            look=explained.look,
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.recording.forward import Output
 from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
-from captum_lnstat.visualize.colors import Scale, overlay
+from captum_lnstat.visualize.colors import GREY, Look, Scale, overlay
 from captum_lnstat.visualize.maps import to_map
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def class_sheet(
     title: str,
     *,
     output: Output = None,
+    look: Look = GREY,
 ) -> Figure:
     """The contrast of two classes.
 
@@ -43,6 +44,7 @@ def class_sheet(
         names: What they are called.
         title: Shown above.
         output: As for ``LNStatAttribution``.
+        look: How maps are laid over the image.
 
     Raises:
         ValueError: The two classes are one.
@@ -58,11 +60,13 @@ def class_sheet(
         apart = one - other
         cells = (
             image if not rows else None,
-            overlay(image, one, scale=scale),
-            overlay(image, other, scale=scale),
-            overlay(image, apart, scale=Scale(0.0, scale.high - scale.low, signed=True)),
+            overlay(image, one, scale=scale, look=look),
+            overlay(image, other, scale=scale, look=look),
+            overlay(image, apart, scale=Scale(0.0, scale.high - scale.low, signed=True), look=look),
         )
-        rows.append(Row(label, cells, Bar.of(scale), "of the score, a pixel; both classes on one scale"))
+        rows.append(Row(label, cells, Bar.of(scale, look=look), "of the score, a pixel; both classes on one scale"))
     heads = ["image", names[0], names[1], f"{names[0]}\nminus {names[1]}"]
     note = "last column: red for the first class, blue for the second"
+    if look.colormap is not None:
+        note = "last column: upper end of the colours for the first class, lower end for the second"
     return draw_rows(rows, title, titles=heads, note=note)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_lnstat.attribution.descent import BlockRelevance, HeadRelevance
 from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
-from captum_lnstat.visualize.colors import STATISTIC, Scale, overlay, paint
+from captum_lnstat.visualize.colors import GREY, STATISTIC, Look, Scale, overlay, paint
 
 if TYPE_CHECKING:
     from captum_lnstat.visualize.maps import Map, Picture
@@ -23,7 +23,13 @@ _Record = TypeVar("_Record")
 
 
 def layer_sheet(
-    blocks: Sequence[BlockRelevance], image: Picture, title: str, *, signed: bool = False, most: int = _BLOCKS
+    blocks: Sequence[BlockRelevance],
+    image: Picture,
+    title: str,
+    *,
+    signed: bool = False,
+    most: int = _BLOCKS,
+    look: Look = GREY,
 ) -> Figure:
     """Relevance on its way down, with the residual shares and token variances that steer it.
 
@@ -33,6 +39,7 @@ def layer_sheet(
         title: Shown above.
         signed: The rule was ``"evidence"``.
         most: So many blocks are shown at most, evenly spaced; the sheet says so.
+        look: How maps are laid over the image.
 
     Returns:
         A figure of three rows, read from the last block to the image. Relevance and variance are on a scale of their
@@ -40,9 +47,10 @@ def layer_sheet(
     """
     shown = _spaced(blocks, most)[::-1]
     maps = [_array(block.relevance) for block in shown]
+    scales = [Scale.of([each], signed=signed) for each in maps]
     cells = [
-        overlay(image, _enlarged(each, block.cell, image), scale=Scale.of([each], signed=signed))
-        for each, block in zip(maps, shown, strict=True)
+        overlay(image, _enlarged(each, block.cell, image), scale=scale, look=look)
+        for each, block, scale in zip(maps, shown, scales, strict=True)
     ]
     shares = [paint(_array(block.residual), STATISTIC) for block in shown]
     # Outlier tokens have a hundred times the variance of the others: a scale of powers shows both.
@@ -50,7 +58,11 @@ def layer_sheet(
     variances = [paint(Scale.of([each - each.min()])(each - each.min()), STATISTIC) for each in spread]
     rows = [
         Row(
-            "relevance at the tokens that the block reads", tuple(cells), Bar.of(None, signed=signed), "own scale each"
+            "relevance at the tokens that the block reads",
+            tuple(cells),
+            Bar.of(None, signed=signed, look=look),
+            "own scale each",
+            bars=tuple(Bar.of(scale, look=look) for scale in scales),
         ),
         Row(
             "residual share",
@@ -71,7 +83,9 @@ def layer_sheet(
     return draw_rows(rows, title, titles=[block.name for block in shown], note=note)
 
 
-def head_sheet(blocks: Sequence[HeadRelevance], image: Picture, title: str, *, most: int = _HEAD_BLOCKS) -> Figure:
+def head_sheet(
+    blocks: Sequence[HeadRelevance], image: Picture, title: str, *, most: int = _HEAD_BLOCKS, look: Look = GREY
+) -> Figure:
     """What every attention head hands down: blocks by rows, heads by columns, one scale a row.
 
     Args:
@@ -79,14 +93,15 @@ def head_sheet(blocks: Sequence[HeadRelevance], image: Picture, title: str, *, m
         image: ``(height, width, 3)``, as the model saw it.
         title: Shown above.
         most: So many blocks are shown at most, evenly spaced; the sheet says so.
+        look: How maps are laid over the image.
     """
     shown = _spaced(blocks, most)[::-1]
     rows = []
     for block in shown:
         maps = [_array(head) for head in block.heads]
         scale = Scale.of(maps)
-        cells = tuple(overlay(image, _enlarged(each, block.cell, image), scale=scale) for each in maps)
-        rows.append(Row(block.name, cells, Bar.of(scale), "share, a token"))
+        cells = tuple(overlay(image, _enlarged(each, block.cell, image), scale=scale, look=look) for each in maps)
+        rows.append(Row(block.name, cells, Bar.of(scale, look=look), "share, a token"))
     note = "from the head of the model (above) to the image (below), one scale a row" + _left_out(blocks, shown)
     count = max(len(row.cells) for row in rows)
     return draw_rows(rows, title, titles=[f"head {number}" for number in range(count)], note=note)
