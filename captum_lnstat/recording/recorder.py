@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -29,6 +29,7 @@ from captum_lnstat.recording.constant_weights import linear, with_constant_weigh
 from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer, FrozenLayerNorm, returns_moments
 from captum_lnstat.recording.hooks import Hooks
+from captum_lnstat.recording.joins import CONCATENATIONS, Joins
 from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.places import IMAGE, Places
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
@@ -38,11 +39,11 @@ from captum_lnstat.recording.softmaxes import Softmaxes, SoftmaxEvent
 # What of a model gets a graph: see ``Recorder``.
 Differentiable = Literal["head", "model", "affine"]
 
-_JOINS = {torch.cat, torch.concat, torch.concatenate}
 _WATCHED = {
     *LAYER_NORMS,
-    *_JOINS,
+    *CONCATENATIONS,
     *SOFTMAXES,
+    Tensor.repeat,
     F.scaled_dot_product_attention,
     F.multi_head_attention_forward,
     F.rms_norm,
@@ -113,7 +114,7 @@ class Recorder(TorchFunctionMode):
         self._events: list[AttentionSite | SoftmaxEvent] = []
         self._softmaxes = Softmaxes(self._arena)
         self._norms: list[NormCall] = []
-        self._joins: list[tuple[int, ...]] = []
+        self._joins = Joins()
         self._calls: dict[str, list[ModuleCall]] = {}
         self._stream_end: Tensor | None = None
         self._begun: Tensor | None = None  # what was passed on there
@@ -123,8 +124,9 @@ class Recorder(TorchFunctionMode):
         """What has been recorded; read it after the context has closed."""
         sites = tuple(event.site if isinstance(event, SoftmaxEvent) else event for event in self._events)
         calls = {name: tuple(calls) for name, calls in self._calls.items()}
+        joins, constants, places = self._joins.sizes, self._joins.constants, dict(self._places.edges)
         return Recording(
-            sites, tuple(self._norms), calls, self._stream_end, tuple(self._joins), places=dict(self._places.edges)
+            sites, tuple(self._norms), calls, self._stream_end, tuple(joins), places=places, constants=tuple(constants)
         )
 
     def marked(self, image: Tensor) -> Tensor:
@@ -262,12 +264,12 @@ class Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in LAYER_NORMS:
             return self._layer_norm(function, *args, **kwargs)
-        if function in _JOINS and self._stream_end is None:
-            self._join(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             return self._fused(partial(self._call, function, args, kwargs), *args, **kwargs)
         own = self._softmaxes.product(function, args) if self._ours else None
         output = self._call(function, args, kwargs) if own is None else own
+        if self._stream_end is None:
+            self._joins.note(function, output, args, kwargs)
         if function is F.multi_head_attention_forward:
             self._multi_head(output[0], *args, **kwargs)
         elif function is F.rms_norm:
@@ -321,10 +323,6 @@ class Recorder(TorchFunctionMode):
             if named[name] is not None:
                 named[name] = self._keep(named[name])
         self._events.append(MultiHeadSite(self._running[-1], named, edge(output)))
-
-    def _join(self, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
-        if all(isinstance(part, Tensor) and part.dim() == 3 for part in tensors) and dim in (1, -2):
-            self._joins.append(tuple(part.shape[1] for part in tensors))
 
     def _layer_norm(
         self,

@@ -74,6 +74,7 @@ class Recording:
         norms: LayerNorm and RMSNorm calls, first to last.
         stream_end: The residual stream where the head begins, in the head's graph, or ``None`` if none was marked.
         joins: How many tokens each part had that was joined along the tokens, for each such call before the head.
+        constants: Those of the parts that are parameters, and parameters that were repeated: class token, prompts.
         scores: What ``forward_func`` returned, in the same graph, once it has.
         places: Where what blocks, and modules before them, returned is in the same graph, by name.
     """
@@ -85,6 +86,7 @@ class Recording:
     joins: tuple[tuple[int, ...], ...] = ()
     scores: Tensor | None = None
     places: Mapping[str, GradientEdge] = field(default_factory=dict)
+    constants: tuple[Tensor, ...] = ()
 
     def call(self, module: str) -> ModuleCall:
         """The one call of a tapped module."""

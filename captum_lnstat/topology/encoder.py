@@ -23,6 +23,7 @@ from captum_lnstat.topology.anatomy.embedding import (
     patch_of,
     reads_images,
 )
+from captum_lnstat.topology.anatomy.joining import with_new_tokens
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, has_heads
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
@@ -69,8 +70,10 @@ class EncoderTopology(BlockTopology):
                 "tokens before it. Tokens that were dropped or merged cannot be placed on the image"
             )
         check_prefix_first(recording, tokens.shape[1], prefix, seen=True)
-        pooling = pooling_as_read(recording, prefix, self.norms, self.blocks, neck=bool(neck))
-        return Trace(self.family, blocks, tokens, prefix, grid, patch, pooling)
+        steps, covers = with_new_tokens(blocks, recording, grid)
+        at_head = steps[-1].after.shape[1] - grid[0] * grid[1]
+        pooling = pooling_as_read(recording, at_head, self.norms, self.blocks, neck=bool(neck))
+        return Trace(self.family, steps, tokens, prefix, grid, patch, pooling, covers=covers)
 
     def _around_blocks(self, recording: Recording) -> tuple[dict[str, nn.Conv2d], dict[str, nn.Conv2d]]:
         """The convolutions that ran before the first block, and those that ran after the last."""

@@ -15,6 +15,7 @@ from captum_lnstat.errors import RecordingError
 from captum_lnstat.layout import Grid, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.embedding import check_prefix_first, convolutions, grid_of
+from captum_lnstat.topology.anatomy.joining import with_new_tokens
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, is_residual_block
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.base import Topology, register_topology
@@ -88,10 +89,11 @@ class PlainTopology(Topology):
             )
         # More than the model's own are prompts, that someone joined before the patches.
         check_prefix_first(recording, tokens.shape[1], prefix, seen=prefix > own)
-        names = [block.name for block in blocks]
-        set_to = self._set_to(recording, own, tokens)
-        pooling = pooling_as_read(recording, prefix, ["norm"], names, set_to=set_to)
-        return Trace(self.family, blocks, tokens, prefix, grid, self._patch(), pooling)
+        steps, covers = with_new_tokens(blocks, recording, grid)
+        end, names = steps[-1].after, [block.name for block in blocks]
+        set_to, at_head = self._set_to(recording, own, end), end.shape[1] - grid[0] * grid[1]
+        pooling = pooling_as_read(recording, at_head, ["norm"], names, set_to=set_to)
+        return Trace(self.family, steps, tokens, prefix, grid, self._patch(), pooling, covers=covers)
 
     def _grid(self, recording: Recording, image_size: tuple[int, int]) -> Grid:
         """What the last convolution returned; without one, what the embedding makes of an image of this size."""

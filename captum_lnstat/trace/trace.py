@@ -74,7 +74,10 @@ class Trace:
         tokens = block.before if into else block.after
         skipped = sum(isinstance(step, Block) for step in self.steps[:first])
         below = self.blocks_below + skipped
-        return replace(self, steps=self.steps[first:], tokens=tokens, grid=grid, place=None, blocks_below=below)
+        prefix = tokens.shape[1] - grid[0] * grid[1]  # prompts may have come or gone
+        return replace(
+            self, steps=self.steps[first:], tokens=tokens, prefix=prefix, grid=grid, place=None, blocks_below=below
+        )
 
     @property
     def grain(self) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -111,9 +111,15 @@ def check_prefix_first(recording: Recording, tokens: int, prefix: int, *, seen: 
     joined = [parts for parts in recording.joins if sum(parts) == tokens and len(parts) > 1]
     if not prefix or (not joined and not seen):
         return
-    if not joined or joined[-1][-1] != tokens - prefix:
+    if not joined or not _ends_with(joined[-1], tokens - prefix, recording.joins):
         how = f"joined in parts of {', '.join(map(str, joined[-1]))} tokens" if joined else "not joined by torch.cat"
         raise UnsupportedModelError(
             f"the first block saw {tokens} tokens, {tokens - prefix} of them patches, {how}; expected the patches last "
             "and every other token before them. A model with another order needs a topology of its own"
         )
+
+
+def _ends_with(parts: tuple[int, ...], patches: int, joins: Sequence[tuple[int, ...]]) -> bool:
+    """Whether the last of some parts is the patches, or was itself joined of parts with these last."""
+    inside = [other for other in joins if sum(other) == parts[-1] and len(other) > 1]
+    return parts[-1] == patches or bool(inside and _ends_with(inside[-1], patches, joins))
