@@ -32,6 +32,15 @@ from captum_lnstat.rules.engine import Pass, run
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import Rule
 
+UNREAD = (
+    "the score has no gradient at the tokens. It is saturated or constant there (a sure sigmoid or softmax, a clamp, a "
+    "ReLU that is off), or reads no token; let forward_func return the logits and explain these"
+)
+NOTHING = (
+    "nothing reached the patches, or nothing that did was for the target. rule='evidence' shows what was against it as "
+    "well, and says where a score has no gradient"
+)
+
 
 class OnePass(GradientAttribution):  # type: ignore[misc]
     """What Captum asks of a method, as methods of one recorded pass answer it."""
@@ -238,11 +247,30 @@ def explain_batch(
 ) -> tuple[Pass, Relevance]:
     """The pass and the relevance of the first target; a map of nothing is warned about."""
     outcome = record(method, inputs, targets, additional_forward_args)
-    relevance = relevance_of(method, outcome)[0]
-    empty = (~relevance.grid.flatten(1).any(1)).nonzero()[:, 0].tolist()
-    if empty:
-        warn_caller(
-            f"the map of image {', '.join(map(str, empty))} of the batch is zero everywhere: nothing reached the "
-            "patches, or nothing that did was for the target. rule='evidence' shows what was against it as well"
-        )
-    return outcome, relevance
+    relevance = relevance_of(method, outcome)
+    warn_of_nothing(method.method, outcome, relevance)
+    return outcome, relevance[0]
+
+
+def warn_of_nothing(rule: Rule, outcome: Pass, found: Sequence[Relevance], *, unread_only: bool = False) -> None:
+    """Warn of maps that are zero everywhere, and say it where the score has no gradient.
+
+    Args:
+        rule: The rule.
+        outcome: The pass.
+        found: The relevance of every score.
+        unread_only: Only of the maps of scores without a gradient.
+    """
+    empty = ~torch.stack([one.grid for one in found], 1).flatten(2).any(-1)  # (batch, score)
+    if not bool(empty.any()):
+        return
+    known = rule.class_specific and rule.differentiable == "head" and not outcome.head.reads
+    unread = outcome.head.cotangent[0].unread() if known else torch.zeros_like(empty)
+    for which, why in ((empty & unread, UNREAD), (empty & ~unread, NOTHING)):
+        images = which.any(1).nonzero()[:, 0].tolist()
+        if images and not (unread_only and why is NOTHING):
+            of = f" for targets {', '.join(map(str, which.any(0).nonzero()[:, 0].tolist()))} of those given"
+            warn_caller(
+                f"the map of image {', '.join(map(str, images))} of the batch{of if len(found) > 1 else ''} is zero "
+                f"everywhere: {why}"
+            )

@@ -11,7 +11,7 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
 from captum_lnstat.attribution.arguments import joined, the_image
-from captum_lnstat.attribution.base import OnePass, record, relevance_of
+from captum_lnstat.attribution.base import OnePass, record, relevance_of, warn_of_nothing
 from captum_lnstat.attribution.batches import chunks
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.errors import UnsupportedModelError, warn_caller
@@ -193,6 +193,7 @@ def explain_layer(
     activation = call.input if attribute_to_layer_input else call.output
     above = outcome.above(block, into=attribute_to_layer_input)
     relevance = relevance_of(lnstat, above)[0]
+    warn_of_nothing(lnstat.method, above, [relevance], unread_only=True)
     if lnstat.rule == "lnstat" and not above.trace.steps and not bool(relevance.grid.any()):
         warn_caller(
             f"every patch token is zero at the output of {block.name!r}: the head reads prefix tokens only. Take "

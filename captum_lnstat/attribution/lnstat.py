@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 
 from captum_lnstat.attribution.arguments import check_switch, joined
-from captum_lnstat.attribution.base import GridAttribution, record, relevance_of
+from captum_lnstat.attribution.base import GridAttribution, record, relevance_of, warn_of_nothing
 from captum_lnstat.attribution.pixels import Interpolation
 from captum_lnstat.errors import warn_caller
 from captum_lnstat.recording.forward import ForwardArgs, Output, Target, TensorOrTuple, log_usage
@@ -197,7 +197,9 @@ class LNStatAttribution(GridAttribution):
             )
         if not targets:
             raise ValueError("targets is empty; expected at least one")
-        relevance = relevance_of(self, record(self, inputs, targets, additional_forward_args))
+        outcome = record(self, inputs, targets, additional_forward_args)
+        relevance = relevance_of(self, outcome)
+        warn_of_nothing(self.method, outcome, relevance)
         return joined([one.grid[None] for one in relevance])
 
     @overload

@@ -137,6 +137,11 @@ def check_complete(evidence: Sequence[Relevance], trace: Trace, scores: Sequence
     coarsest = max({score.dtype, *(block.site.dtype for block in trace.blocks)}, key=lambda d: torch.finfo(d).eps)
     tolerance = TOLERANCE if coarsest in (torch.float32, torch.float64) else HALF_TOLERANCE
     if not bool((error <= tolerance * size + torch.finfo(coarsest).eps).all()):
+        if not bool(error.isfinite().all()):
+            raise RecordingError(
+                "the evidence is not finite: the score has a gradient at the tokens that is infinite or NaN, or "
+                "something overflowed. Let forward_func return the logits, in float32"
+            )
         raise RecordingError(
             f"the evidence of patches, prefix tokens and constant misses the score by up to {float(error.max()):.3g} "
             "(expected float error): the model does something between its blocks that its topology does not know, so "

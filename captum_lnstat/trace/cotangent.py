@@ -171,6 +171,11 @@ class Cotangent:
         some = self.directions.ne(0).flatten(2).any(-1)[:, self.kind] & self.scale.ne(0)
         return self.spread(some[..., None])[..., 0]
 
+    def unread(self) -> Bool[Tensor, "batch score"]:
+        """The scores that have none at any token: they have no gradient there."""
+        some = self.directions.ne(0).any(-1)[:, self.kind] & self.scale.ne(0)[..., None]
+        return ~some.any(1)
+
     def read_vector(self, b: Float[Tensor, " channel"]) -> Float[Tensor, "batch place score"]:
         """``<u_i, b>``: the same vector at every token, such as a bias."""
         return self.scale[..., None] * (self.directions @ b.detach().to(self.scale.dtype))[:, self.kind]
