@@ -74,7 +74,7 @@ class Trace:
         tokens = block.before if into else block.after
         skipped = sum(isinstance(step, Block) for step in self.steps[:first])
         below = self.blocks_below + skipped
-        prefix = tokens.shape[1] - grid[0] * grid[1]  # prompts may have come or gone
+        prefix = tokens.shape[1] - math.prod(grid)  # prompts may have come or gone
         return replace(
             self, steps=self.steps[first:], tokens=tokens, prefix=prefix, grid=grid, place=None, blocks_below=below
         )

@@ -174,8 +174,12 @@ def test_evidence_that_does_not_add_up_is_refused():
         check_complete([off], outcome.trace, [outcome.score])
 
 
-def test_a_head_that_reads_other_tokens_is_refused():
+def test_a_head_that_reads_other_tokens_is_explained_as_it_reads():
     model, x = build("vit-class"), images(CASES["vit-class"])
     model.pool = lambda tokens: tokens.mean(1)
-    with pytest.raises(RecordingError, match="reads token 1"):
-        rule(model, "evidence", x, targets(2))
+    twin = build("vit-class")
+    twin.global_pool, twin.pool_include_prefix = "avg", True
+    for name in ("evidence", "lnstat", "rollout", "gradient"):
+        found, expected = (rule(one, name, x, targets(2)) for one in (model, twin))
+        assert torch.allclose(found.grid, expected.grid, rtol=1e-9)
+        assert torch.allclose(found.prefix, expected.prefix, rtol=1e-9)

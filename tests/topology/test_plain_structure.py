@@ -122,11 +122,14 @@ def _weighted(tokens: Tensor) -> Tensor:
     ],
     ids=["weighted", "some", "max", "flat"],
 )
-def test_a_head_that_reads_patches_each_in_its_own_way_is_refused(read, classes):
-    model = lively(Reader(read, classes))
-    for kind in ("rollout", "lnstat", "gradient"):
-        with pytest.raises(UnsupportedModelError, match="neither as their mean nor through one attention"):
-            LNStatAttribution(model, rule=kind).relevance(torch.randn(2, 3, 32, 48), 1)
+def test_a_head_that_reads_patches_each_in_its_own_way_has_no_start_for_every_class(read, classes):
+    model, x = lively(Reader(read, classes)), torch.randn(2, 3, 32, 48)
+    with pytest.raises(UnsupportedModelError, match="neither as their mean nor through one attention"):
+        LNStatAttribution(model, rule="rollout").relevance(x, 1)
+    _, delta = LNStatAttribution(model, rule="evidence").attribute(x, target=1, return_convergence_delta=True)
+    assert float(delta.abs().max()) < 1e-4 * max(1, float(model(x).detach().abs().max()))
+    for kind in ("lnstat", "gradient"):
+        assert bool(LNStatAttribution(model, rule=kind).relevance(x, 1).flatten(1).any(1).all())
 
 
 def test_a_mean_is_seen_as_one_whatever_the_scale():

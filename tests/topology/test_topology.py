@@ -189,15 +189,10 @@ def test_other_models_are_refused_in_words(model):
 
 
 @pytest.mark.parametrize("pool", ["max", "avgmax"])
-def test_poolings_without_a_start_are_refused(pool):
-    with pytest.raises(UnsupportedModelError, match=pool):
-        LNStatAttribution(_tiny_vit(global_pool=pool)).relevance(torch.randn(1, 3, 16, 16), 1)
-
-
-def test_a_swin_without_pooling_is_refused():
-    model = _tiny_swin(global_pool="max")
-    with pytest.raises(UnsupportedModelError, match="neither as their mean"):
-        LNStatAttribution(model).relevance(torch.randn(1, 3, 16, 16), 1)
+def test_a_rollout_of_poolings_without_a_start_is_refused(pool):
+    for model in (_tiny_vit(global_pool=pool), _tiny_swin(global_pool=pool)):
+        with pytest.raises(UnsupportedModelError, match="neither as their mean"):
+            LNStatAttribution(enliven(model, 0), rule="rollout").relevance(torch.randn(1, 3, 16, 16), 1)
 
 
 def test_two_attentions_in_a_block_are_refused():

@@ -6,6 +6,7 @@ to be a parameter, so that nothing of the image comes in with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ def with_new_tokens(blocks: Sequence[Block], recording: Recording, grid: Grid) -
     for block, (name, reader) in zip(blocks, readers, strict=True):
         steps.append(block)
         if block.after.data_ptr() != reader.data_ptr() and not torch.equal(block.after, reader):
-            below = _below(block.after, reader, grid[0] * grid[1], recording.constants)
+            below = _below(block.after, reader, math.prod(grid), recording.constants)
             if below is not None:
                 pull_back = _PullBack(below, reader)
                 steps.append(Transition(f"before {name}", below, block.after, reader, grid, pull_back))

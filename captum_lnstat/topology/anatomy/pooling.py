@@ -10,14 +10,14 @@ pixel of a decoder's map), no start is the same for every class; that of one sco
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from captum_lnstat.errors import RecordingError
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.sites import AttentionSite
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 # Means are read by one functional up to float error; another reading differs by its own size.
 SAME = 1e-3
 _NO_START = (
-    "the head reads the patches neither as their mean nor through one attention{why}, so where class-agnostic relevance "
-    "starts is not defined; expected a class token, a mean over the patches or attention pooling. Explain one score: "
-    "rule='lnstat', 'evidence' and 'gradient' need no such start"
+    "the head reads the patches neither as their mean nor through one attention to them alone{why}, so where "
+    "class-agnostic relevance starts is not defined; expected a class token, a mean over the patches or attention "
+    "pooling. "
+    "rule='lnstat', 'evidence' and 'gradient' explain one score, and need no such start"
 )
 
 
@@ -69,17 +70,12 @@ class PoolingAsRead:
         scores = self.recording.scores
         if self.set_to is not None and (scores is None or not scores.requires_grad):
             return self.set_to
-        mixed = _mixed(scores)
-        slope = self._slope(mixed)
-        found = self._pooling(slope, mixed)
-        if found is None and self.set_to is None:
+        found = self._as_read(_mixed(scores))[0] or self.set_to
+        if found is None:
             raise RecordingError(
                 "no score has a gradient at the tokens where the blocks end: the scores are saturated or constant, or "
                 "read no token, so what the head reads cannot be seen. Let forward_func return the logits"
             )
-        if self.set_to is not None and (found is None or _same_start(found, self.set_to, slope)):
-            return self.set_to
-        assert found is not None
         return found
 
     @property
@@ -102,18 +98,25 @@ class PoolingAsRead:
         """
         with torch.enable_grad():
             mixed = score.sum()
-        slope = self._slope(mixed)
-        found, some = self._pooling(slope, mixed), slope.ne(0).flatten(1).any(1)[:, None]
+        found, slope = self._as_read(mixed)
+        some = slope.ne(0).flatten(1).any(1)[:, None]
         if found is None:
             return slope.new_zeros(slope.shape[:2])
         if isinstance(found, UndefinedPooling):
             norms = slope.norm(dim=-1)
-            return norms / norms.sum(1, keepdim=True).where(some, norms.new_ones(()))
+            shares: Tensor = norms / norms.sum(1, keepdim=True).where(some, norms.new_ones(()))
+            return shares
         weights = found.start(len(slope), fusion)
         return weights.where(some, weights.new_zeros(()))
 
+    def _as_read(self, mixed: Tensor) -> tuple[Pooling | None, Float[Tensor, "batch token channel"]]:
+        """How a number reads the tokens, by its own name if the model is set to it; ``None`` if it reads none."""
+        slope = self._slope(mixed)
+        found = self._pooling(slope, mixed)
+        same = found is not None and self.set_to is not None and _same_start(found, self.set_to, slope)
+        return self.set_to if same else found, slope
+
     def _pooling(self, slope: Tensor, mixed: Tensor) -> Pooling | None:
-        """What reads the tokens so; ``None`` if nothing does."""
         prefix, sites = self.prefix, [] if self.blocks is None else _outside(self.recording, self.blocks)
         read = slope.ne(0).any(-1).any(0)
         patches = slope[:, prefix:]
@@ -127,9 +130,11 @@ class PoolingAsRead:
             elif self.neck and not groups and bool(read.all()):
                 groups = [list(range(slope.shape[1]))]
             else:
-                found = [site for site in sites if _reads_patches(site, slope, prefix)]
+                keys = range(patches.shape[1], slope.shape[1] + 1)
+                near = [site for site in sites if _shape(site)[0] == len(slope) and _shape(site)[-1] in keys]
+                found = _read(mixed, near, slope.shape[1])
                 if not groups and len(found) == 1:
-                    return _attention_pooling(found[0], slope.shape[1], mixed)
+                    return found[0]
                 why = f" ({len(found)} attentions outside the blocks read them)" if len(found) > 1 else ""
                 return UndefinedPooling("each patch in its own way", _NO_START.format(why=why))
         if not groups:
@@ -189,12 +194,12 @@ def _mixed(scores: Tensor | None) -> Tensor:
 
 
 def _same_start(found: Pooling, other: Pooling, slope: Tensor) -> bool:
-    """Whether relevance would start with the same weights."""
-    if isinstance(found, UndefinedPooling):
+    """Whether relevance would start with the same weights; of a pooling attention the gradient shows its tokens."""
+    if isinstance(other, AttentionPooling) and not isinstance(found, FixedPooling):
+        return not bool(slope[:, : other.skipped].any()) and getattr(found, "queries", None) is None
+    if not isinstance(found, FixedPooling):
         return False
-    if isinstance(found, AttentionPooling) and isinstance(other, AttentionPooling):
-        return found.site is other.site and found.queries is None
-    return torch.allclose(*(one.start(len(slope), "mean").to(slope.dtype) for one in (found, other)), atol=1e-6)
+    return torch.allclose(found.weights, other.start(1, "mean").to(slope.dtype)[0], atol=1e-6)
 
 
 def _normed(recording: Recording, norms: Iterable[str]) -> list[Tensor]:
@@ -230,21 +235,26 @@ def _same(slopes: Tensor, mean: Tensor) -> Tensor:
     return (slopes - mean).abs().amax(-1) <= SAME * mean.abs().amax(-1)
 
 
-def _reads_patches(site: AttentionSite, slope: Tensor, prefix: int) -> bool:
-    batch, _, _, keys = site.shape
-    return batch == len(slope) and slope.shape[1] - prefix <= keys <= slope.shape[1]
+def _shape(site: AttentionSite) -> tuple[int, ...]:
+    """Of an attention of another form, such as a softmax over the tokens alone, nothing is known."""
+    try:
+        return site.shape
+    except UnsupportedModelError:
+        return (0,)
 
 
-def _attention_pooling(site: AttentionSite, count: int, mixed: Tensor) -> AttentionPooling:
-    """Of several queries (CoCa) those that the scores read."""
-    found = AttentionPooling("attention pooling", site, count - site.shape[3], seen=True)
-    if site.shape[2] == 1 or site.output is None:
-        return found
-    (slope,) = torch.autograd.grad(mixed, [site.output], retain_graph=True, allow_unused=True)
-    if slope is None:
-        return found
-    read = site.output_gradient(slope).ne(0).any(-1).any(1).any(0)
-    return found if bool(read.all()) else replace(found, queries=read.nonzero()[:, 0])
+def _read(mixed: Tensor, sites: Sequence[AttentionSite], count: int) -> list[AttentionPooling]:
+    """Those of the attentions that a number reads, with the queries of which it does; CoCa has some for a decoder."""
+    inside = [site for site in sites if site.output is not None]
+    outputs: Any = [site.output for site in inside]
+    slopes = torch.autograd.grad(mixed, outputs, retain_graph=True, allow_unused=True) if outputs else ()
+    found = []
+    for site, slope in zip(inside, slopes, strict=True):
+        read = torch.zeros(0) if slope is None else site.output_gradient(slope).ne(0).any(-1).flatten(0, 1).any(0)
+        if bool(read.any()):
+            queries = None if bool(read.all()) else read.nonzero()[:, 0]
+            found.append(AttentionPooling("attention pooling", site, count - site.shape[3], queries, seen=True))
+    return found
 
 
 def _name(groups: Sequence[Sequence[int]], prefix: int) -> str:
