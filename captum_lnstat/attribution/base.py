@@ -182,9 +182,9 @@ class GridAttribution(OnePass):
 
     def _to_inputs(self, outcome: Pass, grid: Tensor, image: Tensor) -> Tensor:
         """Relevance of patches as an attribution of the image's shape: evenly over the channels, the sum kept."""
-        channels = outcome.trace.channel_axis
+        channels, trace = outcome.trace.channel_axis, outcome.trace
         size = (*image.shape[1:channels], *image.shape[channels + 1 :])
-        pixels = to_pixels(grid, size, outcome.trace.patch, self.interpolation)
+        pixels = to_pixels(grid, size, trace.patch, self.interpolation, trace.origin)
         spread = (pixels / image.shape[channels]).to(image.dtype)
         return spread.unsqueeze(channels).expand(image.shape).contiguous()
 

@@ -229,8 +229,10 @@ def _patch_sums(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     trace, pixels = outcome.trace, outcome.input_times_gradient.sum(outcome.trace.channel_axis)
     sides = list(zip(trace.grid, trace.patch, strict=True))  # tokens, and pixels of each, along every axis
     # An image padded to whole patches ends inside the last one; pixels past the last patch are never read.
-    whole = zip(sides, pixels.shape[1:], strict=True)
-    pixels = F.pad(pixels, [end for (count, part), side in reversed(list(whole)) for end in (0, count * part - side)])
+    begins = [-round(start) for start in trace.origin or (0,) * len(sides)]
+    whole = list(zip(sides, pixels.shape[1:], begins, strict=True))
+    ends = [end for (count, part), side, begin in reversed(whole) for end in (begin, count * part - side - begin)]
+    pixels = F.pad(pixels, ends)
     grid = pixels.reshape(-1, *(size for side in sides for size in side)).sum(
         [2 * axis + 2 for axis in range(len(sides))]
     )

@@ -74,6 +74,7 @@ def _known_embedding(topology: Topology) -> Any:
     side_by_side = (
         isinstance(convolution, nn.Conv2d)
         and convolution.kernel_size == convolution.stride == patch
+        and (convolution.padding, convolution.dilation) == ((0, 0), (1, 1))
         and callable(getattr(embed, "dynamic_feat_size", None))
     )
     return embed if side_by_side else None

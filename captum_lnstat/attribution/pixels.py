@@ -33,11 +33,24 @@ def _axis(cells: int, cell: int, pixels: int, mode: str) -> Float[Tensor, "pixel
     return F.pad(weights, (0, 0, 0, pixels - len(weights)))
 
 
+def _axis_from(start: float, cells: int, cell: int, pixels: int, interpolation: str) -> Float[Tensor, "pixel cell"]:
+    """The same for cells of which the first begins elsewhere than the image; one beside it is at its border."""
+    place = (torch.arange(pixels, dtype=torch.float64) + 0.5 - start) / cell - 0.5
+    apart = place[:, None].clamp(0, cells - 1) - torch.arange(cells)
+    weights = (1 - apart.abs()).clamp(min=0) if interpolation == "bilinear" else ((apart + 0.5) // 1 == 0).double()
+    weights = weights * ((place >= -0.5) & (place <= cells - 0.5))[:, None]
+    middles = (start + cell * (torch.arange(cells) + 0.5) - 0.5).round().long().clamp(0, pixels - 1)
+    for beside in (weights.sum(0) == 0).nonzero()[:, 0].tolist():
+        weights[middles[beside], beside] = 1
+    return weights / weights.sum(0, keepdim=True)
+
+
 def to_pixels(
     grid: Float[Tensor, "batch *grid"],
     image_size: tuple[int, ...],
     patch: tuple[int, ...],
     interpolation: Interpolation = "bilinear",
+    origin: tuple[float, ...] = (),
 ) -> Float[Tensor, "batch *pixels"]:
     """Spread the relevance of every patch over pixels; the sum over an image stays that of its grid.
 
@@ -47,6 +60,7 @@ def to_pixels(
         patch: Height and width of a patch in pixels; frames, height and width of one of a video.
         interpolation: ``"nearest"``: evenly over the patch. ``"bilinear"``: with the weights of bilinear
             interpolation between patch centres. Over the frames of a patch always evenly.
+        origin: Where the first patch begins, in pixels, if not where the image does.
 
     Example:
         >>> import torch
@@ -54,10 +68,13 @@ def to_pixels(
         tensor([[1., 1., 0., 0.],
                 [1., 1., 0., 0.]])
     """
-    mode = _MODES[interpolation]
-    rows = _axis(grid.shape[-2], patch[-2], image_size[-2], mode).to(grid)
-    columns = _axis(grid.shape[-1], patch[-1], image_size[-1], mode).to(grid)
+    modes = [interpolation if axis >= len(patch) - 2 else "nearest" for axis in range(len(patch))]
+    spread = [
+        (_axis_from(start, cells, cell, pixels, mode) if start else _axis(cells, cell, pixels, _MODES[mode])).to(grid)
+        for start, cells, cell, pixels, mode in zip(
+            origin or (0,) * len(patch), grid.shape[1:], patch, image_size, modes, strict=True
+        )
+    ]
     if len(patch) == 3:
-        frames = _axis(grid.shape[1], patch[0], image_size[0], _MODES["nearest"]).to(grid)
-        grid = torch.einsum("ft,btrc->bfrc", frames, grid)
-    return rows @ grid @ columns.T
+        grid = torch.einsum("ft,btrc->bfrc", spread[0], grid)
+    return spread[-2] @ grid @ spread[-1].T

@@ -169,7 +169,8 @@ class Explainer:
             for target, each in zip(targets, predictions, strict=True)
         ]
         trace, grid = self.relevance(inputs, classes)
-        maps = to_pixels(grid, (inputs.shape[-2], inputs.shape[-1]), trace.patch, self.lnstat.interpolation)
+        size = inputs.shape[-2], inputs.shape[-1]
+        maps = to_pixels(grid, size, trace.patch, self.lnstat.interpolation, trace.origin)
         return [
             Explanation(
                 prediction=prediction.prediction,
@@ -184,6 +185,7 @@ class Explainer:
                 original=each.item.picture,
                 box=each.view.box,
                 patch=trace.patch,
+                origin=trace.origin,
                 covers=trace.covers,
                 provenance=self.provenance,
                 cautions=self.cautions(prediction, target, picture=each.item.picture is not None)

@@ -44,6 +44,7 @@ class Explanation(Prediction):
         box: Left, top, right and bottom of what the model saw, in pixels of ``original``; nothing if the transform is
             no resizing and cropping.
         patch: Height and width of a patch, in pixels of ``image``.
+        origin: Where the first patch begins, in pixels of ``image``, if not at its corner.
         covers: What the map leaves out, in words.
         look: How the map is laid over the image.
         provenance: What it was made with.
@@ -59,6 +60,7 @@ class Explanation(Prediction):
     original: Image.Image | None = field(repr=False)
     box: Box | None = field(repr=False)
     patch: tuple[int, ...] = field(repr=False)
+    origin: tuple[float, ...] = field(default=(), repr=False)
     covers: str = field(default="", repr=False)
     cautions: tuple[str, ...] = field(default=(), repr=False)
     look: Look = field(default=PLAIN, repr=False)
@@ -107,9 +109,11 @@ class Explanation(Prediction):
                 "the original image; take overlay, which shows the image as the model saw it"
             )
         left, top, right, bottom = self.box
-        # Patches need not end where the model's image ends.
-        across = (right - left) * self.grid.shape[1] * self.patch[1] / self.image.width
-        down = (bottom - top) * self.grid.shape[0] * self.patch[0] / self.image.height
+        # Patches need not begin and end where the model's image does.
+        wide, high = (right - left) / self.image.width, (bottom - top) / self.image.height
+        if self.origin:
+            left, top = left + self.origin[1] * wide, top + self.origin[0] * high
+        across, down = self.grid.shape[1] * self.patch[1] * wide, self.grid.shape[0] * self.patch[0] * high
         values = on_image(self.grid, (left, top, left + across, top + down), self.original.size)
         values[~np.isfinite(on_image(np.zeros((1, 1)), self.box, self.original.size))] = np.nan
         return values

@@ -27,34 +27,21 @@ from captum_lnstat.recording.attention_backward import (
 )
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
 from captum_lnstat.recording.eager import recorded_name
+from captum_lnstat.recording.following import Following
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer, FrozenLayerNorm, returns_moments
 from captum_lnstat.recording.hooks import Hooks
-from captum_lnstat.recording.joins import CONCATENATIONS, Joins
+from captum_lnstat.recording.joins import Joins
 from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.places import IMAGE, Places
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite
 from captum_lnstat.recording.softmaxes import Softmaxes, SoftmaxEvent
+from captum_lnstat.recording.watched import LEAVES, WATCHED
 
 # What of a model gets a graph: see ``Recorder``.
 Differentiable = Literal["head", "model", "affine"]
 
-_WATCHED = {
-    *LAYER_NORMS,
-    *CONCATENATIONS,
-    *SOFTMAXES,
-    Tensor.repeat,
-    F.scaled_dot_product_attention,
-    F.multi_head_attention_forward,
-    F.rms_norm,
-    torch.einsum,
-}
 _MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
-# Modules in which neither attention nor a norm runs: which of them is running need not be known.
-_LEAVES = {
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout, nn.Dropout2d),
-    *(nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish),
-}
 
 
 class Recorder(TorchFunctionMode):
@@ -69,10 +56,12 @@ class Recorder(TorchFunctionMode):
         places: The modules that the residual stream leaves by: what each returns is marked in the head's graph, which
             is then made of all that lies between and beside them. For ``"head"`` only.
         channels_first: There the stream has its channels before its rows; it is kept with them last.
+        width: How many channels it has, where they may be first or last.
         differentiable: What gets a graph. ``"head"``: the head alone, cut off from the trunk, with its LayerNorms
             frozen. ``"model"``: all of it as it is. ``"affine"``: all of it, with norms, attention probabilities and
             activation gates frozen: the model is then affine for autograd.
         compact: Copy large tensors to a place of their own, out of the model's way; for ``"head"`` only.
+        images: What ``forward_func`` is given, if it is followed where on it the tokens come from.
 
     Example:
         >>> import torch
@@ -93,16 +82,17 @@ class Recorder(TorchFunctionMode):
         places: Iterable[nn.Module] = (),
         *,
         channels_first: bool = False,
+        width: int | None = None,
         differentiable: Differentiable = "head",
         compact: bool = False,
+        images: Tensor | None = None,
     ) -> None:
         super().__init__()
         self._model = model
         self._taps = set(taps)
         self._head_begins = head_begins
         self._head_follows = head_follows
-        self._channels_first = channels_first
-        self._differentiable = differentiable
+        self._channels_first, self._width, self._differentiable = channels_first, width, differentiable
         # What is in a graph is kept by the graph, where it is.
         self._arena = Arena() if differentiable == "head" and compact else None
         self._freezer = Freezer() if differentiable == "affine" else None
@@ -118,27 +108,31 @@ class Recorder(TorchFunctionMode):
         self._calls: dict[str, list[ModuleCall]] = {}
         self._stream_end: Tensor | None = None
         self._begun: Tensor | None = None  # what was passed on there
+        self.following = Following(images)
 
     @property
     def recording(self) -> Recording:
         """What has been recorded; read it after the context has closed."""
         sites = tuple(event.site if isinstance(event, SoftmaxEvent) else event for event in self._events)
         calls = {name: tuple(calls) for name, calls in self._calls.items()}
-        joins, constants, places = self._joins.sizes, self._joins.constants, dict(self._places.edges)
+        joins, constants = tuple(self._joins.sizes), tuple(self._joins.constants)
+        edges, given = dict(self._places.edges), self.following.given
         return Recording(
-            sites, tuple(self._norms), calls, self._stream_end, tuple(joins), places=places, constants=tuple(constants)
+            sites, tuple(self._norms), calls, self._stream_end, joins, given, places=edges, constants=constants
         )
 
     def marked(self, image: Tensor) -> Tensor:
         """The images that the pass is to be run with, so that a score that reads them by another path is seen to."""
-        return self._places.mark(IMAGE, image) if self._places else image
+        marked = self._places.mark(IMAGE, image) if self._places else image
+        self.following.same(image, marked)
+        return marked
 
     def __enter__(self) -> Recorder:
         self._grad_enabled = torch.is_grad_enabled()
         try:
             stamped = self._taps | {self._model, self._head_begins, self._head_follows}
             for dotted, module in self._model.named_modules():
-                if type(module) in _LEAVES and module not in stamped:
+                if type(module) in LEAVES and module not in stamped:
                     continue
                 name = recorded_name(dotted)
                 first = self._passing_on(name) if module in self._places or module is self._head_follows else None
@@ -177,9 +171,11 @@ class Recorder(TorchFunctionMode):
                 return None
             self._running.append(name)
             self._places.enter(module)
+            if module in self._taps and inputs:
+                self.following.entering(name, inputs[0])
             if module is self._head_begins:
                 begun = self._begin_head(inputs[0])
-                return None if begun is None else (begun, *inputs[1:])
+                return None if begun is inputs[0] else (begun, *inputs[1:])
             return None
 
         return hook
@@ -189,6 +185,7 @@ class Recorder(TorchFunctionMode):
             if self._elsewhere():
                 return None
             marked = self._places.leave(name, module, output)
+            self.following.same(output, marked)
             if module is self._head_follows and self._differentiable == "head":
                 return self._head_after(output if marked is None else marked)
             return marked
@@ -218,27 +215,30 @@ class Recorder(TorchFunctionMode):
         if not isinstance(first, Tensor):
             return None
         self._begun = self._begin_head(first)
-        return self._begun if self._begun is None or first is output else (self._begun, *output[1:])
+        return None if self._begun is first else self._begun if first is output else (self._begun, *output[1:])
 
-    def _begin_head(self, stream: Tensor) -> Tensor | None:
+    def _begin_head(self, given: Tensor) -> Tensor:
+        """What the model goes on with."""
         if torch.is_inference_mode_enabled():
             raise RecordingError(
                 "forward_func runs the model under torch.inference_mode, where nothing can be differentiated, not even "
                 "its head; use torch.no_grad there, or nothing"
             )
         if self._stream_end is not None:
-            raise RecordingError("the model ran more than once in one forward_func call; expected exactly one pass")
-        first = self._channels_first and stream.dim() == 4
-        if first:
-            stream = stream.movedim(1, -1)
-        if self._differentiable != "head":
-            self._stream_end = stream
-            return stream.movedim(-1, 1) if first else None
-        torch.set_grad_enabled(True)  # until the recorder is left
-        # Where it lies is where what was kept of it lies.
-        stream = self._keep(stream).tensor
-        self._stream_end = stream.detach().requires_grad_()
-        return self._stream_end.movedim(-1, 1) if first else self._stream_end
+            raise RecordingError(
+                f"{type(self._head_begins or self._head_follows).__name__}, at the head, ran more than once in one "
+                "forward_func call; expected exactly one pass of the model, and that module once in it"
+            )
+        first = given.dim() == 4 and (self._channels_first or given.shape[1] == self._width != given.shape[3])
+        stream = given.movedim(1, -1) if first else given
+        if self._differentiable == "head":
+            torch.set_grad_enabled(True)  # until the recorder is left
+            # Where it lies is where what was kept of it lies.
+            stream = self._keep(stream).tensor.detach().requires_grad_()
+        self._stream_end = stream
+        begun = stream.movedim(-1, 1) if first else stream
+        self.following.head_begins(begun)
+        return begun
 
     @property
     def _in_cut_head(self) -> bool:
@@ -257,10 +257,15 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._elsewhere() or (
-            # Of the trunk of a head that was cut off, every function is called as it is, and only some are looked at.
-            self._differentiable == "head" and function not in _WATCHED and not self._softmaxes.reads_one(args)
-        ):
+        if self._elsewhere():
+            return function(*args, **kwargs)
+        output = self._run(function, args, kwargs)
+        self.following.ran(function, args, kwargs, output, last=bool(self._events) and self._stream_end is None)
+        return output
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Of the trunk of a head that was cut off, every function is called as it is, and only some are looked at.
+        if self._differentiable == "head" and function not in WATCHED and not self._softmaxes.reads_one(args):
             return function(*args, **kwargs)
         if function in LAYER_NORMS:
             return self._layer_norm(function, *args, **kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.errors import RecordingError
+from captum_lnstat.recording.following import Path
 from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import TokenStatistics, token_statistics
@@ -75,8 +76,10 @@ class Recording:
         stream_end: The residual stream where the head begins, in the head's graph, or ``None`` if none was marked.
         joins: How many tokens each part had that was joined along the tokens, for each such call before the head.
         constants: Those of the parts that are parameters, and parameters that were repeated: class token, prompts.
+        provenance: Where on the image what a tapped module was given comes from, up to the first attention, if known.
         scores: What ``forward_func`` returned, in the same graph, once it has.
         places: Where what blocks, and modules before them, returned is in the same graph, by name.
+        rows: Which rows of the stream's end its rows come from, if known.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -84,9 +87,11 @@ class Recording:
     calls: dict[str, tuple[ModuleCall, ...]]
     stream_end: Tensor | None
     joins: tuple[tuple[int, ...], ...] = ()
+    provenance: Mapping[str, Path] = field(default_factory=dict)
     scores: Tensor | None = None
     places: Mapping[str, GradientEdge] = field(default_factory=dict)
     constants: tuple[Tensor, ...] = ()
+    rows: Path | None = None
 
     def call(self, module: str) -> ModuleCall:
         """The one call of a tapped module."""
@@ -104,9 +109,13 @@ class Recording:
         """The one attention site inside a module."""
         found = self._sites_inside.get(module, [])
         if len(found) != 1:
+            hidden = (
+                ". A kernel that hides its attention (flash_attn, xFormers, a scripted module) has to be switched to "
+                "PyTorch's own"
+            )
             raise RecordingError(
-                f"{len(found)} attention computations were seen inside {module!r}; expected one. A kernel that hides "
-                "its attention (flash_attn, xFormers, a scripted module) has to be switched to PyTorch's own"
+                f"{len(found)} attention computations were seen inside {module!r}; expected one"
+                + (hidden if not found else ", over the tokens")
             )
         return found[0]
 

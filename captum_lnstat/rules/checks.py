@@ -166,6 +166,11 @@ def check_stream(trace: Trace, stream_end: Tensor) -> None:
     names = [step.name for step in trace.steps[1:]] + ["the head"]
     for step, reader, name in zip(trace.steps, readers, names, strict=True):
         written = step.after
+        if written.shape[1] != reader.shape[1]:
+            raise RecordingError(
+                f"{name} reads {reader.shape[1]} tokens, and the step before it returned {written.shape[1]}: tokens "
+                "that were dropped, merged or added between the blocks cannot be placed on the image"
+            )
         one = written.data_ptr() == reader.data_ptr() and written.stride() == reader.stride()
         if written.shape != reader.shape or not (one or torch.equal(written, reader)):
             raise RecordingError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.errors import RecordingError
+from captum_lnstat.errors import RecordingError, UnsupportedModelError, one_line
 from captum_lnstat.recording.eager import eager, run_eagerly
 from captum_lnstat.recording.forward import ForwardArgs, Output, Target, pick_output, run_forward
 from captum_lnstat.recording.recorder import Differentiable, Recorder
@@ -29,9 +29,10 @@ from captum_lnstat.rules.checks import (
 from captum_lnstat.rules.checks import reads as reads_tokens
 from captum_lnstat.rules.head import Head, contrast, gradients, target_score
 from captum_lnstat.rules.reads import reads_besides_the_end
-from captum_lnstat.topology import find_topology
+from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.anatomy.parts import looked_up_once
 from captum_lnstat.topology.anatomy.pooling import PoolingAsRead
+from captum_lnstat.trace.placing import check_rows, placed
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
@@ -129,14 +130,16 @@ def run(
             topology.head_follows,
             topology.places,
             channels_first=topology.channels_first,
+            width=topology.width,
             differentiable=differentiable,
             compact=x.numel() > COMPACT,
+            images=x,
         )
         with run_eagerly, recorder:
             returned = run_forward(forward_func, (recorder.marked(x),), None, additional_forward_args)
             returned = pick_output(returned, output)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        recording = replace(recorder.recording, scores=returned)
+        recording = replace(recorder.recording, scores=returned, rows=recorder.following.of(returned))
         _check_ran(recording, topology.model)
         scores: tuple[Tensor, ...] = ()
         if contrastive:
@@ -145,11 +148,13 @@ def run(
             scores = tuple(target_score(returned, target) for target in targets)
         with torch.no_grad():
             check_seen(recording.call(topology.entrance).input.tensor, image)
-            trace = topology.trace(recording, (image.shape[-2], image.shape[-1]))
+            trace = _traced(topology, recording, (image.shape[-2], image.shape[-1]))
         # Where no score reads the end of the stream, nobody was given it.
         stream_end = trace.end.detach().requires_grad_() if recording.stream_end is None else recording.stream_end
         with torch.no_grad():
             check_stream(trace, stream_end)
+            trace = placed(trace, recording)
+            check_rows(recording)
         channels = topology.channel_axis(recording, image)
         trace = replace(trace, training=topology.model.training, channel_axis=channels)
         if starts and isinstance(trace.pooling, PoolingAsRead):
@@ -159,6 +164,19 @@ def run(
         if differentiable == "head":
             head.check(returned, class_specific=class_specific)
     return Pass(trace, recording, returned.detach(), head, leaf)
+
+
+def _traced(topology: Topology, recording: Recording, size: tuple[int, int]) -> Trace:
+    """The trace; what a topology did not look out for is a recording of something else than it knows."""
+    try:
+        return topology.trace(recording, size)
+    except (UnsupportedModelError, RecordingError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, AssertionError, StopIteration) as error:
+        raise RecordingError(
+            f"what {type(topology.model).__name__} did in this pass does not fit what its structure says, "
+            f"{topology.family!r}, so relevance cannot be placed: {one_line(error) or type(error).__name__}"
+        ) from error
 
 
 def _check_ran(recording: Recording, model: nn.Module) -> None:

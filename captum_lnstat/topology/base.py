@@ -101,6 +101,11 @@ class Topology(ABC):
         return False
 
     @property
+    def width(self) -> int | None:
+        """Channels of the stream there, where a map may have them before its rows or after its columns."""
+        return None
+
+    @property
     def axes(self) -> int:
         """How many axes the images have beside batch and channels: 3 if they are videos."""
         return 2

@@ -103,6 +103,10 @@ class HierarchicalTopology(BlockTopology):
     def channels_first(self) -> bool:
         return [item.reader for item in self._items if item.reader is not None][-1].channels_first
 
+    @property
+    def width(self) -> int | None:
+        return None if self._last.reader is None else self._last.reader.width
+
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         below, between = self._ran(recording)
         streams = self._streams(recording, below, between)
@@ -161,7 +165,9 @@ class HierarchicalTopology(BlockTopology):
         for item in items:
             given = recording.call(item.name).input.read()
             first = (
-                item.reader.channels_first if item.reader else reads_channels_first(item.module, recording, item.name)
+                item.reader.reads_channels_first(item.name, recording)
+                if item.reader
+                else reads_channels_first(item.module, recording, item.name)
             )
             tokens = channels_first(given) if first else channels_last(given)
             if item.reader is not None:

@@ -95,6 +95,11 @@ def _block(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Blo
     parts = parts_of(block)
     site = cut(recording.site(f"{name}.{parts.attention}"))
     call = recording.call(name)
+    if call.input.tensor.dim() != 3 or call.output.tensor.dim() != 3:
+        raise UnsupportedModelError(
+            f"{name!r} was given {tuple(call.input.tensor.shape)} and returned {tuple(call.output.tensor.shape)}; "
+            "expected (batch, tokens, channels), in the order in which tokens are pooled"
+        )
     batch, before, after = len(call.input.tensor), call.input.tensor.shape[1], call.output.tensor.shape[1]
     windows, _, queries, keys = site.shape
     windows //= batch
@@ -105,7 +110,7 @@ def _block(name: str, block: nn.Module, recording: Recording, grid: Grid) -> Blo
         )
     device = call.input.tensor.device
     layout, others = _every(windows, queries, device), _every(windows, keys, device)
-    read = residual_block(name, block, recording, layout, site)
+    read = residual_block(name, block, recording, layout, site, pooled=True)
     if read.before.shape == read.after.shape:
         return read
     stride = math.isqrt(before // after)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid, Groups, Layout
-from captum_lnstat.recording.recording import NormCall, Recording
+from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
 from captum_lnstat.recording.sites import AttentionSite, MultiHeadSite
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
@@ -39,6 +39,8 @@ def residual_block(
     site: AttentionSite | None = None,
     *,
     joined_norm: bool = True,
+    pooled: bool = False,
+    laid: Callable[[Tensor], Tensor] = channels_last,
 ) -> Block:
     """Read one block from the recording.
 
@@ -52,6 +54,8 @@ def residual_block(
         layout: How the stream's tokens become the attention's queries and keys.
         site: The block's attention, where a topology had to unfold what was recorded.
         joined_norm: The attention's last norm may be one of its joined heads. False if it is one of its keys.
+        pooled: The attention may make tokens out of several; the topology says of which.
+        laid: The stream that the block is given and returns as ``(batch, token, channel)``.
 
     Raises:
         RecordingError: The block's norms, attention and updates do not fit together.
@@ -62,7 +66,7 @@ def residual_block(
     if site is None:
         site = unfolded(recording.site(f"{name}.{parts.attention}"), parts.out.in_features)
     first, second, *last = norms_in_order(name, parts, recording)
-    before, after = stream(call.input.read()), stream((last[0].input if last else call.output).read())
+    before, after = laid(call.input.read()), stream(last[0].input.read()) if last else laid(call.output.read())
     if first.input.tensor.data_ptr() == call.input.tensor.data_ptr():
         if second.input.tensor.data_ptr() == call.input.tensor.data_ptr():
             raise RecordingError(
@@ -73,6 +77,7 @@ def residual_block(
         path = path_to_update(name, parts, site, recording, joined_norm)
     else:
         attended, mlp, norms = _output(first), _output(second), None
+        _check_tokens(name, call, (before, attended, mlp, after))
         path = (*path_to_update(name, parts, site, recording, joined_norm), FrozenNorm.of(first))
         if block.training:
             kept, mlp_kept = _kept(after - before, attended, mlp)
@@ -80,6 +85,7 @@ def residual_block(
             path = (*path, FrozenScale(kept.expand_as(before)))
         between = before + attended
         _check_sum(name, between + mlp, after)
+    _check_tokens(name, call, (between, after) if pooled else (before, between, after))
     return Block(name, site, layout, before, between, after, path, norms=norms, post_norm=norms is None)
 
 
@@ -172,6 +178,18 @@ def _norm_of_heads(attention: str, parts: BlockParts, site: AttentionSite, recor
             f"the joined heads of {attention!r} go through a {found[-1].kind}; expected LayerNorm"
         )
     return found[-1]
+
+
+def _check_tokens(name: str, call: ModuleCall, streams: Sequence[Tensor]) -> None:
+    """The stream is as many tokens of as many channels everywhere in a block."""
+    seen = list(dict.fromkeys(tuple(stream.shape[1:]) for stream in streams))
+    if len(seen) > 1:
+        how = " and then ".join(f"{tokens} tokens of {channels} channels" for tokens, channels in seen)
+        raise RecordingError(
+            f"{name!r} was given {tuple(call.input.tensor.shape)} and returned {tuple(call.output.tensor.shape)}; read "
+            f"with the channels last it has {how} in it. Tokens that were dropped or merged on the way, or maps with "
+            "their channels first, cannot be placed on the image; expected as many tokens and channels throughout"
+        )
 
 
 def _output(norm: NormCall) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from captum_lnstat.layout import Grid, Groups
@@ -31,7 +32,9 @@ class Trace:
         patch: Height and width of a patch in pixels; of a video frames, height and width.
         pooling: How the head reads the tokens.
         training: The model was in train mode, so that dropout may stand between what was recorded and what came of it.
-        place: Which patch token is at each place of the grid, row by row, if they are not in that order.
+        origin: Where the first patch begins, in pixels, if not where the image does; outside it if that is padded.
+        place: Which patch token is at each place of the grid, row by row, if they are not in that order; for all images
+            or for each.
         covers: What the map leaves out, in words: stages that attention cannot see through.
         gradients: Every attention has an output that a gradient can be taken at.
         blocks_below: How many blocks of the model lie before the first step.
@@ -46,7 +49,8 @@ class Trace:
     patch: tuple[int, ...]
     pooling: Pooling
     training: bool = False
-    place: Int[Tensor, " patch"] | None = None
+    origin: tuple[float, ...] = ()
+    place: Int[Tensor, " patch"] | Int[Tensor, "batch patch"] | None = None
     covers: str = ""
     gradients: bool = True
     blocks_below: int = 0
@@ -108,7 +112,10 @@ class Trace:
     def on_grid(self, values: Float[Tensor, "batch token *rest"]) -> Float[Tensor, "batch *grid *rest"]:
         """Values of the tokens before the first step at their places on the grid; prefix tokens, if any, left out."""
         patches = values[:, values.shape[1] - math.prod(self.grid) :]
-        patches = patches if self.place is None else patches[:, self.place]
+        if self.place is not None and self.place.dim() == 1:
+            patches = patches[:, self.place]
+        elif self.place is not None:
+            patches = patches[torch.arange(len(patches), device=patches.device)[:, None], self.place]
         return patches.reshape(len(patches), *self.grid, *patches.shape[2:])
 
     def start(self, fusion: HeadFusion) -> Float[Tensor, "batch token"]:

@@ -84,16 +84,27 @@ def patch_of(
     for name, convolution in found.items():
         if name in recording.calls:
             height, width = height * convolution.stride[0], width * convolution.stride[1]
-    fits = [
-        abs(pixels - cells * cell) < cell for pixels, cells, cell in zip(image_size, grid, (height, width), strict=True)
-    ]
-    if not all(fits):
+    ran = {name: found[name] for name in found if name in recording.calls}
+    sides = list(zip(image_size, grid, strict=True))
+    exactly = all(_make(ran.values(), pixels, axis) == cells for axis, (pixels, cells) in enumerate(sides))
+    fits = [abs(pixels - cells * cell) < cell for (pixels, cells), cell in zip(sides, (height, width), strict=True)]
+    if not exactly and not all(fits):
         raise UnsupportedModelError(
             f"the convolutions before the blocks, of strides that make {height} x {width} px, turn {image_size[0]} x "
             f"{image_size[1]} px into {grid[0]} x {grid[1]} tokens; expected them to follow each other, and nothing "
             "with a stride between them"
         )
     return height, width
+
+
+def _make(found: Iterable[nn.Conv2d], size: int, axis: int) -> int | None:
+    """How many cells convolutions make of a size, one after another; ``None`` if they pad by name."""
+    for one in found:
+        if isinstance(one.padding, str):
+            return None
+        reach = one.dilation[axis] * (one.kernel_size[axis] - 1) + 1
+        size = (size + 2 * one.padding[axis] - reach) // one.stride[axis] + 1
+    return size
 
 
 def check_prefix_first(recording: Recording, tokens: int, prefix: int, *, seen: bool) -> None:

@@ -133,6 +133,11 @@ def partition(
         RecordingError: What came of it is neither, or could be either.
     """
     found: list[Groups] = []
+    if tokens.shape[1] != grid[0] * grid[1]:
+        raise RecordingError(
+            f"{name!r} cuts {tokens.shape[1]} tokens of {tokens.shape[2]} channels into parts, on a grid of "
+            f"{grid[0]} x {grid[1]}; expected as many tokens as the grid has"
+        )
     for size in sizes:
         if grid[0] % size[0] or grid[1] % size[1]:
             continue

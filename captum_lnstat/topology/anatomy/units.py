@@ -83,7 +83,10 @@ def reads_channels_first(unit: nn.Module, recording: Recording, name: str) -> bo
         # A norm that takes its channels first turns the map round for itself.
         normed = recording.norm(name).input.tensor
         return given.shape != normed.shape or given.stride() != normed.stride()
-    return given.dim() == 4 and bool(layers(unit, nn.Conv2d))
+    found = layers(unit, nn.Conv2d)
+    # A module may turn its map round for its convolutions.
+    turned = found and given.dim() == 4 and given.shape[1] != found[0].in_channels == given.shape[-1]
+    return given.dim() == 4 and bool(found) and not turned
 
 
 def unit_steps(

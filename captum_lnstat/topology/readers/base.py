@@ -52,6 +52,10 @@ class Reader(ABC):
     def taps(self) -> Iterator[nn.Module]:
         """The modules whose calls ``steps`` reads."""
 
+    def reads_channels_first(self, name: str, recording: Recording) -> bool:
+        """Whether the map that it was given had its channels before its rows."""
+        return self.channels_first
+
     def order(self, name: str, recording: Recording, grid: Grid | None) -> Tensor | None:
         """The order of the tokens, if they are not row by row."""
         return None
@@ -79,6 +83,12 @@ class PartsReader(Reader):
 
     def taps(self) -> Iterator[nn.Module]:
         yield from block_taps(self.block)
+
+    def reads_channels_first(self, name: str, recording: Recording) -> bool:
+        """A block may take a map apart for its norms, which read the channels last."""
+        given = recording.call(name).input.tensor
+        normed = recording.norm(f"{name}.{self.parts.norms[0]}").input.tensor
+        return given.dim() == 4 and normed.dim() == 3 and given.shape[1] == normed.shape[2] != given.shape[3]
 
 
 def under(module: nn.Module, grid: Grid, after: Grid, device: torch.device) -> Groups:

@@ -55,7 +55,7 @@ class MultiscaleReader(PartsReader):
 
     def steps(self, name: str, recording: Recording, before: Stream) -> list[Block | Update]:
         site = recording.site(f"{name}.{self.parts.attention}")
-        read = residual_block(name, self.block, recording, WholeImage(), site, joined_norm=False)
+        read = residual_block(name, self.block, recording, WholeImage(), site, joined_norm=False, pooled=True)
         own = self._own(name, recording)
         if own is not None:
             read = replace(read, between=read.between - own)

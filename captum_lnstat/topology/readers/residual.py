@@ -13,7 +13,7 @@ from captum_lnstat.layout import Cells, Grid, Groups, Layout, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, SoftmaxSite
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.geometry import adaptive_cells, partition, squares
+from captum_lnstat.topology.anatomy.geometry import adaptive_cells, channels_first, channels_last, partition, squares
 from captum_lnstat.topology.anatomy.parts import find_parts, layers
 from captum_lnstat.topology.anatomy.unfolding import cut
 from captum_lnstat.topology.anatomy.units import Stream
@@ -68,7 +68,8 @@ class ResidualReader(PartsReader):
     def steps(self, name: str, recording: Recording, before: Stream) -> list[Block | Update]:
         site = cut(recording.site(f"{name}.{self.parts.attention}"))
         layout, keys = self._layouts(name, recording, before, site)
-        block = residual_block(name, self.block, recording, layout, site, joined_norm=keys is None)
+        laid = channels_first if self.reads_channels_first(name, recording) else channels_last
+        block = residual_block(name, self.block, recording, layout, site, joined_norm=keys is None, laid=laid)
         if before.order is not None:
             block = replace(block, path=_joined_as_seen(block))
         return [replace(block, keys=keys)]
@@ -76,8 +77,13 @@ class ResidualReader(PartsReader):
     def _layouts(
         self, name: str, recording: Recording, before: Stream, site: AttentionSite
     ) -> tuple[Layout, Layout | None]:
-        groups, _, queries, keys = site.shape
+        groups, heads, queries, keys = site.shape
         batch, tokens, device = len(before.tokens), before.tokens.shape[1], before.tokens.device
+        if heads * keys == self.parts.out.in_features and groups == batch and queries == keys != tokens:
+            raise UnsupportedModelError(
+                f"{type(self.attention).__name__} at {f'{name}.{self.parts.attention}'!r} attends from channel to "
+                f"channel, {queries} x {keys} in each head for {tokens} tokens; expected attention from token to token"
+            )
         if groups == batch and queries == tokens:
             whole = WholeImage()
             reduced = self._reduced(f"{name}.{self.parts.attention}", recording, before, keys)

@@ -1,0 +1,26 @@
+"""What a recorder looks at, and what it does not."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES
+from captum_lnstat.recording.joins import CONCATENATIONS
+
+WATCHED = {
+    *LAYER_NORMS,
+    *CONCATENATIONS,
+    *SOFTMAXES,
+    Tensor.repeat,
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+    F.rms_norm,
+    torch.einsum,
+}
+# Modules in which neither attention nor a norm runs: which of them is running need not be known.
+LEAVES = {
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout, nn.Dropout2d),
+    *(nn.GELU, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish),
+}
