@@ -72,16 +72,22 @@ def test_a_patch_size_that_is_not_what_ran() -> None:
     assert torch.equal(LNStatAttribution(model).attribute(images(), target=1), expected)
 
 
-def test_prefix_tokens_that_are_not_there_are_told() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_prefix_tokens_are_those_that_were_joined(rule: str) -> None:
     model = vit()
+    expected = LNStatAttribution(model, rule=rule).relevance(images(), target=1)
     model.num_prefix_tokens = 0
-    with pytest.raises(RecordingError, match="17 tokens; expected 0 prefix tokens, as num_prefix_tokens says"):
-        LNStatAttribution(model).attribute(images(), target=1)
+    torch.testing.assert_close(LNStatAttribution(model, rule=rule).relevance(images(), target=1), expected)
+    model.num_prefix_tokens = 2
+    with pytest.raises(RecordingError, match="the first block saw 17 tokens; expected 2 prefix tokens"):
+        LNStatAttribution(model, rule=rule).relevance(images(), target=1)
 
 
 @pytest.mark.parametrize(("built", "said"), [("avg", "token"), ("token", "avg")])
-def test_a_pooling_that_is_not_what_ran_is_refused(built: str, said: str) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_a_pooling_is_the_one_that_ran(built: str, said: str, rule: str) -> None:
     model = vit(global_pool=built)
+    expected = LNStatAttribution(model, rule=rule).relevance(images(), target=1)
     model.head.register_forward_pre_hook(lambda *_: setattr(model, "global_pool", said))
 
     def forward(x: Tensor) -> Tensor:
@@ -89,8 +95,8 @@ def test_a_pooling_that_is_not_what_ran_is_refused(built: str, said: str) -> Non
         scores: Tensor = model(x)
         return scores
 
-    with pytest.raises(RecordingError, match=r"the head (reads|does not read) token"):
-        LNStatAttribution(forward, model).attribute(images(), target=1)
+    found = LNStatAttribution(forward, model, rule=rule).relevance(images(), target=1)
+    torch.testing.assert_close(found, expected)
 
 
 def test_overlapping_patches_of_hugging_face() -> None:
