@@ -119,14 +119,13 @@ def test_its_own_errors_come_out_as_they_are(error: Exception, monkeypatch: pyte
     assert raised.value is error
 
 
-def test_a_head_that_is_run_twice_is_told_from_a_model_that_is() -> None:
+def test_a_block_that_is_run_twice_is_told_from_a_model_that_is() -> None:
     model = vit()
 
     def twice(x: Tensor) -> Tensor:
-        tokens = model.forward_features(x)
-        return model.head(model.norm(tokens)[:, 0])
+        return model.forward_head(model.blocks[-1](model.forward_features(x)))
 
-    with pytest.raises(RecordingError, match="LayerNorm, at the head, ran more than once"):
+    with pytest.raises(RecordingError, match="Block, at the head, ran more than once"):
         LNStatAttribution(twice, model).attribute(torch.rand(1, 3, 32, 32), target=1)
 
 
