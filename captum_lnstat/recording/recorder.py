@@ -101,6 +101,7 @@ class Recorder(TorchFunctionMode):
         self._grad_enabled = torch.is_grad_enabled()
         self._hooks = Hooks()
         self._running: list[str] = [""]
+        self._passes = 0
         self._events: list[AttentionSite | SoftmaxEvent] = []
         self._softmaxes = Softmaxes(self._arena)
         self._norms: list[NormCall] = []
@@ -170,11 +171,12 @@ class Recorder(TorchFunctionMode):
             if self._elsewhere():
                 return None
             self._running.append(name)
+            self._passes += module is self._model
             self._places.enter(module)
             if module in self._taps and inputs:
                 self.following.entering(name, inputs[0])
             if module is self._head_begins:
-                begun = self._begin_head(inputs[0])
+                begun = self._begin_head(name, inputs[0])
                 return None if begun is inputs[0] else (begun, *inputs[1:])
             return None
 
@@ -187,7 +189,7 @@ class Recorder(TorchFunctionMode):
             marked = self._places.leave(name, module, output)
             self.following.same(output, marked)
             if module is self._head_follows and self._differentiable == "head":
-                return self._head_after(output if marked is None else marked)
+                return self._head_after(name, output if marked is None else marked)
             return marked
 
         return hook
@@ -205,19 +207,19 @@ class Recorder(TorchFunctionMode):
                 return None
             if self._differentiable == "head":
                 self._stream_end = None  # a hook of somebody else's changed what the module returned
-            return self._head_after(output)
+            return self._head_after(name, output)
 
         return hook
 
-    def _head_after(self, output: Any) -> Any:
+    def _head_after(self, name: str, output: Any) -> Any:
         """The head begins at what a module returned: what is passed on in its place."""
         first = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(first, Tensor):
             return None
-        self._begun = self._begin_head(first)
+        self._begun = self._begin_head(name, first)
         return None if self._begun is first else self._begun if first is output else (self._begun, *output[1:])
 
-    def _begin_head(self, given: Tensor) -> Tensor:
+    def _begin_head(self, name: str, given: Tensor) -> Tensor:
         """What the model goes on with."""
         if torch.is_inference_mode_enabled():
             raise RecordingError(
@@ -225,9 +227,12 @@ class Recorder(TorchFunctionMode):
                 "its head; use torch.no_grad there, or nothing"
             )
         if self._stream_end is not None:
+            if self._passes != 1:
+                raise RecordingError("the model ran more than once in one forward_func call; expected exactly one pass")
             raise RecordingError(
-                f"{type(self._head_begins or self._head_follows).__name__}, at the head, ran more than once in one "
-                "forward_func call; expected exactly one pass of the model, and that module once in it"
+                f"{name!r}, where the head of {type(self._model).__name__} begins, ran more than once in one pass; "
+                "expected it to read the whole stream once. A head that reads the stream in parts, or layers that "
+                "share their weights, are not known of this family"
             )
         first = given.dim() == 4 and (self._channels_first or given.shape[1] == self._width != given.shape[3])
         stream = given.movedim(1, -1) if first else given

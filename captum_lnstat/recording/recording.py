@@ -55,6 +55,17 @@ class NormCall:
         return token_statistics(x, self.dims)
 
 
+_NONE = (
+    "no attention was seen inside {!r}; expected one softmax over the keys, or scaled_dot_product_attention. Either it "
+    "attends without a softmax (linear, sigmoid or ReLU attention), and no map of it is known; or a kernel hides it "
+    "(flash_attn, xFormers, a scripted module), and has to be switched to PyTorch's own"
+)
+_TOO_MANY = (
+    "{} attention maps were seen inside {!r}; expected one. How a module puts several together (differential, gated "
+    "positions, branches) is not known: it needs a topology of its own. Methods that need no map, such as "
+    "Captum's IntegratedGradients, take the model as it is"
+)
+
 _Event = TypeVar("_Event", NormCall, AttentionSite)
 
 
@@ -97,7 +108,11 @@ class Recording:
         """The one call of a tapped module."""
         calls = self.calls.get(module, ())
         if len(calls) != 1:
-            raise RecordingError(f"module {module!r} ran {len(calls)} times in the forward pass; expected once")
+            why = "Weights that several places share" if calls else "Layers that are skipped, or run by another method,"
+            raise RecordingError(
+                f"module {module!r} ran {len(calls)} times in the forward pass; expected once. {why} are not known "
+                "of this family"
+            )
         return calls[0]
 
     def up_to_the_last(self, modules: Sequence[str]) -> Sequence[str]:
@@ -109,14 +124,7 @@ class Recording:
         """The one attention site inside a module."""
         found = self._sites_inside.get(module, [])
         if len(found) != 1:
-            hidden = (
-                ". A kernel that hides its attention (flash_attn, xFormers, a scripted module) has to be switched to "
-                "PyTorch's own"
-            )
-            raise RecordingError(
-                f"{len(found)} attention computations were seen inside {module!r}; expected one"
-                + (hidden if not found else ", over the tokens")
-            )
+            raise RecordingError(_TOO_MANY.format(len(found), module) if found else _NONE.format(module))
         return found[0]
 
     def norm(self, module: str) -> NormCall:
@@ -124,7 +132,10 @@ class Recording:
         found = self.norms_inside(module)
         if len(found) != 1 or found[0].kind != "layer_norm":
             seen = ", ".join(norm.kind for norm in found) or "none"
-            raise RecordingError(f"expected one LayerNorm call at {module!r}, saw: {seen}")
+            raise RecordingError(
+                f"expected one LayerNorm call at {module!r}, saw: {seen}. What is read there are the statistics of "
+                "torch's own layer_norm"
+            )
         return found[0]
 
     def norms_inside(self, module: str) -> list[NormCall]:

@@ -77,6 +77,12 @@ def residual_block(
         path = path_to_update(name, parts, site, recording, joined_norm)
     else:
         attended, mlp, norms = _output(first), _output(second), None
+        if attended.shape != before.shape:
+            raise UnsupportedModelError(
+                f"{name!r} was given {tuple(call.input.tensor.shape)}, its first norm read "
+                f"{tuple(first.input.tensor.shape)}, and its attention has maps of {site.shape[2]} x {site.shape[3]}; "
+                "expected norms and attention of the block's own tokens, none of its channels"
+            )
         _check_tokens(name, call, (before, attended, mlp, after))
         path = (*path_to_update(name, parts, site, recording, joined_norm), FrozenNorm.of(first))
         if block.training:

@@ -175,7 +175,7 @@ TABLE: dict[str, Rows] = {
         images,
         1,
         RecordingError,
-        r"0 attention computations were seen inside 'blocks\.0\.attn'",
+        r"no attention was seen inside 'blocks\.0\.attn'",
         "switched to PyTorch's own",
     ),
     "no softmax": (
@@ -183,7 +183,7 @@ TABLE: dict[str, Rows] = {
         images,
         1,
         RecordingError,
-        r"0 attention computations were seen inside 'blocks\.0\.attn'",
+        r"no attention was seen inside 'blocks\.0\.attn'",
         "switched to PyTorch's own",
     ),
     "rank": (vit, lambda: images()[0], 1, ValueError, r"shape \(3, 32, 32\)", r"\(batch, channels, height, width\)"),
@@ -286,6 +286,10 @@ class WithTemperature(nn.Module):
         self.qkv, self.temperature = nn.Linear(4, 12), nn.Parameter(torch.ones(2, 1, 1))
 
 
+class XCA(WithTemperature):
+    pass
+
+
 class RMSNorm(nn.Module):
     pass
 
@@ -299,7 +303,8 @@ class RMSNorm(nn.Module):
         ([SpatialAttention(), nn.BatchNorm1d(4)], "it holds no LayerNorm"),
         ([nn.MultiheadAttention(4, 1), LayerNorm(4)], "not where those of a known family are"),
         ([nn.MultiheadAttention(4, 1), RMSNorm()], "not where those of a known family are"),
-        ([WithTemperature(), nn.LayerNorm(4)], "WithTemperature at '0' attends from channel to channel"),
+        ([WithTemperature(), nn.LayerNorm(4)], "not where those of a known family are"),
+        ([XCA(), nn.LayerNorm(4)], "XCA at '0' attends from channel to channel"),
     ],
 )
 def test_read_off_the_structure(parts: list[nn.Module], reason: str) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from captum_lnstat.topology.anatomy.embedding import IMAGE_CHANNELS, convolutions, reads_images
+
 _COPIES = (torch.jit.ScriptModule, torch.fx.GraphModule)
 _QUERIES = ("qkv", "q", "query", "to_q", "to_qkv", "q_proj", "qkv_proj", "in_proj")
 _OVER_CHANNELS = ("channel", "xca", "crosscovariance")
@@ -39,6 +41,7 @@ def no_family(model: nn.Module, known: Mapping[str, str]) -> str:
         )
     attention = {name: module for name, module in model.named_modules() if _is_attention(module)}
     norms = [module for module in model.modules() if _is_layer_norm(module)]
+    found = convolutions(model)
     seen = f"seen: {_listing(attention)}; LayerNorms: {len(norms)} of {len(list(model.modules()))} modules"
     over_channels = [(name, module) for name, module in attention.items() if _weighs_channels(module)]
     if not attention:
@@ -52,6 +55,11 @@ def no_family(model: nn.Module, known: Mapping[str, str]) -> str:
             "to do: explain it with a method that needs no map from token to token, such as Captum's "
             "IntegratedGradients"
         )
+    elif found and not reads_images(found):
+        first, convolution = next(iter(found.items()))
+        why = f"{first!r}, its first convolution, reads {convolution.in_channels} channels; one that reads images is "
+        why += f"expected to read fewer than {IMAGE_CHANNELS}"
+        advice = "to do: add its family: one subclass of Topology with @register_topology"
     else:
         why = "its attention and LayerNorms are not where those of a known family are"
         advice = "\n".join(["known families:", *(f"  {name}: {structure}" for name, structure in known.items()), _ADD])
@@ -91,8 +99,6 @@ def _is_layer_norm(module: nn.Module) -> bool:
 
 
 def _weighs_channels(module: nn.Module) -> bool:
-    """Attention over channels says so, or scales its logits by a learned temperature a head (cross-covariance)."""
+    """Attention over channels says so. A learned temperature says nothing: attention over tokens may have one, too."""
     named = type(module).__name__.lower()
-    return any(word in named for word in _OVER_CHANNELS) or isinstance(
-        getattr(module, "temperature", None), nn.Parameter
-    )
+    return any(word in named for word in _OVER_CHANNELS)
