@@ -89,15 +89,15 @@ def _seen_mask(model: nn.Module, size: tuple[int, int]) -> Int[Tensor, "1 1 heig
         ValueError: The model does not take images of this size.
         UnsupportedModelError: Other tokens differ as well, or some of these do not.
     """
-    parameter = next(model.parameters(), torch.zeros(()))
+    parameter = next(model.parameters(), torch.zeros((), device="cpu"))
     random = torch.Generator().manual_seed(0)
-    image = torch.randn(1, channels(model), *size, generator=random).to(parameter)
+    image = torch.randn(1, channels(model), *size, generator=random, device="cpu").to(parameter)
     # Where the patches are has to be known before the images can differ there.
     trace = _trace(model, image.repeat(2, 1, 1, 1))
     mask = _mask(trace.grid, trace.patch, size).to(parameter.device)
     row, column = mask // trace.grid[1], mask % trace.grid[1]
     white = (row + column) % 2 == 0
-    other = torch.where(white, torch.randn(image.shape, generator=random).to(image), image)
+    other = torch.where(white, torch.randn(image.shape, generator=random, device="cpu").to(image), image)
     trace = _trace(model, torch.cat([image, other]))
     one, two = trace.on_grid(trace.tokens)
     apart = (one - two).float().abs().amax(-1)

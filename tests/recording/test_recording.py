@@ -507,7 +507,7 @@ def test_events_by_module_are_unique_or_refused():
         recording.norm("twice")
     with pytest.raises(RecordingError, match="none"):
         recording.norm("missing")
-    with pytest.raises(RecordingError, match="no attention was seen inside .twice."):
+    with pytest.raises(RecordingError, match="no attention was seen inside 'twice'"):
         recording.site("twice")
     with pytest.raises(RecordingError, match="ran 0 times"):
         recording.call("twice")

@@ -118,34 +118,6 @@ class Encoder(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
-class InParts(nn.Module):
-    """A head that norms the class token and the patches one after the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vit = vit()
-        self.vit.forward_features = self.features
-
-    def features(self, x: Tensor, **_: Any) -> Tensor:
-        model = self.vit
-        x = model.blocks(model.norm_pre(model._pos_embed(model.patch_embed(x))))
-        return torch.cat([model.norm(x[:, :1]), model.norm(x[:, 1:])], 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.vit(x)
-
-
-class Stops(nn.Module):
-    """Scores from before the last norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vit = vit()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.vit.blocks(self.vit._pos_embed(self.vit.patch_embed(x))).mean(1)
-
-
 class Elsewhere(nn.Module):
     """A model that holds a ViT and does not run it."""
 
@@ -267,16 +239,6 @@ TABLE: dict[str, Row] = {
     "linear": (attending(LinearAttention), RecordingError, WITHOUT_SOFTMAX),
     # How often what ran.
     "twice": (lambda: Twice().eval(), RecordingError, "the model ran more than once in one forward_func call"),
-    "head in parts": (
-        lambda: InParts().eval(),
-        RecordingError,
-        "'norm', where the head of VisionTransformer begins, ran more than once in one pass",
-    ),
-    "stops": (
-        lambda: Stops().eval(),
-        RecordingError,
-        "forward_func ran VisionTransformer, but not 'norm', where its head begins",
-    ),
     "elsewhere": (lambda: Elsewhere().eval(), RecordingError, "forward_func never ran VisionTransformer"),
     "shared layers": (
         lambda: lively(Encoder(shared=True)),
