@@ -245,6 +245,26 @@ TABLE: dict[str, Row] = {
         RecordingError,
         "'layers.1', where the head of Encoder begins, ran more than once in one pass",
     ),
+    "coat": (
+        of_timm("coat_lite_tiny", img_size=32),
+        RecordingError,
+        "module 'cpe1' ran 2 times in the forward pass; expected once. Weights that several places share",
+    ),
+    "pit": (
+        of_timm("pit_ti_224", img_size=32),
+        RecordingError,
+        "(2, 128, 2, 2) at 'transformers.1.pool' is not what was read after or returned before it",
+    ),
+    "mobilevit": (
+        of_timm("mobilevit_xxs"),
+        UnsupportedModelError,
+        "'stages.2.1.transformer.0' was given (8, 4, 64), and the convolutions before it left a grid of 4 x 4",
+    ),
+    "volo": (
+        of_timm("volo_d1_224", img_size=32),
+        RecordingError,
+        "post_network.0 does not read what the step before it returned",
+    ),
     "side by side": (
         lambda: SideBySide().eval(),
         UnsupportedModelError,
