@@ -53,7 +53,10 @@ def patch_feature_mask(model: nn.Module, image_size: int | tuple[int, int]) -> I
                 [16, 16, 17, 17]])
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    embed = _known_embedding(find_topology(eager(model)))
+    topology = find_topology(eager(model))
+    if topology.axes == 3:
+        raise UnsupportedModelError(f"{type(model).__name__} takes videos; a mask of patches is made for images only")
+    embed = _known_embedding(topology)
     if embed is not None:
         grid, patch = _grid(embed, (height, width)), embed.patch_size
         return _mask(grid, patch, (height, width)).to(embed.proj.weight.device)

@@ -174,7 +174,7 @@ def test_what_is_for_images_only_says_so():
     model = build("swin")
     with pytest.raises(SourceError, match="SwinTransformer3d takes videos; expected a model of images"):
         explain(model, torch.zeros(3, 32, 32))
-    with pytest.raises(UnsupportedModelError, match="PatchEmbed3d"):
+    with pytest.raises(UnsupportedModelError, match="takes videos; a mask of patches is made for images only"):
         patch_feature_mask(model, 32)
 
 
