@@ -259,10 +259,13 @@ class FrozenLayerNorm(torch.autograd.Function):
             normed = F.layer_norm(x, list(shape), weight, bias, eps)
             inverse = (x.detach().to(accumulation_dtype(x)).var(dims, correction=0, keepdim=True) + eps).rsqrt()
         ctx.save_for_backward(inverse, weight)
+        ctx.set_materialize_grads(False)  # no gradient, as of a quantised head, is another thing than one of zero
         return writable(normed)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        if gradient is None:
+            return None, None, None, None, None
         inverse, weight = ctx.saved_tensors
         # With many scores at once this is large: no more copies of it than the one.
         scaled = gradient * inverse

@@ -218,11 +218,6 @@ def head_cotangent(
         besides: They read something else as well, or instead.
     """
     u = Cotangent.of_parts(_slopes(scores, stream_end, stream_end, stream, besides=besides))
-    if not len(u.at) and not besides:
-        raise RecordingError(
-            "the score has a gradient of zero at every token where the blocks end: the head has weights of zero, or "
-            "holds a layer that lets no gradient through (quantised, detached); expected a head that reads the tokens"
-        )
     read = u.read(stream(stream_end.detach())).sum(1)
     values = torch.stack([score.detach() for score in scores], 1)
     return u, values.to(read.dtype) - read
@@ -286,6 +281,7 @@ def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor | GradientEdge
         if "not have been used in the graph" not in str(error):
             raise
         raise RecordingError(
-            "the score does not depend on every recorded attention or token; expected a forward_func that returns "
-            "the scores of one pass of the model"
+            "the score does not depend on every recorded attention or token, or the head holds a layer that lets no "
+            "gradient through (quantised, detached); expected a forward_func that returns the scores of one pass of "
+            "the model"
         ) from error

@@ -100,6 +100,15 @@ def test_one_image_of_a_batch(name: str, rule: str) -> None:
         assert not method.relevance(x[1:2], 0, additional_forward_args=gain[1:2]).any()
 
 
+@pytest.mark.parametrize("kind", [vit, swin])
+def test_a_head_of_zeros_reads_no_token(kind: Callable[[], Any]) -> None:
+    model = kind()
+    nn.init.zeros_(model.head.weight if isinstance(model.head, nn.Linear) else model.head.fc.weight)
+    for rule in ("lnstat", "evidence"):
+        with pytest.warns(UserWarning, match=f"{WHY}.* or reads no token"):
+            assert not LNStatAttribution(model, rule=rule).relevance(images(2), 1).any()
+
+
 def test_some_targets_of_many() -> None:
     model = MODELS["mean"]()
     method = LNStatAttribution(model, rule="evidence")

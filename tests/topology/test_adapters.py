@@ -415,7 +415,7 @@ def test_inputs_in_int8(quantised_engine: Any) -> None:
     assert_same(model, vit(), ("lnstat", "evidence", "rollout"), tolerance=0.1)
     with pytest.raises(UnsupportedModelError, match=r"'blocks\.0\.attn\.qkv' .*lets no gradient through"):
         maps(model, "gradient")
-    with pytest.raises(RecordingError, match=r"gradient of zero at every token .*quantised"):
+    with pytest.raises(RecordingError, match=r"lets no gradient through \(quantised"):
         maps(_dynamic(("head",)))
 
 

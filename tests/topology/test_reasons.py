@@ -172,12 +172,6 @@ def of_transformers(kind: str, config: str, **options: Any) -> Callable[[], nn.M
     return make
 
 
-def headless() -> nn.Module:
-    model = vit()
-    nn.init.zeros_(model.head.weight)
-    return model
-
-
 NO_ATTENTION = "it holds no attention module"
 NO_NORM = "it holds no LayerNorm, whose token statistics say what a block keeps"
 NOT_THERE = "its attention and LayerNorms are not where those of a known family are"
@@ -276,7 +270,6 @@ TABLE: dict[str, Row] = {
         UnsupportedModelError,
         "'embed', its first convolution, reads 16 channels; one that reads images is expected to read fewer than 16",
     ),
-    "no head": (headless, RecordingError, "the score has a gradient of zero at every token where the blocks end"),
 }
 
 

@@ -27,11 +27,10 @@ def with_new_tokens(blocks: Sequence[Block], recording: Recording, grid: Grid) -
 
     Where anything else happened between two blocks nothing is put between them: the check of the stream sees it.
     """
-    assert recording.stream_end is not None
     readers = [(block.name, block.before) for block in blocks[1:]]
-    readers.append(("the head", stream(recording.stream_end.detach())))
+    end = blocks[-1].after if recording.stream_end is None else stream(recording.stream_end.detach())
     steps: list[Step] = []
-    for block, (name, reader) in zip(blocks, readers, strict=True):
+    for block, (name, reader) in zip(blocks, [*readers, ("the head", end)], strict=True):
         steps.append(block)
         if block.after.data_ptr() != reader.data_ptr() and not torch.equal(block.after, reader):
             below = _below(block.after, reader, math.prod(grid), recording.constants)
