@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.contract import distilled, images, lively, swin, swin_v2, untouched, vit
+from timm.layers import Mlp
+from timm.models.hiera import Hiera
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.models import SwinTransformer, VisionTransformer
@@ -17,9 +19,17 @@ from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTF
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, RecordingError, UnsupportedModelError
 from captum_lnstat.topology import find_topology
+from captum_lnstat.topology.anatomy.projections import projections
 
 RULES = ("lnstat", "evidence", "rollout", "gradient")
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def hiera() -> nn.Module:
+    torch.manual_seed(0)
+    return lively(
+        Hiera((32, 32), embed_dim=16, num_heads=1, stages=(1, 1), q_pool=1, num_classes=5, patch_stride=(2, 2))
+    )
 
 
 def hf_vit() -> nn.Module:
@@ -262,6 +272,16 @@ def _with_bias(kind: Any) -> Callable[[nn.Linear], nn.Module]:
         return kind(base)
 
     return make
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_mlp_of_adapters_is_no_adapter(kind: Any) -> None:
+    mlp = nn.Sequential(Mlp(8, 32))
+    assert [found.name for found in projections(mlp)] == ["0.fc1", "0.fc2"]
+    adapted = replaced(mlp, ("fc1", "fc2"), kind)
+    assert [(found.name, found.in_features) for found in projections(adapted)] == [("0.fc1", 8), ("0.fc2", 32)]
+    one = replaced(mlp, ("fc2",), kind)
+    assert [(found.name, found.out_features) for found in projections(one)] == [("0.fc1", 32), ("0.fc2", 8)]
 
 
 def test_an_adapter_follows_its_weights() -> None:
@@ -515,6 +535,7 @@ PEFT: dict[str, tuple[Callable[[], nn.Module], str, dict[str, Any]]] = {
     "OFT": (vit, "OFTConfig", {"target_modules": ["attn.proj"], "oft_block_size": 4}),
     "LoRA of a Swin": (swin, "LoraConfig", {"target_modules": [*TIMM, "reduction"]}),
     "DoRA of a Swin v2": (swin_v2, "LoraConfig", {"target_modules": ["attn.proj", "reduction"], "use_dora": True}),
+    "LoRA of a Hiera": (hiera, "LoraConfig", {"target_modules": "all-linear"}),
     "LoRA of a Hugging Face ViT": (hf_vit, "LoraConfig", {"target_modules": "all-linear"}),
     "DoRA of a Hugging Face Swin": (hf_swin, "LoraConfig", {"target_modules": "all-linear", "use_dora": True}),
     "LoRA of a torchvision ViT": (torchvision_vit, "LoraConfig", {"target_modules": ["mlp.0", "mlp.3"]}),

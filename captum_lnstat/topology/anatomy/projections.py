@@ -166,6 +166,9 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
 def _adapts(module: nn.Module, base: nn.Module, reads: int, makes: int) -> bool:
     """Whether two matrices of low rank beside a Linear in it make, one after the other, what the Linear makes."""
     own = {id(parameter) for parameter in base.parameters()}
+    # What is beside it for a Linear of its own, as in an MLP, has adapters of its own.
+    others = [child for child in module.children() if _features(child) is not None and type(child) is not nn.Linear]
+    own |= {id(parameter) for child in others for parameter in child.parameters()}
     shapes = {tuple(parameter.shape) for parameter in module.parameters() if id(parameter) not in own}
     ranks = {size for shape in shapes for size in shape if size < min(reads, makes)}
     pairs = [({(rank, reads), (makes, rank)}, {(reads, rank), (rank, makes)}) for rank in ranks]
