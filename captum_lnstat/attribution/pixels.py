@@ -35,11 +35,11 @@ def _axis(cells: int, cell: int, pixels: int, mode: str) -> Float[Tensor, "pixel
 
 def _axis_from(start: float, cells: int, cell: int, pixels: int, interpolation: str) -> Float[Tensor, "pixel cell"]:
     """The same for cells of which the first begins elsewhere than the image; one beside it is at its border."""
-    place = (torch.arange(pixels, dtype=torch.float64) + 0.5 - start) / cell - 0.5
-    apart = place[:, None].clamp(0, cells - 1) - torch.arange(cells)
+    place = (torch.arange(pixels, dtype=torch.float64, device="cpu") + 0.5 - start) / cell - 0.5
+    apart = place[:, None].clamp(0, cells - 1) - torch.arange(cells, device="cpu")
     weights = (1 - apart.abs()).clamp(min=0) if interpolation == "bilinear" else ((apart + 0.5) // 1 == 0).double()
     weights = weights * ((place >= -0.5) & (place <= cells - 0.5))[:, None]
-    middles = (start + cell * (torch.arange(cells) + 0.5) - 0.5).round().long().clamp(0, pixels - 1)
+    middles = (start + cell * (torch.arange(cells, device="cpu") + 0.5) - 0.5).round().long().clamp(0, pixels - 1)
     for beside in (weights.sum(0) == 0).nonzero()[:, 0].tolist():
         weights[middles[beside], beside] = 1
     return weights / weights.sum(0, keepdim=True)

@@ -86,7 +86,7 @@ def joined(name: str, function: Function, args: Args, named: Named, known: Seque
     if any(places.lattice != known[0].lattice for places in known):
         return None
     parts = args[0] if args else named["tensors"]
-    ids = [p.read() if isinstance(p, Provenance) else torch.tensor(NOWHERE).expand(p) for p in parts]
+    ids = [p.read() if isinstance(p, Provenance) else torch.tensor(NOWHERE, device="cpu").expand(p) for p in parts]
     dim: int = named["dim"] if "dim" in named else args[1] if len(args) > 1 else 0
     shared = ids[0].dim() > 1 and dim not in (-1, ids[0].dim() - 1) and all(part.stride(-1) == 0 for part in ids)
     mixed = next((places.mixed for places in known if places.mixed), "")
@@ -102,8 +102,8 @@ def written(name: str, args: Args, shape: torch.Size, known: Sequence[Provenance
     target, *where, value = args
     if any(places.lattice != known[0].lattice for places in known):
         return None
-    before = target.read().clone() if isinstance(target, Provenance) else torch.full(shape, NOWHERE)
-    after = value.read() if isinstance(value, Provenance) else torch.tensor(NOWHERE)
+    before = target.read().clone() if isinstance(target, Provenance) else torch.full(shape, NOWHERE, device="cpu")
+    after = value.read() if isinstance(value, Provenance) else torch.tensor(NOWHERE, device="cpu")
     if name == "__setitem__":
         at = _on_cpu(where[0])
         before[at] = after
@@ -118,7 +118,9 @@ def chosen(args: Args, known: Sequence[Provenance]) -> Provenance | None:
     """``torch.where``."""
     if any(places.lattice != known[0].lattice for places in known) or isinstance(args[0], Provenance):
         return alongside(known, known[0].shape)
-    one, other = (part.read() if isinstance(part, Provenance) else torch.tensor(NOWHERE) for part in args[1:])
+    one, other = (
+        part.read() if isinstance(part, Provenance) else torch.tensor(NOWHERE, device="cpu") for part in args[1:]
+    )
     return known[0].to(torch.where(args[0].cpu(), one, other))
 
 
@@ -177,7 +179,7 @@ def in_rows(given: Sequence[Provenance], shape: torch.Size) -> Provenance | None
     for places in given:
         if places.shape == shape:
             return places
-        rows = one_a_row(places.read()) if len(places.shape) > 0 else torch.empty(0)
+        rows = one_a_row(places.read()) if len(places.shape) > 0 else torch.empty(0, device="cpu")
         if len(shape) > 0 and len(rows) == shape[0] and not bool((rows == SEVERAL).any()):
             return places.to(rows.reshape(-1, *[1] * (len(shape) - 1)).expand(shape))
     return None

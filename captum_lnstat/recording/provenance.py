@@ -126,7 +126,7 @@ class Provenance:
 
     def mixed_by(self, name: str, shape: torch.Size) -> Provenance:
         """What a function made of it that reads several places for each number."""
-        return self.to(torch.tensor(SEVERAL).expand(shape), name)
+        return self.to(torch.tensor(SEVERAL, device="cpu").expand(shape), name)
 
     def to(self, ids: Tensor, mixed: str = "") -> Provenance:
         """The same lattice's cells in other places."""
@@ -176,7 +176,9 @@ def on_lattice(images: Tensor, axes: list[Tensor], reaches: bool) -> tuple[Latti
         origin.append(float(known[0]))
         pitch.append(step)
     count = math.prod(sizes)
-    if count != images.shape[1] or not torch.equal(cells.sort(1).values, torch.arange(count).expand_as(cells)):
+    if count != images.shape[1] or not torch.equal(
+        cells.sort(1).values, torch.arange(count, device="cpu").expand_as(cells)
+    ):
         return None
     lattice = Lattice((len(rows), *sizes), tuple(origin), tuple(pitch), _unless_in_order(rows), reaches)
     return lattice, cells + count * torch.arange(len(rows), device=_CPU)[:, None]
@@ -217,4 +219,4 @@ def as_map(places: Provenance) -> Lattice | None:
 
 
 def _unless_in_order(rows: Tensor) -> tuple[int, ...] | None:
-    return None if torch.equal(rows, torch.arange(len(rows))) else tuple(rows.tolist())
+    return None if torch.equal(rows, torch.arange(len(rows), device="cpu")) else tuple(rows.tolist())

@@ -46,7 +46,7 @@ def placed(trace: Trace, recording: Recording) -> Trace:
             f"{count} were looked for, out of {lattice.cells}; expected all patches, and every other token before them"
         )
     images, _ = lattice.where(seen)
-    rows = torch.arange(len(seen))[:, None]
+    rows = torch.arange(len(seen), device="cpu")[:, None]
     if not torch.equal(images, rows.expand_as(images)):
         image = int(images[(images != rows).any(1)][0, 0])
         row = int((images != rows).any(1).nonzero()[0, 0])
@@ -63,7 +63,7 @@ def check_rows(recording: Recording) -> None:
     if places is None or not places.shape:
         return
     rows = one_a_row(places.read())
-    wrong = ((rows != torch.arange(len(rows))) & (rows != NOWHERE)).nonzero()[:, 0].tolist()
+    wrong = ((rows != torch.arange(len(rows), device="cpu")) & (rows != NOWHERE)).nonzero()[:, 0].tolist()
     if wrong:
         seen = int(rows[wrong[0]])
         what = f"of row {seen} of the batch that the model was given" if seen >= 0 else "made of several rows"
@@ -91,14 +91,14 @@ def _moved(trace: Trace, cells: Tensor, lattice: Lattice, name: str) -> Trace:
             f"{' x '.join(map(str, trace.grid))} was recognised; expected the one to be the other"
         )
     flipped = [axis for axis, pitch in enumerate(lattice.pitch) if pitch < 0]
-    cells = torch.arange(count).reshape(trace.grid).flip(flipped).flatten()[cells]
+    cells = torch.arange(count, device="cpu").reshape(trace.grid).flip(flipped).flatten()[cells]
     place = cells.argsort(1)
-    if not torch.equal(cells.gather(1, place), torch.arange(count).expand_as(cells)):
+    if not torch.equal(cells.gather(1, place), torch.arange(count, device="cpu").expand_as(cells)):
         raise UnsupportedModelError(
             f"the tokens of {name!r} hold some patches twice and others not at all; expected every patch once"
         )
     trace = _shifted(trace, lattice)
-    if torch.equal(place, torch.arange(count).expand_as(place)):
+    if torch.equal(place, torch.arange(count, device="cpu").expand_as(place)):
         return trace
     own = trace.place
     if own is not None:

@@ -221,8 +221,7 @@ TABLE: dict[str, Row] = {
     "edgenext": (
         of_timm("edgenext_xx_small"),
         UnsupportedModelError,
-        "'stages.2.blocks.5' was given (2, 88, 2, 2), its first norm read (2, 4, 88), and its attention has maps of "
-        "22 x 22",
+        "CrossCovarianceAttn at 'stages.2.blocks.5.xca' attends from channel to channel, 22 x 22 in each head for 4 tokens",
     ),
     # Several maps, or none that is a softmax.
     "differential": (attending(Differential), RecordingError, SEVERAL),
@@ -257,7 +256,7 @@ TABLE: dict[str, Row] = {
     "volo": (
         of_timm("volo_d1_224", img_size=32),
         RecordingError,
-        "post_network.0 does not read what the step before it returned",
+        "'post_network.0' was given (2, 5, 384) and returned (2, 5, 384); read with the channels last it has 5 tokens",
     ),
     "side by side": (
         lambda: SideBySide().eval(),

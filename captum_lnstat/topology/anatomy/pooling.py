@@ -250,7 +250,11 @@ def _read(mixed: Tensor, sites: Sequence[AttentionSite], count: int) -> list[Att
     slopes = torch.autograd.grad(mixed, outputs, retain_graph=True, allow_unused=True) if outputs else ()
     found = []
     for site, slope in zip(inside, slopes, strict=True):
-        read = torch.zeros(0) if slope is None else site.output_gradient(slope).ne(0).any(-1).flatten(0, 1).any(0)
+        read = (
+            torch.zeros(0, device="cpu")
+            if slope is None
+            else site.output_gradient(slope).ne(0).any(-1).flatten(0, 1).any(0)
+        )
         if bool(read.any()):
             queries = None if bool(read.all()) else read.nonzero()[:, 0]
             found.append(AttentionPooling("attention pooling", site, count - site.shape[3], queries, seen=True))
