@@ -33,6 +33,7 @@ from captum_lnstat.rules.engine import Pass
 from captum_lnstat.rules.rule import DEFAULT
 from captum_lnstat.topology import DividedTopology, find_topology
 from captum_lnstat.trace.steps import Block, MergingShare
+from captum_lnstat.trace.trace import Trace
 
 
 class LayerLNStat(LayerAttribution, OnePass):  # type: ignore[misc]
@@ -152,9 +153,10 @@ class LayerLNStat(LayerAttribution, OnePass):  # type: ignore[misc]
         """
         spread: list[Tensor] = []
         for image, part, arguments in chunks(the_image(inputs), target, additional_forward_args, internal_batch_size):
-            relevance, shape = explain_layer(self, image, part, arguments, attribute_to_layer_input)
+            relevance, shape, trace = explain_layer(self, image, part, arguments, attribute_to_layer_input)
             with torch.inference_mode(False), torch.no_grad():
-                tokens = torch.cat([relevance.prefix, relevance.grid.flatten(1)], 1)
+                before, behind = relevance.prefix.tensor_split([relevance.prefix.shape[1] - trace.suffix], 1)
+                tokens = torch.cat([before, relevance.grid.flatten(1), behind], 1)
                 grid = relevance.grid.shape[1:]
                 channel = 1 if len(shape) == 4 and shape[2:] == grid != shape[1:3] else len(shape) - 1
                 # Prefix tokens that join the stream later are not among the block's own (CaiT).
@@ -163,7 +165,8 @@ class LayerLNStat(LayerAttribution, OnePass):  # type: ignore[misc]
                 values = check_fits((tokens / shape[channel]).to(image.dtype))
                 values = values.reshape(*shape[:channel], *shape[channel + 1 :])
                 spread.append(values.unsqueeze(channel).expand(shape).contiguous())
-        return format_output(is_tuple(inputs), (joined(spread),))  # type: ignore[no-any-return]
+        whole = joined(spread)
+        return format_output(is_tuple(inputs), (whole.transpose(0, 1) if trace.tokens_first else whole,))  # type: ignore[no-any-return]
 
     @property
     def lnstat(self) -> LNStatAttribution:
@@ -179,8 +182,8 @@ def explain_layer(
     target: Target,
     additional_forward_args: ForwardArgs = None,
     attribute_to_layer_input: bool = False,
-) -> tuple[Relevance, torch.Size]:
-    """The relevance at the block's tokens, and the shape of the activation there."""
+) -> tuple[Relevance, torch.Size, Trace]:
+    """The relevance at the block's tokens, the shape of the activation there with its batch first, and the trace."""
     lnstat = method.lnstat
     outcome = record(lnstat, inputs, [target], additional_forward_args)
     if outcome.trace.family == DividedTopology.family:
@@ -199,7 +202,8 @@ def explain_layer(
             f"every patch token is zero at the output of {block.name!r}: the head reads prefix tokens only. Take "
             "attribute_to_layer_input=True, a block before it, or rule='evidence'"
         )
-    return relevance, activation.tensor.shape
+    turned = outcome.trace.tokens_first
+    return relevance, (activation.turned() if turned else activation).tensor.shape, outcome.trace
 
 
 def _block(layer: Any, outcome: Pass, model: nn.Module) -> Block:

@@ -60,7 +60,7 @@ class DepthExplainer(Explainer):
             raise ValueError(f"depth is {self.depth}; expected 1 to {len(trace.blocks) - 1}")
         block = trace.blocks[self.depth]
         layer = eager(find_topology(eager(model)).model).get_submodule(block.name)
-        found, _ = explain_layer(self._layered(model, layer), inputs, targets, attribute_to_layer_input=True)
+        found, *_ = explain_layer(self._layered(model, layer), inputs, targets, attribute_to_layer_input=True)
         with torch.no_grad():
             return trace, to_patches(torch.cat([found.prefix, found.grid.flatten(1)], 1), trace, block)
 

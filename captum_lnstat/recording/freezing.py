@@ -153,9 +153,10 @@ def _layer_norm(
     return FrozenLayerNorm.apply(input, tuple(normalized_shape), weight, bias, float(eps))  # type: ignore[no-any-return]
 
 
-def _rms_norm(
+def frozen_rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
+    """``F.rms_norm`` with its root mean square a constant of the backward pass."""
     return FrozenRMSNorm.apply(input, tuple(normalized_shape), weight, eps)  # type: ignore[no-any-return]
 
 
@@ -211,7 +212,7 @@ class Freezer:
         if function in LAYER_NORMS:
             return _layer_norm
         if function in _RMS_NORMS:
-            return _rms_norm
+            return frozen_rms_norm
         if function is F.scaled_dot_product_attention:
             return _attention
         # Of (batch, classes) they make probabilities, as part of the score.

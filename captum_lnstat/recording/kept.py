@@ -8,7 +8,7 @@ model's own memory is used again by every layer, as in a pass that is not record
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -112,6 +112,10 @@ class Kept:
             return cls.of(tensor)
         copy, original = arena.put(tensor)
         return cls.of(tensor) if original is None else cls(copy, -1, original)
+
+    def turned(self) -> Kept:
+        """The same with its first two dimensions the other way round."""
+        return replace(self, tensor=self.tensor.transpose(0, 1))
 
     def read(self) -> Tensor:
         changed = self.version >= 0 and self.tensor._version != self.version

@@ -7,7 +7,6 @@ inputs and outputs of the modules a topology asked for, and mark where the head 
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -28,20 +27,26 @@ from captum_lnstat.recording.attention_backward import (
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
 from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.following import Following
-from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer, FrozenLayerNorm, returns_moments
+from captum_lnstat.recording.freezing import (
+    LAYER_NORMS,
+    SOFTMAXES,
+    Freezer,
+    FrozenLayerNorm,
+    frozen_rms_norm,
+    returns_moments,
+)
 from captum_lnstat.recording.hooks import Hooks
 from captum_lnstat.recording.joins import Joins
 from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.places import IMAGE, Places
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
+from captum_lnstat.recording.rms import RMS_NORMS, frozen, own_rms_norm, rms_channels, rms_norm_call
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite
 from captum_lnstat.recording.softmaxes import Softmaxes, SoftmaxEvent
 from captum_lnstat.recording.watched import LEAVES, WATCHED
 
 # What of a model gets a graph: see ``Recorder``.
 Differentiable = Literal["head", "model", "affine"]
-
-_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
 class Recorder(TorchFunctionMode):
@@ -57,6 +62,7 @@ class Recorder(TorchFunctionMode):
             is then made of all that lies between and beside them. For ``"head"`` only.
         channels_first: There the stream has its channels before its rows; it is kept with them last.
         width: How many channels it has, where they may be first or last.
+        tokens_first: Whether a stream has its tokens before its batch; it is kept with the batch first.
         differentiable: What gets a graph. ``"head"``: the head alone, cut off from the trunk, with its LayerNorms
             frozen. ``"model"``: all of it as it is. ``"affine"``: all of it, with norms, attention probabilities and
             activation gates frozen: the model is then affine for autograd.
@@ -83,6 +89,7 @@ class Recorder(TorchFunctionMode):
         *,
         channels_first: bool = False,
         width: int | None = None,
+        tokens_first: Callable[[Tensor], bool] | None = None,
         differentiable: Differentiable = "head",
         compact: bool = False,
         images: Tensor | None = None,
@@ -93,6 +100,7 @@ class Recorder(TorchFunctionMode):
         self._head_begins = head_begins
         self._head_follows = head_follows
         self._channels_first, self._width, self._differentiable = channels_first, width, differentiable
+        self._tokens_first = tokens_first
         # What is in a graph is kept by the graph, where it is.
         self._arena = Arena() if differentiable == "head" and compact else None
         self._freezer = Freezer() if differentiable == "affine" else None
@@ -105,7 +113,7 @@ class Recorder(TorchFunctionMode):
         self._events: list[AttentionSite | SoftmaxEvent] = []
         self._softmaxes = Softmaxes(self._arena)
         self._norms: list[NormCall] = []
-        self._joins = Joins()
+        self._joins = Joins(tokens_first)
         self._calls: dict[str, list[ModuleCall]] = {}
         self._stream_end: Tensor | None = None
         self._begun: Tensor | None = None  # what was passed on there
@@ -137,7 +145,8 @@ class Recorder(TorchFunctionMode):
                     continue
                 name = recorded_name(dotted)
                 first = self._passing_on(name) if module in self._places or module is self._head_follows else None
-                self._hooks.add(module, self._entering(name), self._leaving(name), first)
+                leaving = self._leaving(name, rms_channels(module) is not None)
+                self._hooks.add(module, self._entering(name), leaving, first)
         except BaseException:
             self._hooks.remove()
             raise
@@ -194,17 +203,19 @@ class Recorder(TorchFunctionMode):
 
         return hook
 
-    def _leaving(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+    def _leaving(self, name: str, rms_norm: bool) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             if self._elsewhere():
                 return None
             self._running.pop()
             # A block may return its attention maps beside its tokens.
+            if rms_norm and inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+                output = self._own_rms_norm(name, module, inputs[0], output)
             first = output[0] if isinstance(output, tuple) and output else output
             if module in self._taps and isinstance(first, Tensor) and inputs and isinstance(inputs[0], Tensor):
                 self._calls.setdefault(name, []).append(ModuleCall(self._keep(inputs[0]), self._keep(first)))
             if module is not self._head_follows or first is self._begun:
-                return None
+                return output if rms_norm else None
             if self._differentiable == "head":
                 self._stream_end = None  # a hook of somebody else's changed what the module returned
             return self._head_after(name, output)
@@ -234,20 +245,25 @@ class Recorder(TorchFunctionMode):
                 "expected it to read the whole stream once. A head that reads the stream in parts, or layers that "
                 "share their weights, are not known of this family"
             )
-        first = given.dim() == 4 and (self._channels_first or given.shape[1] == self._width != given.shape[3])
-        stream = given.movedim(1, -1) if first else given
+        moved = None
+        if given.dim() == 4 and (self._channels_first or given.shape[1] == self._width != given.shape[3]):
+            moved = 1, -1
+        elif self._tokens_first is not None and self._tokens_first(given):
+            moved = 1, 0
+        stream = given if moved is None else given.movedim(*moved)
         if self._differentiable == "head":
             torch.set_grad_enabled(True)  # until the recorder is left
             # Where it lies is where what was kept of it lies.
             stream = self._keep(stream).tensor.detach().requires_grad_()
         self._stream_end = stream
-        begun = stream.movedim(-1, 1) if first else stream
+        begun = stream if moved is None else stream.movedim(*moved[::-1])
         self.following.head_begins(begun)
         return begun
 
     @property
-    def _in_cut_head(self) -> bool:
-        return self._differentiable == "head" and (self._stream_end is not None or self._places.any_left)
+    def _freezes_norms(self) -> bool:
+        cut = self._differentiable == "head" and (self._stream_end is not None or self._places.any_left)
+        return cut and torch.is_grad_enabled()
 
     @property
     def _ours(self) -> bool:
@@ -274,6 +290,9 @@ class Recorder(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in LAYER_NORMS:
             return self._layer_norm(function, *args, **kwargs)
+        if function in RMS_NORMS:
+            self._norms.append(rms_norm_call(self._running[-1], self._keep, *args, **kwargs))
+            function = frozen_rms_norm if self._freezes_norms else function
         if function is F.scaled_dot_product_attention:
             return self._fused(partial(self._call, function, args, kwargs), *args, **kwargs)
         own = self._softmaxes.product(function, args) if self._ours else None
@@ -281,9 +300,7 @@ class Recorder(TorchFunctionMode):
         if self._stream_end is None:
             self._joins.note(function, output, args, kwargs)
         if function is F.multi_head_attention_forward:
-            self._multi_head(output[0], *args, **kwargs)
-        elif function is F.rms_norm:
-            self._rms_norm(*args, **kwargs)
+            self._events.append(MultiHeadSite.of(self._running[-1], output[0], self._keep, args, kwargs))
         elif function in SOFTMAXES:
             event = self._softmaxes.begin(self._running[-1], output, *args, **kwargs)
             self._events += [] if event is None else [event]
@@ -325,15 +342,6 @@ class Recorder(TorchFunctionMode):
         self._events.append(replace(site, output=edge(output)))
         return output
 
-    def _multi_head(self, output: Tensor, *args: Any, **kwargs: Any) -> None:
-        arguments = _MULTI_HEAD.bind(*args, **kwargs)
-        arguments.apply_defaults()
-        named = dict(arguments.arguments)
-        for name in ("query", "key", "value", "attn_mask", "key_padding_mask"):
-            if named[name] is not None:
-                named[name] = self._keep(named[name])
-        self._events.append(MultiHeadSite(self._running[-1], named, edge(output)))
-
     def _layer_norm(
         self,
         function: Any,
@@ -347,7 +355,7 @@ class Recorder(TorchFunctionMode):
     ) -> Tensor:
         shape, moments = tuple(normalized_shape), None
         kept, name = self._keep(input), self._running[-1]
-        if self._in_cut_head and torch.is_grad_enabled():
+        if self._freezes_norms:
             output = FrozenLayerNorm.apply(input, shape, weight, bias, float(eps))
         elif self._freezer is None and returns_moments(input):
             # What layer_norm itself calls. Reading the statistics here saves reading the tokens again for them.
@@ -363,9 +371,12 @@ class Recorder(TorchFunctionMode):
         self._norms.append(NormCall(name, "layer_norm", kept, len(shape), weight, bias, float(eps), moments))
         return output  # type: ignore[no-any-return]
 
-    def _rms_norm(
-        self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-    ) -> None:
-        epsilon = torch.finfo(input.dtype).eps if eps is None else float(eps)
-        kept = self._keep(input)
-        self._norms.append(NormCall(self._running[-1], "rms_norm", kept, len(normalized_shape), weight, None, epsilon))
+    def _own_rms_norm(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """What a module returned that computes an RMSNorm for itself: frozen in the head, else as it is."""
+        if self._freezer is not None or (self._norms and self._norms[-1].module == name):
+            return output
+        norm = own_rms_norm(name, module, self._keep(x), output)
+        if norm is None:
+            return output
+        self._norms.append(norm)
+        return frozen(norm, x, output) if self._freezes_norms else output

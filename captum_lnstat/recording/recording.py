@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.following import Path
 from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.sites import AttentionSite
-from captum_lnstat.recording.statistics import TokenStatistics, token_statistics
+from captum_lnstat.recording.statistics import TokenStatistics, mean_square, token_statistics
 
 # So many units of rounding of eps, a variance next to it is known well.
 MANY = 1e4
@@ -43,9 +43,22 @@ class NormCall:
     moments: tuple[Tensor, Tensor] | None = None
 
     @property
+    def centred(self) -> bool:
+        """Whether it subtracts the mean, as a LayerNorm does."""
+        return self.kind == "layer_norm"
+
+    def turned(self) -> NormCall:
+        """The same with the first two dimensions of what it read the other way round."""
+        moments = self.moments and (self.moments[0].transpose(0, 1), self.moments[1].transpose(0, 1))
+        return replace(self, input=self.input.turned(), moments=moments)
+
+    @property
     def statistics(self) -> TokenStatistics:
         """Mean and biased variance of every token at the input of this norm, in float32."""
         x = self.input.read()
+        if self.kind == "rms_norm":
+            square = mean_square(x if self.dims == 1 else x.flatten(-self.dims))
+            return TokenStatistics(torch.zeros_like(square), square)
         if self.moments is not None:
             mean, deviation = (moment.detach().flatten(-self.dims) for moment in self.moments)
             variance = deviation[..., 0].square().reciprocal() - self.eps
@@ -76,6 +89,10 @@ class ModuleCall:
     input: Kept
     output: Kept
 
+    def turned(self) -> ModuleCall:
+        """The same with the first two dimensions of both the other way round."""
+        return ModuleCall(self.input.turned(), self.output.turned())
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -104,6 +121,14 @@ class Recording:
     constants: tuple[Tensor, ...] = ()
     rows: Path | None = None
 
+    def batch_first(self, modules: Iterable[str]) -> Recording:
+        """The same where norms inside some modules, and the modules, had tokens before the batch: the batch first."""
+        names = tuple(modules)
+        inside = {id(norm) for name in names for norm in self.norms_inside(name) if norm.input.tensor.dim() == 3}
+        norms = tuple(norm.turned() if id(norm) in inside else norm for norm in self.norms)
+        turned = {name: tuple(call.turned() for call in self.calls.get(name, ())) for name in names}
+        return replace(self, norms=norms, calls=self.calls | turned)
+
     def call(self, module: str) -> ModuleCall:
         """The one call of a tapped module."""
         calls = self.calls.get(module, ())
@@ -127,14 +152,18 @@ class Recording:
             raise RecordingError(_TOO_MANY.format(len(found), module) if found else _NONE.format(module))
         return found[0]
 
+    def sites_inside(self, module: str) -> list[AttentionSite]:
+        """Every attention site inside a module, in order."""
+        return self._sites_inside.get(module, [])
+
     def norm(self, module: str) -> NormCall:
         """The one norm call of a module."""
         found = self.norms_inside(module)
-        if len(found) != 1 or found[0].kind != "layer_norm":
+        if len(found) != 1:
             seen = ", ".join(norm.kind for norm in found) or "none"
             raise RecordingError(
-                f"expected one LayerNorm call at {module!r}, saw: {seen}. What is read there are the statistics of "
-                "torch's own layer_norm"
+                f"expected one call of a LayerNorm or RMSNorm at {module!r}, saw: {seen}. What is read there are the "
+                "statistics of torch's own layer_norm, or of what returns the same as rms_norm"
             )
         return found[0]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Union
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.recording.kept import Kept
+from captum_lnstat.recording.kept import Kept, edge
 from captum_lnstat.recording.statistics import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ QUERIES = 96
 # Which queries of a site.
 Queries = Union[slice, Tensor]
 EVERY = slice(None)
+_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
 class AttentionSite(ABC):
@@ -240,6 +242,18 @@ class MultiHeadSite(AttentionSite):
     module: str
     arguments: dict[str, Any]
     output: GradientEdge | None
+
+    @classmethod
+    def of(
+        cls, module: str, output: Tensor, keep: Callable[[Tensor], Kept], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> MultiHeadSite:
+        """The site of a call that returned ``output``."""
+        arguments = _MULTI_HEAD.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        named = dict(arguments.arguments)
+        for name in ("query", "key", "value", "attn_mask", "key_padding_mask"):
+            named[name] = None if named[name] is None else keep(named[name])
+        return cls(module, named, edge(output))
 
     @cached_property
     def unpacked(self) -> FusedSite:

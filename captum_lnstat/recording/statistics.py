@@ -35,7 +35,10 @@ def stream(tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Mean and biased variance over the channels of each token, in float32 (float64 for a float64 model)."""
+    """Mean and biased variance over the channels of each token, in float32 (float64 for a float64 model).
+
+    Of an RMSNorm, which subtracts nothing: 0 and the mean square.
+    """
 
     mean: Float[Tensor, "batch *tokens"]
     variance: Float[Tensor, "batch *tokens"]
@@ -59,15 +62,25 @@ def token_statistics(x: Float[Tensor, "batch *tokens channel"], channel_dims: in
     return TokenStatistics(mean, variance)
 
 
-def token_variance(x: Float[Tensor, "batch *tokens channel"]) -> Float[Tensor, "batch *tokens"]:
-    """Biased variance of every token over its channels."""
-    return normalised(x)[1]
+def token_variance(
+    x: Float[Tensor, "batch *tokens channel"], *, centred: bool = True
+) -> Float[Tensor, "batch *tokens"]:
+    """Biased variance of every token over its channels; if not ``centred``, its mean square."""
+    return normalised(x, centred=centred)[1]
+
+
+def mean_square(x: Float[Tensor, "*tokens channel"]) -> Float[Tensor, "*tokens"]:
+    """Of every token over its channels: what an RMSNorm divides by, squared."""
+    x = x.detach().to(accumulation_dtype(x))
+    return torch.linalg.vecdot(x, x) / x.shape[-1]  # type: ignore[no-any-return]
 
 
 def normalised(
-    x: Float[Tensor, "batch *tokens channel"],
+    x: Float[Tensor, "batch *tokens channel"], *, centred: bool = True
 ) -> tuple[Float[Tensor, "batch *tokens channel"], Float[Tensor, "batch *tokens"]]:
     """``(x - mean) / sigma`` of every token over its channels, and its biased variance; zeros where that is zero.
+
+    If not ``centred``, as an RMSNorm has it: ``x / rms`` and the mean square.
 
     Example:
         >>> import torch
@@ -76,6 +89,9 @@ def normalised(
                 [ 0.,  0.]]), tensor([1., 0.]))
     """
     x = x.detach().to(accumulation_dtype(x))
+    if not centred:
+        square = F.threshold(mean_square(x), 2 * NO_VARIANCE * torch.finfo(x.dtype).tiny, 0.0)
+        return x * torch.where(square > 0, square, torch.inf).rsqrt()[..., None], square
     none = NO_VARIANCE * torch.finfo(x.dtype).tiny
     # The kernel of a LayerNorm reads the tokens once for all three; torch.var is several times slower.
     direction, _, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, none)
@@ -86,6 +102,8 @@ def residual_share(
     before: Float[Tensor, "batch token channel"],
     update: Float[Tensor, "batch token channel"],
     form: ResidualShare,
+    *,
+    centred: bool = True,
 ) -> Float[Tensor, "batch token"]:
     """Share of each token after an attention that is the token before it, between 0 and 1.
 
@@ -94,17 +112,18 @@ def residual_share(
         update: The update ``d``.
         form: ``"update"``: ``var(x) / (var(x) + var(d))``. ``"ratio"``: ``min(1, var(x) / var(x + d))``, from the
             statistics of the two LayerNorms that read the stream. ``"half"``: 1/2, as attention rollout assumes.
+        centred: The norm that reads the stream subtracts the mean. An RMSNorm does not: mean squares, not variances.
 
     Returns:
         alpha, one value per token. A token of no variance at all, before and after, keeps half.
     """
     if form == "half":
         return before.new_full(before.shape[:-1], 0.5, dtype=accumulation_dtype(before))
-    own = token_variance(before)
+    own = token_variance(before, centred=centred)
     if form == "ratio":
-        return ratio_share(own, token_variance(before + update))
+        return ratio_share(own, token_variance(before + update, centred=centred))
     if form == "update":
-        return update_share(own, token_variance(update))
+        return update_share(own, token_variance(update, centred=centred))
     raise ValueError(f"residual is {form!r}; expected 'ratio', 'update' or 'half'")
 
 

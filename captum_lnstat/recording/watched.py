@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES
 from captum_lnstat.recording.joins import CONCATENATIONS
+from captum_lnstat.recording.rms import RMS_NORMS
 
 WATCHED = {
     *LAYER_NORMS,
@@ -16,7 +17,7 @@ WATCHED = {
     Tensor.repeat,
     F.scaled_dot_product_attention,
     F.multi_head_attention_forward,
-    F.rms_norm,
+    *RMS_NORMS,
     torch.einsum,
 }
 # Modules in which neither attention nor a norm runs: which of them is running need not be known.

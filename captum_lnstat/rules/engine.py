@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -131,6 +131,7 @@ def run(
             topology.places,
             channels_first=topology.channels_first,
             width=topology.width,
+            tokens_first=partial(topology.tokens_first, batch=len(x)),
             differentiable=differentiable,
             compact=x.numel() > COMPACT,
             images=x,

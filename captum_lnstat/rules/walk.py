@@ -99,7 +99,7 @@ class RowVector:
 
     def relevance(self, trace: Trace, constant: Tensor | None = None) -> tuple[Relevance, ...]:
         """At the image: one relevance for every row vector."""
-        prefix, grid = self.tokens[:, : trace.prefix], trace.on_grid(self.tokens).movedim(-1, 0).contiguous()
+        prefix, grid = trace.off_grid(self.tokens), trace.on_grid(self.tokens).movedim(-1, 0).contiguous()
         constant = torch.zeros_like(self.padding) if constant is None else constant
         return tuple(
             Relevance(grid[i], prefix[..., i], self.padding[..., i], constant[..., i]) for i in range(len(grid))

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from captum_lnstat.recording.forward import Output, pick_output
+from captum_lnstat.recording.rms import rms_channels
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -41,6 +42,7 @@ def wake(model: nn.Module, seed: int = 0, gain: float = 0.5) -> Any:
     weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)}
     weights |= {id(m.in_proj_weight) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     norms = {id(m.weight) for m in model.modules() if hasattr(m, "normalized_shape") or isinstance(m, _NormBase)}
+    norms |= {id(p) for m in model.modules() if rms_channels(m) is not None for p in m.parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.is_floating_point() or parameter.numel() == 0:

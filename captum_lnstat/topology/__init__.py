@@ -4,7 +4,7 @@
 # isort: off
 from captum_lnstat.topology.base import Topology, find_topology, register_topology, takes_videos
 from captum_lnstat.topology.hierarchical import HierarchicalTopology
-from captum_lnstat.topology.encoder import EncoderTopology
+from captum_lnstat.topology.encoder import EncoderTopology, SeenTopology
 from captum_lnstat.topology.divided import DividedTopology
 from captum_lnstat.topology.video import VideoTopology
 from captum_lnstat.topology.convolved import ConvolvedTopology
@@ -22,6 +22,7 @@ __all__ = [
     "HierarchicalTopology",
     "PlainTopology",
     "PooledTopology",
+    "SeenTopology",
     "Topology",
     "VideoTopology",
     "WindowedTopology",

@@ -15,7 +15,7 @@ from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.embedding import convolutions, named, outside
-from captum_lnstat.topology.anatomy.parts import Known, known_so_far, recall
+from captum_lnstat.topology.anatomy.parts import Known, channels_of, known_so_far, recall
 from captum_lnstat.topology.anatomy.refusal import no_family, several_models
 from captum_lnstat.topology.anatomy.structure import Structure, structure_of
 from captum_lnstat.trace.trace import Trace
@@ -114,6 +114,10 @@ class Topology(ABC):
         """Which axis of the images that ``forward_func`` was given has their channels."""
         return 1
 
+    def tokens_first(self, stream: Tensor, batch: int) -> bool:
+        """Whether a stream of so many images has its tokens before its batch, as of ``batch_first=False``."""
+        return False
+
     @abstractmethod
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:
         """Place the recorded sites on the image.
@@ -142,9 +146,10 @@ class BlockTopology(Topology):
         return convolutions(self.model, self.blocks.values())
 
     @cached_property
-    def norms(self) -> dict[str, nn.LayerNorm]:
-        """LayerNorms outside the blocks."""
-        return outside(self.model, self.blocks.values(), nn.LayerNorm)
+    def norms(self) -> dict[str, nn.Module]:
+        """LayerNorms and RMSNorms outside the blocks."""
+        found = outside(self.model, self.blocks.values(), nn.Module)
+        return {name: part for name, part in found.items() if channels_of(part) is not None}
 
     @property
     def entrance(self) -> str:

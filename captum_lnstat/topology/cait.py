@@ -134,7 +134,7 @@ class ClassAttentionTopology(BlockTopology):
         )
         query = Groups(torch.zeros(1, 1, dtype=torch.long, device=patches.device), tokens=before.shape[1])
         path = path_to_update(name, parts, site, recording)
-        return Block(name, site, query, before, between, after, path, keys=WholeImage())
+        return Block(name, site, query, before, between, after, path, keys=WholeImage(), centred=second.centred)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class ConvolvedTopology(BlockTopology):
         return [convolution for convolution in self.convolutions.values() if order.index(convolution) < first]
 
     @cached_property
-    def _last_norm(self) -> dict[str, nn.LayerNorm]:
+    def _last_norm(self) -> dict[str, nn.Module]:
         """The LayerNorm defined after the last block, if there is one."""
         order = list(self.model.modules())
         last = order.index(self._stages[-1][-1])

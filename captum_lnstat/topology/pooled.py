@@ -20,7 +20,14 @@ from captum_lnstat.layout import Grid, Groups, Layout, WholeImage
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, patch_of, reads_images
-from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, BlockParts, is_residual_block, layers, parts_of
+from captum_lnstat.topology.anatomy.parts import (
+    BLOCK_PARTS,
+    BlockParts,
+    channels_of,
+    is_residual_block,
+    layers,
+    parts_of,
+)
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.projections import is_projection
 from captum_lnstat.topology.anatomy.unfolding import cut
@@ -168,7 +175,7 @@ def _linears(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def _widens(block: nn.Module) -> bool:
-    first, second, *_ = (getattr(block, norm).normalized_shape for norm in parts_of(block).norms)
+    first, second, *_ = (channels_of(getattr(block, norm)) for norm in parts_of(block).norms)
     return bool(first != second)
 
 

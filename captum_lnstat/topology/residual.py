@@ -76,7 +76,7 @@ def residual_block(
         between, norms = stream(second.input.read()), (first, second)
         path = path_to_update(name, parts, site, recording, joined_norm)
     else:
-        attended, mlp, norms = _output(first), _output(second), None
+        attended, mlp, norms = output_of(first), output_of(second), None
         if attended.shape != before.shape:
             raise UnsupportedModelError(
                 f"{name!r} was given {tuple(call.input.tensor.shape)}, its first norm read "
@@ -92,7 +92,10 @@ def residual_block(
         between = before + attended
         _check_sum(name, between + mlp, after)
     _check_tokens(name, call, (between, after) if pooled else (before, between, after))
-    return Block(name, site, layout, before, between, after, path, norms=norms, post_norm=norms is None)
+    centred = second.centred or norms is None
+    return Block(
+        name, site, layout, before, between, after, path, norms=norms, post_norm=norms is None, centred=centred
+    )
 
 
 def with_pooled_queries(
@@ -128,7 +131,7 @@ def trailing_norm(name: str, block: nn.Module, recording: Recording, grid: Grid)
     if len(norms) < 3:
         return None
     before, after = stream(last.input.read()), stream(recording.call(name).output.read())
-    _check_sum(name, _output(last), after)
+    _check_sum(name, output_of(last), after)
     return norm_step(last.module, last, before, after, grid)
 
 
@@ -179,10 +182,6 @@ def _norm_of_heads(attention: str, parts: BlockParts, site: AttentionSite, recor
     ]
     if len(found) % 2 == 0:
         return None
-    if found[-1].kind != "layer_norm":
-        raise UnsupportedModelError(
-            f"the joined heads of {attention!r} go through a {found[-1].kind}; expected LayerNorm"
-        )
     return found[-1]
 
 
@@ -198,10 +197,12 @@ def _check_tokens(name: str, call: ModuleCall, streams: Sequence[Tensor]) -> Non
         )
 
 
-def _output(norm: NormCall) -> Tensor:
+def output_of(norm: NormCall) -> Tensor:
     """What the norm returned, computed again rather than stored."""
     x = norm.input.read()
     with torch.no_grad():
+        if not norm.centred:
+            return FrozenNorm.of(norm).apply(stream(x))
         return stream(nn.functional.layer_norm(x, x.shape[-norm.dims :], norm.weight, norm.bias, norm.eps))
 
 
@@ -213,11 +214,17 @@ def _kept(both: Tensor, attended: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_sum(name: str, expected: Tensor, seen: Tensor) -> None:
-    # Half precision rounds the stream after each addition; the tolerance only has to tell another wiring apart.
-    error, size = (seen - expected).abs().amax(), seen.abs().amax()
-    if torch.isfinite(size) and error > 0.05 * size:
+    if off_by(expected, seen) > 1:
+        error, size = (seen - expected).abs().amax(), seen.abs().amax()
         raise RecordingError(
             f"block {name!r} does not return x + norm(attention(x)) + norm(mlp(x')), or the norm of it: off by "
             f"{error:.3g} at values up to {size:.3g}. Its wiring is neither pre-norm nor post-norm; its relevance "
             "cannot be placed"
         )
+
+
+def off_by(expected: Tensor, seen: Tensor) -> float:
+    """How far two streams are apart, in units of what tells one wiring from another; 0 where nothing is finite."""
+    # Half precision rounds the stream after each addition.
+    error, size = (seen - expected).abs().amax(), seen.abs().amax()
+    return float(torch.where(torch.isfinite(size), error / (0.05 * size), 0.0))

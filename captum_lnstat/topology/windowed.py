@@ -20,7 +20,7 @@ from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, names_of, outside
-from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, is_residual_block
+from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, channels_of, is_residual_block
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.projections import Projection, projections
 from captum_lnstat.topology.anatomy.volumes import channel_axis, sizes, tubelet_convolutions
@@ -179,7 +179,7 @@ def _patch_convolution(model: nn.Module, steps: list[Any]) -> nn.Conv2d | nn.Con
 
 
 def _last_norm(model: nn.Module) -> nn.Module | None:
-    return next((child for child in model.children() if isinstance(eager(child), nn.LayerNorm)), None)
+    return next((child for child in model.children() if channels_of(eager(child)) is not None), None)
 
 
 def _is_swin(model: nn.Module, steps: list[Any]) -> bool:
@@ -246,5 +246,5 @@ def _merging(name: str, module: Any, recording: Recording, grid: Grid) -> Mergin
             "expected 2 x 2, in videos those of one frame"
         )
     groups, after = quads(grid, children.device), stream(recording.call(name).output.read())
-    merged = (*grid[:-2], (grid[-2] + 1) // 2, (grid[-1] + 1) // 2)
-    return Merging(name, groups, stream(children), path, norm_first, linear.weight.detach(), after, merged)
+    merged, weight = (*grid[:-2], (grid[-2] + 1) // 2, (grid[-1] + 1) // 2), linear.weight.detach()
+    return Merging(name, groups, stream(children), path, norm_first, weight, after, merged, norm.centred)

@@ -36,8 +36,8 @@ class Deviations:
         values: ``w_j^h = v_j^h - m^h``.
         common: ``m^h``.
         direction: ``(e_i - mean e_i) / sigma_i`` of ``e_i = d_i - (M_i m + b)``, over the channels; zero where they are
-            all the same.
-        variance: ``sigma_i^2``, the variance of ``e_i``.
+            all the same. Where an RMSNorm reads the stream, ``e_i / rms_i``.
+        variance: ``sigma_i^2``, the variance of ``e_i``, or its mean square.
     """
 
     values: Float[Tensor, "group head key channel"]
@@ -54,6 +54,7 @@ def deviations(
     update: Float[Tensor, "batch query_token out_channel"],
     *,
     from_mean: bool = True,
+    centred: bool = True,
 ) -> Deviations:
     """An attention's values and its update, less what all tokens have in common.
 
@@ -64,20 +65,22 @@ def deviations(
         keys: How tokens became keys.
         update: What the attention added to each token.
         from_mean: ``m`` is the mean value; otherwise zero.
+        centred: What reads the stream subtracts the mean over the channels; an RMSNorm does not.
     """
     batch, heads = len(update), site.shape[1]
     values = site.values(slice(0, heads))
     images = values.reshape(batch, -1, *values.shape[1:])  # (batch, group, head, key, channel)
     if not from_mean:
         common = values.new_zeros(batch, heads, values.shape[-1])
-        return Deviations(values, common, *normalised(update - apply(path, common.flatten(1)[:, None])))
+        e = update - apply(path, common.flatten(1)[:, None])
+        return Deviations(values, common, *normalised(e, centred=centred))
     common = _mean(images, keys)
     joined = common.flatten(1)[:, None]
     if site.signed:
         joined = layout.scatter(_row_sums(site).repeat_interleave(common.shape[-1], -1), batch)[0] * joined
     # Head by head in memory, as they are multiplied.
     apart = torch.sub(images, common[:, None, :, None], out=images.new_empty(images.shape)).flatten(0, 1)
-    return Deviations(apart, common, *normalised(update - apply(path, joined)))
+    return Deviations(apart, common, *normalised(update - apply(path, joined), centred=centred))
 
 
 def less_the_mean(

@@ -88,30 +88,35 @@ class FrozenScale:
 class FrozenNorm:
     """``f(x) = gamma * (x - mean(x)) / sigma + beta`` with ``sigma`` of the recorded token.
 
-    The mean is part of the linear map (each part of ``x`` loses its own mean); only ``sigma`` is frozen.
+    The mean is part of the linear map (each part of ``x`` loses its own mean); only ``sigma`` is frozen. An RMSNorm
+    subtracts none, and ``sigma`` is its root mean square.
     """
 
     deviation: Float[Tensor, "batch *tokens"]
     gamma: Tensor | None
     beta: Tensor | None
+    centred: bool = True
 
     @classmethod
     def of(cls, norm: NormCall) -> FrozenNorm:
         """A recorded norm as an affine map, its standard deviation held constant."""
-        return cls((norm.statistics.variance + norm.eps).sqrt(), norm.weight, norm.bias)
+        return cls((norm.statistics.variance + norm.eps).sqrt(), norm.weight, norm.bias, norm.centred)
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def pull_back(self, u: Cotangent) -> tuple[Cotangent, Tensor]:
         constant = _nothing(u) if self.beta is None else u.read_vector(self.beta)
         scaled = u.directions if self.gamma is None else u.directions * self.gamma.detach().to(u.directions.dtype)
-        centred = u.with_directions(scaled - scaled.mean(-1, keepdim=True))
+        centred = u.with_directions(self._centre(scaled))
         return centred.scaled(1 / self.deviation.flatten(1).to(u.scale.dtype)), constant
 
     def pull_back_each(self, u: Tensor, at: Tensor | None) -> Tensor:
         scaled = u if self.gamma is None else u * self.gamma.detach().to(u.dtype)
-        return (scaled - scaled.mean(-1, keepdim=True)) / _of(self.deviation.flatten(1).to(u.dtype), at)[..., None]
+        return self._centre(scaled) / _of(self.deviation.flatten(1).to(u.dtype), at)[..., None]
 
     def apply(self, x: Tensor) -> Tensor:
-        y = (x - x.mean(-1, keepdim=True)) / self.deviation.flatten(1).to(x.dtype)[..., None]
+        y = self._centre(x) / self.deviation.flatten(1).to(x.dtype)[..., None]
         y = y if self.gamma is None else y * self.gamma.detach().to(x.dtype)
         return y if self.beta is None else y + self.beta.detach().to(x.dtype)
 

@@ -73,6 +73,8 @@ class Block(_Step):
         norms: The calls of the LayerNorms that read ``base`` and ``between``, if they did; their statistics are known.
         pull_back: For such a block: from the cotangent of ``carried`` to that of ``before``, as in a ``Transition``.
         post_norm: The update was normalised before it was added, and no LayerNorm reads the stream.
+        centred: What reads the stream subtracts the mean over the channels. An RMSNorm does not: of tokens and updates,
+            mean squares count in the place of variances.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Block(_Step):
     norms: tuple[NormCall, NormCall] | None = None
     pull_back: PullBack | None = None
     post_norm: bool = False
+    centred: bool = True
 
     @property
     def base(self) -> Float[Tensor, "batch query_token out_channel"]:
@@ -113,13 +116,13 @@ class Block(_Step):
         """The same, or those from zero."""
         check_layout(self)
         keys, update = self.keys or self.layout, self.attention_update
-        return deviations(self.site, self.path, self.layout, keys, update, from_mean=from_mean)
+        return deviations(self.site, self.path, self.layout, keys, update, from_mean=from_mean, centred=self.centred)
 
     @cached_property
     def statistics(self) -> tuple[TokenStatistics, TokenStatistics]:
         """Of every token before and after the attention's update: what the block's two LayerNorms read."""
         first, second = self.norms or (None, None)
-        return _statistics(self.base, first), _statistics(self.between, second)
+        return _statistics(self.base, first, self.centred), _statistics(self.between, second, self.centred)
 
     def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
         """Share of each token after the attention that is the token before it; 1 where it takes no part.
@@ -133,12 +136,13 @@ class Block(_Step):
             share = self.base.new_full(self.base.shape[:2], 0.5)
         elif form == "deviation":
             apart = less_the_mean(self.base, self._taking_part)
-            share = update_share(token_variance(apart), self.deviations.variance)
+            share = update_share(token_variance(apart, centred=self.centred), self.deviations.variance)
         elif form == "ratio" and not self.post_norm:
             own, joined = self.statistics
             share = ratio_share(own.variance, joined.variance)
         else:
-            share = residual_share(self.base, self.attention_update, "update" if form == "ratio" else form)
+            kind: ResidualShare = "update" if form == "ratio" else form
+            share = residual_share(self.base, self.attention_update, kind, centred=self.centred)
         covered = self.layout.covered
         return share if covered is None else torch.where(covered, share, 1.0)
 
@@ -160,12 +164,15 @@ def check_layout(block: Block) -> None:
         )
 
 
-def _statistics(tokens: Tensor, norm: NormCall | None) -> TokenStatistics:
+def _statistics(tokens: Tensor, norm: NormCall | None, centred: bool) -> TokenStatistics:
     """Those of the LayerNorm if it read just these tokens, else computed."""
     if norm is not None and norm.input.tensor.data_ptr() == tokens.data_ptr():
         known = norm.statistics.flat()
         if known.variance.shape == tokens.shape[:2]:
             return known
+    if not centred:
+        square = token_variance(tokens, centred=False)
+        return TokenStatistics(torch.zeros_like(square), square)
     return token_statistics(tokens)
 
 
@@ -182,6 +189,7 @@ class Merging(_Step):
         reduction: Weight of the linear map, ``(parent channels, joined channels)``.
         after: The residual stream after the merging.
         grid: Rows and columns of tokens after it, half as many of each.
+        centred: The norm subtracts the mean; an RMSNorm does not.
     """
 
     name: str
@@ -192,6 +200,7 @@ class Merging(_Step):
     reduction: Float[Tensor, "out in"]
     after: Float[Tensor, "batch parent out"]
     grid: Grid
+    centred: bool = True
 
     def pull_back(self, u: Cotangent) -> tuple[Cotangent, Float[Tensor, "batch score"]]:
         """From the cotangent of the parents to that of the children, and the constant."""
@@ -223,11 +232,11 @@ class Merging(_Step):
         gathered = self.below.gather(self.before)
         children = gathered.reshape(len(self.before), -1, *gathered.shape[1:])
         if self.norm_first:
-            centred = children - children.mean((-2, -1), keepdim=True)
-            variances: Tensor = torch.linalg.vecdot(centred, centred)
+            read = children - children.mean((-2, -1), keepdim=True) if self.centred else children
+            variances: Tensor = torch.linalg.vecdot(read, read)
             return variances
         weights = self.reduction.to(children.dtype).reshape(len(self.reduction), children.shape[2], -1)
-        return token_variance(torch.einsum("bpkc,okc->bpko", children, weights))
+        return token_variance(torch.einsum("bpkc,okc->bpko", children, weights), centred=self.centred)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class Trace:
         gradients: Every attention has an output that a gradient can be taken at.
         blocks_below: How many blocks of the model lie before the first step.
         channel_axis: Which axis of the images has their channels; the others are those of the grid.
+        suffix: Number of tokens behind the patch tokens, which count as prefix tokens in what is returned.
+        tokens_first: The blocks themselves have their tokens before the batch.
     """
 
     family: str
@@ -55,6 +57,8 @@ class Trace:
     gradients: bool = True
     blocks_below: int = 0
     channel_axis: int = 1
+    suffix: int = 0
+    tokens_first: bool = False
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -75,10 +79,14 @@ class Trace:
         """
         first = self._place_of(block) + (0 if into else 1)
         grid = self._grid_after(first)
-        tokens = block.before if into else block.after
+        if not into and block.after is block.between:
+            # Behind a norm that the stream goes through, the rest of the block is steps of their own.
+            while first < len(self.steps) and self.steps[first].name.startswith(f"{block.name}."):
+                first += 1
+        tokens = block.before if into else self.steps[first - 1].after
         skipped = sum(isinstance(step, Block) for step in self.steps[:first])
         below = self.blocks_below + skipped
-        prefix = tokens.shape[1] - math.prod(grid)  # prompts may have come or gone
+        prefix = tokens.shape[1] - math.prod(grid) - self.suffix  # prompts may have come or gone
         return replace(
             self, steps=self.steps[first:], tokens=tokens, prefix=prefix, grid=grid, place=None, blocks_below=below
         )
@@ -111,12 +119,18 @@ class Trace:
 
     def on_grid(self, values: Float[Tensor, "batch token *rest"]) -> Float[Tensor, "batch *grid *rest"]:
         """Values of the tokens before the first step at their places on the grid; prefix tokens, if any, left out."""
-        patches = values[:, values.shape[1] - math.prod(self.grid) :]
+        end = values.shape[1] - self.suffix
+        patches = values[:, end - math.prod(self.grid) : end]
         if self.place is not None and self.place.dim() == 1:
             patches = patches[:, self.place]
         elif self.place is not None:
             patches = patches[torch.arange(len(patches), device=patches.device)[:, None], self.place]
         return patches.reshape(len(patches), *self.grid, *patches.shape[2:])
+
+    def off_grid(self, values: Float[Tensor, "batch token *rest"]) -> Float[Tensor, "batch other *rest"]:
+        """Values of the prefix tokens, and of those behind the patches."""
+        before = values[:, : self.prefix]
+        return torch.cat([before, values[:, values.shape[1] - self.suffix :]], 1) if self.suffix else before
 
     def start(self, fusion: HeadFusion) -> Float[Tensor, "batch token"]:
         """The row vector with which class-agnostic relevance starts at the head."""

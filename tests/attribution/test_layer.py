@@ -98,7 +98,7 @@ def test_evidence_is_complete_at_every_block(name: str, contrastive: bool) -> No
     constants = []
     for layer.layer in blocks.values():
         for into in (True, False):
-            relevance, _ = explain_layer(layer, image, target, None, into)
+            relevance, *_ = explain_layer(layer, image, target, None, into)
             tokens = layer.attribute(image, target, attribute_to_layer_input=into).flatten(1).sum(1)
             torch.testing.assert_close(tokens + relevance.padding + relevance.constant, score, rtol=1e-8, atol=1e-8)
             constants.append(relevance.constant)

@@ -24,6 +24,29 @@ class _DetachedNorm2d(DetachedNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class _DetachedRMSNorm(nn.Module):
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm = (norm,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, _, deviation, _ = _parts_of_norm(self.norm[0], x)
+        return weight * x / deviation.detach()
+
+
+def _parts_of_norm(norm: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight and bias, what ``x`` is divided by, and the matrix that takes the mean out of ``x``."""
+    count = x.shape[-1]
+    if isinstance(norm, nn.LayerNorm):
+        bias = torch.zeros(count).double() if norm.bias is None else norm.bias
+        centring = torch.eye(count).double() - 1 / count
+        return norm.weight, bias, (variance(x) + norm.eps).sqrt()[..., None], centring
+    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps or torch.finfo(torch.float64).eps
+    weight = 1 + norm.g if hasattr(norm, "g") else norm.weight
+    root = ((x**2).mean(-1, keepdim=True) + epsilon).sqrt()
+    return weight, torch.zeros(count).double(), root, torch.eye(count).double()
+
+
 @dataclass
 class Step:
     """One block. Columns of ``attention`` and ``values``: the tokens, then the padded places of the windows."""
@@ -36,6 +59,8 @@ class Step:
     out: Tensor  # (batch, token, channel, head * channel): from the joined heads to the update
     offset: Tensor  # (batch, token, channel)
     part: slice = field(default_factory=lambda: slice(None))  # the tokens that the block sees
+    centred: bool = True  # the stream is read by LayerNorms; by RMSNorms if not
+    leaves: tuple[Tensor, Tensor, Tensor] | None = None  # post-norm: two frozen norms as matrices, and the MLP's update
 
     @property
     def mean(self) -> Tensor:
@@ -49,20 +74,23 @@ class Step:
 
     def share(self) -> Tensor:
         """How much of each token was there before: of what sets it apart from the mean of all that are seen."""
-        own = variance(self.before - self.before[:, self.part].mean(1, keepdim=True))
-        return own / (own + variance(self.between - self.before - self.common(self.mean)))
+        own = self._spread(self.before - self.before[:, self.part].mean(1, keepdim=True))
+        return own / (own + self._spread(self.between - self.before - self.common(self.mean)))
+
+    def _spread(self, x: Tensor) -> Tensor:
+        return variance(x) if self.centred else (x**2).mean(-1)
 
     def relation(self, m: Tensor) -> Tensor:
         """What every column accounts for of the variance of every token's update, without what ``m`` makes of both."""
         e = self.between - self.before - self.common(m)
-        e = e - e.mean(-1, keepdim=True)
+        e = e - e.mean(-1, keepdim=True) if self.centred else e
         heads, size = self.values.shape[1], self.values.shape[-1]
         total = torch.zeros_like(self.attention[:, 0])
         for head in range(heads):
             out = self.out[..., head * size : (head + 1) * size]
             for column in range(total.shape[-1]):
                 brought = torch.einsum("bica,ba->bic", out, self.values[:, head, column] - m[:, head])
-                brought = brought - brought.mean(-1, keepdim=True)
+                brought = brought - brought.mean(-1, keepdim=True) if self.centred else brought
                 total[..., column] += self.attention[:, head, :, column] * (brought * e).mean(-1)
         positive = total.clamp(min=0)
         plain = self.attention.mean(1).clamp(min=0)
@@ -96,6 +124,10 @@ def blocks_of(model: Any) -> list[Any]:
     raise AssertionError("no blocks")
 
 
+def _takes_tokens_first(attention: Any) -> bool:
+    return isinstance(attention, nn.MultiheadAttention) and not attention.batch_first
+
+
 class Oracle:
     """A case's model on a batch of images as a chain of dense matrices."""
 
@@ -127,24 +159,41 @@ class Oracle:
 
     def _step(self, block: Any) -> Step:
         attn = first(block, "attn", "attention", "self_attention", "self_attn")
-        second = first(block, "norm2", "layernorm_after", "layer_norm2", "ln_2")
+        second = first(block, "norm2", "layernorm_after", "layer_norm2", "ln_2", "rms_norm2")
         before, after = self.seen[block][0], self.seen[block][1]
         between = self.seen[second][0].reshape(before.shape)
         attention, values = self._attention(block, attn)
+        turned, leaves = _takes_tokens_first(attn), None
+        if getattr(block, "norm_first", True) is False:
+            leaves = self._leaves(block, turned)
+            between = after = self.seen[block.norm1][0]
+        if turned:
+            before, between, after = (t.transpose(0, 1) for t in (before, between, after))
         before, between, after = (t.flatten(1, -2) for t in (before, between, after))
         out, offset = self._out(block, attn, attention, values)
         heard = torch.einsum("bhim,bhmd->bihd", attention, values).flatten(2)
         # The oracle checks itself: the update is what the maps make of attention and values.
         update = torch.einsum("bica,bia->bic", out, heard) + offset
         torch.testing.assert_close(update, between - before, atol=1e-9, rtol=0)
-        return Step(attention, values, before, between, after, out, offset)
+        centred = isinstance(second, nn.LayerNorm)
+        return Step(attention, values, before, between, after, out, offset, centred=centred, leaves=leaves)
+
+    def _leaves(self, block: Any, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
+        matrices = []
+        for norm in (block.norm1, block.norm2):
+            weight, _, deviation, centring = _parts_of_norm(norm, self.seen[norm][0])
+            matrix = (weight / deviation)[..., None] * centring
+            matrices.append(matrix.transpose(0, 1) if turned else matrix)
+        mlp = self.seen[block.norm2][0] - self.seen[block.norm1][1]
+        return matrices[0], matrices[1], mlp.transpose(0, 1) if turned else mlp
 
     def _attention(self, block: Any, attn: Any) -> tuple[Tensor, Tensor]:
         x = self.seen[attn][0]
         if isinstance(attn, nn.MultiheadAttention):
             _, attention = attn(x, x, x, need_weights=True, average_attn_weights=False)
+            x = x.transpose(0, 1) if _takes_tokens_first(attn) else x
             *_, weight = attn.in_proj_weight.chunk(3)
-            *_, bias = attn.in_proj_bias.chunk(3)
+            bias = None if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)[2]
             return attention, self._heads(F.linear(x, weight, bias), attn.num_heads)
         if hasattr(attn, "attn_drop"):  # timm
             attention = self.seen[attn.attn_drop][1]
@@ -207,9 +256,8 @@ class Oracle:
         norm = first(attn, "norm")
         if norm is not None:
             joined = torch.einsum("bhim,bhmd->bihd", attention, values).flatten(2)
-            centring = torch.eye(size).double() - 1 / size
-            matrix = (norm.weight / (variance(joined) + norm.eps).sqrt()[..., None])[..., None] * centring
-            offset = norm.bias.expand_as(offset)
+            weight, bias, deviation, centring = _parts_of_norm(norm, joined)
+            matrix, offset = (weight / deviation)[..., None] * centring, bias.expand_as(offset)
         matrix, offset = proj.weight @ matrix, F.linear(offset, proj.weight, proj.bias)
         scale = first(block, "ls1.gamma", "gamma_1", "lambda_1", "layer_scale1.lambda1")
         if scale is not None:
@@ -255,6 +303,8 @@ class Oracle:
                 if isinstance(child, nn.LayerNorm):
                     kind = _DetachedNorm2d if type(child).__name__ == "LayerNorm2d" else DetachedNorm
                     setattr(parent, name, kind(child))
+                elif "rmsnorm" in type(child).__name__.lower():
+                    setattr(parent, name, _DetachedRMSNorm(child))
         leaves: list[Tensor] = []
 
         def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -266,7 +316,8 @@ class Oracle:
         logits = getattr(logits, "logits", logits)
         torch.testing.assert_close(logits, self.logits)
         (u,) = torch.autograd.grad(logits.gather(1, target[:, None]).sum(), leaves)
-        return u.flatten(1, -2)
+        attention = first(blocks[-1], "attn", "attention", "self_attention", "self_attn")
+        return u.transpose(0, 1) if _takes_tokens_first(attention) else u.flatten(1, -2)
 
     def evidence(self, target: Tensor) -> Tensor:
         """Evidence of every token at the image."""
@@ -274,6 +325,11 @@ class Oracle:
         r = torch.zeros(u.shape[:2]).double()
         tokens = u.shape[1]
         for step in reversed(self.steps):
+            if step.leaves is not None:
+                one, two, mlp = step.leaves
+                u = torch.einsum("bic,bica->bia", u, two)
+                r = r + (u * mlp).sum(-1)
+                u = torch.einsum("bic,bica->bia", u, one)
             said = torch.einsum("bic,bica->bia", u, step.out).unflatten(-1, (step.values.shape[1], -1))
             apart = step.values - step.mean[:, :, None]
             heard = torch.einsum("bihd,bhij,bhjd->bj", said, step.attention, apart)[:, :tokens]

@@ -454,9 +454,24 @@ def test_rms_norm_is_recorded_as_such(norm):
     _, recording = record(norm, x)
     (call,) = recording.norms
     assert (call.kind, call.dims, call.eps) == ("rms_norm", 1, 0.25)
-    np.testing.assert_allclose(call.statistics.variance, x.numpy().var(-1), rtol=1e-5)
-    with pytest.raises(RecordingError, match="rms_norm"):
-        recording.norm("")
+    np.testing.assert_allclose(call.statistics.variance, (x.numpy() ** 2).mean(-1), rtol=1e-5)
+    assert not bool(call.statistics.mean.any())
+    assert recording.norm("") is call
+
+
+def test_a_frozen_rms_norm_is_linear():
+    x, u = torch.randn(2, 3, 10).double() + 5, torch.randn(2, 3, 10).double()
+    norm = nn.RMSNorm(10, eps=0.25, dtype=torch.float64)
+    nn.init.normal_(norm.weight)
+    output, recording = record(norm, x)
+    frozen = FrozenNorm.of(recording.norms[0])
+    cotangent, constant = frozen.pull_back(Cotangent.of(u[:, :, None]))
+    expected = u * norm.weight.detach() / (x.square().mean(-1, keepdim=True) + 0.25).sqrt()
+    torch.testing.assert_close(cotangent.dense()[:, :, 0], expected)
+    torch.testing.assert_close(frozen.pull_back_each(u, None), expected)
+    torch.testing.assert_close(frozen.apply(x), output.detach())
+    torch.testing.assert_close((expected * x).sum(-1), (u * output.detach()).sum(-1))
+    assert not bool(constant.any())
 
 
 def test_rms_norm_has_torchs_default_epsilon():

@@ -19,6 +19,7 @@ from captum_lnstat.recording.constant_weights import ConstantLinear
 from captum_lnstat.recording.freezing import FrozenAttention, FrozenGate, FrozenLayerNorm, FrozenRMSNorm
 from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.places import Marked
+from captum_lnstat.recording.rms import FrozenScaling
 from captum_lnstat.recording.sites import FusedSite, SoftmaxSite
 
 KERNELS = (
@@ -48,6 +49,7 @@ OWN: dict[type[torch.autograd.Function], Callable[[Tensor], Tensor]] = {
     FrozenRMSNorm: lambda x: FrozenRMSNorm.apply(x, (4,), None, None),
     FrozenLayerNorm: lambda x: FrozenLayerNorm.apply(x, (4,), None, None, 1e-5),
     Marked: lambda x: Marked.apply(torch.zeros(0, requires_grad=True), x),
+    FrozenScaling: lambda x: FrozenScaling.apply(x, x.view_as(x), x.detach()),
     FrozenAttention: lambda x: FrozenAttention.apply(x, x, x, None, {}),
 }
 

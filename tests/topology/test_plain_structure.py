@@ -147,10 +147,13 @@ def test_scores_that_leave_the_graph_are_refused():
 # What is refused.
 
 
-def test_a_post_norm_encoder_is_refused():
-    """x = norm(x + attention(x)), as of 2017: no residual stream passes its norms by."""
+def test_a_block_that_adds_something_else_is_refused():
+    """x = norm(x + attention(x)), then the MLP's update twice."""
+    model = lively(Own(norm_first=False))
+    layer = model.mix.layers[0]
+    layer.norm2.register_forward_hook(lambda module, inputs, output: output + inputs[0])
     with pytest.raises(RecordingError, match="neither pre-norm nor post-norm"):
-        LNStatAttribution(lively(Own(norm_first=False))).relevance(torch.randn(1, 3, 32, 48), 1)
+        LNStatAttribution(model).relevance(torch.randn(1, 3, 32, 48), 1)
 
 
 def test_patch_dictionaries_are_refused():
@@ -301,11 +304,23 @@ class _Joining(nn.Module):
         return self.head(self.norm(tokens)[:, -1 if self.order == "last" else 0])
 
 
-def test_tokens_joined_before_the_patches_are_the_prefix() -> None:
-    assert LNStatAttribution(_Joining("first").eval()).relevance(torch.randn(1, 3, 32, 32), 1).shape == (1, 4, 4)
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_tokens_joined_before_or_behind_the_patches(order: str) -> None:
+    """The token that the head reads is found where it is, and no patch takes its place."""
+    model, x = lively(_Joining(order)).double(), torch.randn(2, 3, 32, 32).double()
+    found = rule(model, "evidence", x, torch.tensor([1, 1]))
+    assert found.grid.shape == (2, 4, 4)
+    assert found.prefix.shape == (2, 1)
+    torch.testing.assert_close(found.total, model(x)[:, 1].detach())
+    trace = run(model, model, x).trace
+    at = 0 if order == "first" else 16
+    assert trace.start("mean")[0].nonzero().flatten().tolist() == [at]
+    torch.testing.assert_close(trace.off_grid(trace.tokens)[0], model.extra[0])
+    patches = trace.on_grid(trace.tokens)
+    torch.testing.assert_close(patches.permute(0, 3, 1, 2), model.patches(x))
 
 
-@pytest.mark.parametrize(("order", "why"), [("last", "parts of 16, 1 tokens"), ("unseen", "not joined by torch.cat")])
+@pytest.mark.parametrize(("order", "why"), [("unseen", "not joined by torch.cat")])
 def test_tokens_joined_elsewhere_are_refused(order: str, why: str) -> None:
     for kind in ("lnstat", "rollout", "gradient"):
         with pytest.raises(UnsupportedModelError, match=why):

@@ -201,10 +201,19 @@ def test_two_attentions_in_a_block_are_refused():
         LNStatAttribution(model).relevance(torch.randn(1, 3, 16, 16), 1)
 
 
-def test_rms_norms_are_refused():
-    model = _tiny_vit(norm_layer=RmsNorm)
-    with pytest.raises((UnsupportedModelError, RecordingError), match=r"LayerNorm"):
-        LNStatAttribution(model).relevance(torch.randn(1, 3, 16, 16), 1)
+@pytest.mark.parametrize("make", [_tiny_vit, _tiny_swin])
+def test_rms_norms_are_read_as_what_they_are(make):
+    """The oracle is in ``test_rms``; here, completeness, and the share of a child in what the merging divides by."""
+    model, x = make(norm_layer=RmsNorm).eval(), torch.randn(2, 3, 16, 16)
+    evidence = LNStatAttribution(model, rule="evidence")
+    _, delta = evidence.attribute(x, 1, return_convergence_delta=True)
+    assert float(delta.abs().max()) < 1e-4
+    trace = run(model, model, x).trace
+    assert not any(block.centred for block in trace.blocks)
+    for merging in (step for step in trace.steps if isinstance(step, Merging)):
+        children = merging.below.gather(merging.before).unflatten(0, (2, -1))
+        squares = children.square().sum(-1)
+        torch.testing.assert_close(merging.shares("variance"), squares / squares.sum(-1, keepdim=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*train mode")

@@ -107,6 +107,34 @@ def _make(found: Iterable[nn.Conv2d], size: int, axis: int) -> int | None:
     return size
 
 
+def around_patches(recording: Recording, tokens: int, patches: int) -> tuple[int, int]:
+    """How many tokens stand before the patches and behind them, from how they were joined.
+
+    Raises:
+        UnsupportedModelError: It cannot be seen how.
+    """
+    found = _around(recording.joins, tokens, patches)
+    if found is None:
+        check_prefix_first(recording, tokens, tokens - patches, seen=True)
+        return tokens - patches, 0
+    return found
+
+
+def _around(joins: Sequence[tuple[int, ...]], tokens: int, patches: int) -> tuple[int, int] | None:
+    """By the last joining that made so many tokens, and by those that made the largest of its parts."""
+    if tokens == patches:
+        return 0, 0
+    place = next((place for place, parts in reversed(list(enumerate(joins))) if sum(parts) == tokens), None)
+    if place is None:
+        return None
+    parts = joins[place]
+    large = [index for index, part in enumerate(parts) if part >= patches]
+    inner = _around(joins[:place], parts[large[0]], patches) if len(large) == 1 and len(parts) > 1 else None
+    if inner is None:
+        return None
+    return sum(parts[: large[0]]) + inner[0], inner[1] + sum(parts[large[0] + 1 :])
+
+
 def check_prefix_first(recording: Recording, tokens: int, prefix: int, *, seen: bool) -> None:
     """Tokens that are no patches have to be joined before the patches, where the prefix is looked for.
 

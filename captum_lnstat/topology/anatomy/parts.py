@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.eager import eager
+from captum_lnstat.recording.rms import rms_channels
 from captum_lnstat.topology.anatomy.projections import Projection, projections
 
 BLOCK_PARTS = "two LayerNorms, one attention with heads and a Linear after it, and an MLP"
 
 # An attention module knows how many heads it has; libraries differ in the word.
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "heads", "n_head", "nhead", "nheads", "num_head")
 # A Linear that reads so few numbers makes a position bias from coordinates; no heads are joined there.
 _COORDINATES = 3
+_QKV = 3
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,12 @@ def parts_of(block: nn.Module, name: str = "") -> BlockParts:
 @_once
 def _find_parts(block: nn.Module) -> BlockParts | None:
     children = dict(block.named_children())
-    norms = [name for name, child in children.items() if _channels(child) is not None]
+    norms = [name for name, child in children.items() if channels_of(child) is not None]
     if len(norms) not in (2, 3):
         return None
     # Of a block that widens the stream, the second norm reads what the attention has widened.
-    width = _channels(children[norms[1]])
-    attending = [name for name, child in children.items() if _attends(child)]
+    width = channels_of(children[norms[1]])
+    attending = [name for name, child in children.items() if attends(child)]
     if len(attending) != 1:
         return None
     attention: Any = children[attending[0]]
@@ -136,6 +138,10 @@ def _find_parts(block: nn.Module) -> BlockParts | None:
     linears = [linear for linear in linears if linear.in_features > _COORDINATES and linear.module is not gate]
     if not linears:
         return None
+    if len(linears) == _QKV:
+        # These are for queries, keys and values. One beside the attention leads back to the stream.
+        beside = [part for part in projections(block) if part.name in children and part.out_features == width]
+        linears += [part for part in beside if part.in_features == linears[-1].out_features][:1]
     named_gate = (f"{attending[0]}.gate", gate) if isinstance(gate, nn.Linear) else None
     return BlockParts(tuple(norms), attending[0], linears[-1], next(_scales(block, width), None), named_gate)
 
@@ -153,13 +159,14 @@ def has_heads(module: nn.Module) -> bool:
     return named or any(has_heads(child) for child in module.children())
 
 
-def _channels(module: nn.Module) -> int | None:
+def channels_of(module: nn.Module) -> int | None:
     """How many channels a LayerNorm or RMSNorm normalises together."""
     shape = getattr(module, "normalized_shape", None)
-    return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else None
+    return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else rms_channels(module)
 
 
-def _attends(module: nn.Module) -> bool:
+def attends(module: nn.Module) -> bool:
+    """Whether a module is an attention: it has heads and a Linear, and holds no block."""
     if not has_heads(module) or _holds_block(module):
         return False  # a whole encoder
     return bool(projections(module))
@@ -173,7 +180,7 @@ def _holds_block(module: nn.Module) -> bool:
 def _scales(block: nn.Module, width: int | None) -> Iterator[Tensor]:
     for child in (block, *block.children()):
         parameters = list(child.parameters(recurse=False))
-        alone = len(parameters) == 1 and _channels(child) is None and not list(child.children())
+        alone = len(parameters) == 1 and channels_of(child) is None and not list(child.children())
         for parameter in parameters:
             if parameter.shape == (width,) and (child is block or alone):
                 yield parameter

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.recording.fusion import HeadFusion
-from captum_lnstat.recording.recording import Recording
+from captum_lnstat.recording.recording import ModuleCall, Recording
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import accumulation_dtype
 from captum_lnstat.trace.pooling import AttentionPooling, FixedPooling, Pooling, UndefinedPooling
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 # Means are read by one functional up to float error; another reading differs by its own size.
 SAME = 1e-3
@@ -50,6 +50,7 @@ class PoolingAsRead:
         neck: Convolutions lie between the blocks and the head. What they make of the tokens is no longer one token
             each, so where all are read, relevance starts on all of them in equal parts.
         set_to: What the model is set to, if it says so: the pooling where the scores leave no graph.
+        suffix: Number of tokens behind the patches.
     """
 
     recording: Recording
@@ -58,6 +59,7 @@ class PoolingAsRead:
     blocks: tuple[str, ...] | None = None
     neck: bool = False
     set_to: Pooling | None = None
+    suffix: int = 0
     seen = True
 
     @cached_property
@@ -117,7 +119,9 @@ class PoolingAsRead:
         return self.set_to if same else found, slope
 
     def _pooling(self, slope: Tensor, mixed: Tensor) -> Pooling | None:
-        prefix, sites = self.prefix, [] if self.blocks is None else _outside(self.recording, self.blocks)
+        place = _patches_last(slope.shape[1], self.prefix, self.suffix, slope.device)
+        slope, prefix = slope[:, place], self.prefix + self.suffix
+        sites = [] if self.blocks is None else _outside(self.recording, self.blocks)
         read = slope.ne(0).any(-1).any(0)
         patches = slope[:, prefix:]
         groups = [[token] for token in range(prefix) if bool(read[token])]
@@ -133,7 +137,7 @@ class PoolingAsRead:
                 keys = range(patches.shape[1], slope.shape[1] + 1)
                 near = [site for site in sites if _shape(site)[0] == len(slope) and _shape(site)[-1] in keys]
                 found = _read(mixed, near, slope.shape[1])
-                if not groups and len(found) == 1:
+                if not groups and len(found) == 1 and not (self.suffix and found[0].skipped):
                     return found[0]
                 why = f" ({len(found)} attentions outside the blocks read them)" if len(found) > 1 else ""
                 return UndefinedPooling("each patch in its own way", _NO_START.format(why=why))
@@ -141,7 +145,7 @@ class PoolingAsRead:
             return None
         weights = slope.new_zeros(slope.shape[1])
         for group in groups:
-            weights[group] = 1 / (len(groups) * len(group))
+            weights[place[group]] = 1 / (len(groups) * len(group))
         return FixedPooling(_name(groups, prefix), weights, seen=True)
 
     def _slope(self, mixed: Tensor) -> Float[Tensor, "batch token channel"]:
@@ -159,8 +163,10 @@ class PoolingAsRead:
             )
         # A head may leave the norm unread, or read the stream beside it.
         normed = _normed(self.recording, self.norms)
-        *after, before = torch.autograd.grad(mixed, [*normed, end], retain_graph=True, allow_unused=True)
-        seen = [slope for slope in (_channels_last(slope, end) for slope in after) if slope is not None]
+        outputs = [norm.output.tensor for norm in normed]
+        *after, before = torch.autograd.grad(mixed, [*outputs, end], retain_graph=True, allow_unused=True)
+        laid = (_as_the_end(slope, norm, end) for slope, norm in zip(after, normed, strict=True))
+        seen = [slope for slope in laid if slope is not None]
         slope = seen[0] if len(seen) == 1 and _only_through(seen[0], before) else before
         if slope is None:
             raise RecordingError("the scores do not depend on the tokens where the blocks end")
@@ -175,9 +181,36 @@ def pooling_as_read(
     *,
     neck: bool = False,
     set_to: Pooling | None = None,
+    suffix: int = 0,
 ) -> PoolingAsRead:
     """The pooling of the head of one recorded pass; the arguments are those of ``PoolingAsRead``."""
-    return PoolingAsRead(recording, prefix, tuple(norms), None if blocks is None else tuple(blocks), neck, set_to)
+    names = None if blocks is None else tuple(blocks)
+    return PoolingAsRead(recording, prefix, tuple(norms), names, neck, set_to, suffix)
+
+
+def _patches_last(tokens: int, prefix: int, suffix: int, device: torch.device) -> Int[Tensor, " token"]:
+    """The tokens in the order of prefix, suffix and patches."""
+    every = torch.arange(tokens, device=device)
+    return torch.cat([every[:prefix], every[tokens - suffix :], every[prefix : tokens - suffix]])
+
+
+def check_images_apart(recording: Recording) -> None:
+    """The score of the first image has to read that image alone: with as many images as tokens no shape shows it.
+
+    Raises:
+        UnsupportedModelError: It reads a token of every image.
+    """
+    scores, end = recording.scores, recording.stream_end
+    if scores is None or end is None or end.shape[0] != end.shape[1] or not scores.requires_grad:
+        return
+    with torch.enable_grad():
+        first = scores[0].sum()
+    (slope,) = torch.autograd.grad(first, end, retain_graph=True, allow_unused=True)
+    if slope is not None and bool(slope[1:].any()):
+        raise UnsupportedModelError(
+            "the score of one image reads a token of every image: the attention, of batch_first=False, was given the "
+            "batch first, so the images attend to each other; expected (tokens, batch, channels), or batch_first=True"
+        )
 
 
 def _mixed(scores: Tensor | None) -> Tensor:
@@ -202,8 +235,8 @@ def _same_start(found: Pooling, other: Pooling, slope: Tensor) -> bool:
     return torch.allclose(found.weights, other.start(1, "mean").to(slope.dtype)[0], atol=1e-6)
 
 
-def _normed(recording: Recording, norms: Iterable[str]) -> list[Tensor]:
-    """Outputs of the norms that read the whole stream where it ends, its channels last, or first as in LayerNorm2d."""
+def _normed(recording: Recording, norms: Iterable[str]) -> list[ModuleCall]:
+    """Calls of the norms that read the whole stream where it ends, its channels last, or first as in LayerNorm2d."""
     end = recording.stream_end
     if end is None:
         return []
@@ -211,16 +244,21 @@ def _normed(recording: Recording, norms: Iterable[str]) -> list[Tensor]:
     read = [call for call in calls if call.input.tensor.data_ptr() == end.data_ptr()]
     first, last = end.movedim(-1, 1).shape, end.shape[-1]
     whole = [call for call in read if call.input.tensor.numel() == end.numel()]
-    return [c.output.tensor for c in whole if c.input.tensor.shape[-1] == last or c.input.tensor.shape == first]
+    return [c for c in whole if c.input.tensor.shape[-1] == last or c.input.tensor.shape == first]
 
 
 def _outside(recording: Recording, blocks: Sequence[str]) -> list[AttentionSite]:
     return [site for site in recording.sites if not any(f"{site.module}.".startswith(f"{name}.") for name in blocks)]
 
 
-def _channels_last(slope: Tensor | None, end: Tensor) -> Tensor | None:
-    """A norm that takes channels first (``LayerNorm2d``) returns them first; one may read rows and columns apart."""
-    if slope is None or slope.shape == end.shape:
+def _as_the_end(slope: Tensor | None, norm: ModuleCall, end: Tensor) -> Tensor | None:
+    """A norm may read its channels first (``LayerNorm2d``), its tokens before the batch, or rows and columns apart."""
+    if slope is None:
+        return None
+    lies, turned = ((tensor.shape, tensor.stride()) for tensor in (norm.input.tensor, end.transpose(0, 1)))
+    if lies == turned != (end.shape, end.stride()):
+        return slope.transpose(0, 1)
+    if slope.shape == end.shape:
         return slope
     moved = slope.movedim(1, -1)
     return moved if moved.shape == end.shape else slope

@@ -10,7 +10,10 @@ from torch import nn
 from captum_lnstat.topology.anatomy.embedding import IMAGE_CHANNELS, convolutions, reads_images
 
 _COPIES = (torch.jit.ScriptModule, torch.fx.GraphModule)
-_QUERIES = ("qkv", "q", "query", "to_q", "to_qkv", "q_proj", "qkv_proj", "in_proj")
+_QUERIES = {
+    *("qkv", "q", "query", "to_q", "to_qkv", "q_proj", "qkv_proj", "in_proj", "proj_q", "proj_qkv", "c_attn"),
+    *("wq", "w_q", "q_linear", "linear_q", "fc_q", "queries", "query_proj", "qkv_linear", "wqkv", "in_proj_qkv"),
+}
 _OVER_CHANNELS = ("channel", "xca", "crosscovariance")
 _WITHOUT_ATTENTION = (
     "to do: explain it with a method that needs no attention, such as Captum's IntegratedGradients or LayerGradCam;\n"
@@ -39,11 +42,11 @@ def no_family(model: nn.Module, known: Mapping[str, str]) -> str:
             f"{kind} is, or holds, a scripted, traced or exported copy of a model, whose attention cannot be seen\n"
             "to do: pass the model that it was made from; a compiled model (torch.compile) may be passed as it is"
         )
-    attention = {name: module for name, module in model.named_modules() if _is_attention(module)}
+    attention = {name: module for name, module in model.named_modules() if is_attention(module)}
     norms = [module for module in model.modules() if _is_layer_norm(module)]
     found = convolutions(model)
     seen = f"seen: {_listing(attention)}; LayerNorms: {len(norms)} of {len(list(model.modules()))} modules"
-    over_channels = [(name, module) for name, module in attention.items() if _weighs_channels(module)]
+    over_channels = [(name, module) for name, module in attention.items() if weighs_channels(module)]
     if not attention:
         why, advice = "it holds no attention module", _WITHOUT_ATTENTION
     elif not norms:
@@ -85,20 +88,22 @@ def _listing(attention: Mapping[str, nn.Module]) -> str:
     return ", ".join(f"{len(names)} {kind} (first at {names[0]!r})" for kind, names in kinds.items())
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
     """By what it is made of: a projection to queries; or by its own claim, with nothing of that kind inside."""
-    if isinstance(module, nn.MultiheadAttention) or any(name in _QUERIES for name, _ in module.named_children()):
+    if isinstance(module, nn.MultiheadAttention) or any(
+        name.lower() in _QUERIES for name, _ in module.named_children()
+    ):
         return True
     named = type(module).__name__.lower()
     claims = "attention" in named or named.endswith("attn")
-    return claims and not any(_is_attention(child) for child in module.children())
+    return claims and not any(is_attention(child) for child in module.children())
 
 
 def _is_layer_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) or "rmsnorm" in type(module).__name__.lower()
 
 
-def _weighs_channels(module: nn.Module) -> bool:
+def weighs_channels(module: nn.Module) -> bool:
     """Attention over channels says so. A learned temperature says nothing: attention over tokens may have one, too."""
     named = type(module).__name__.lower()
     return any(word in named for word in _OVER_CHANNELS)
