@@ -238,7 +238,7 @@ class Recorder(TorchFunctionMode):
                 "its head; use torch.no_grad there, or nothing"
             )
         if self._stream_end is not None:
-            if self._passes != 1:
+            if self._passes > 1:
                 raise RecordingError("the model ran more than once in one forward_func call; expected exactly one pass")
             raise RecordingError(
                 f"{name!r}, where the head of {type(self._model).__name__} begins, ran more than once in one pass; "

@@ -125,25 +125,8 @@ def test_a_block_that_is_run_twice_is_told_from_a_model_that_is() -> None:
     def twice(x: Tensor) -> Tensor:
         return model.forward_head(model.blocks[-1](model.forward_features(x)))
 
-    with pytest.raises(RecordingError, match="Block, at the head, ran more than once"):
+    with pytest.raises(RecordingError, match=r"'blocks\.2', where the head of VisionTransformer begins, ran more than once"):
         LNStatAttribution(twice, model).attribute(torch.rand(1, 3, 32, 32), target=1)
-
-
-def test_two_attentions_are_not_said_to_be_hidden() -> None:
-    class Two(nn.Module):
-        def __init__(self, first: nn.Module) -> None:
-            super().__init__()
-            self.num_heads, self.first, self.proj = 3, first, nn.Linear(24, 24)
-
-        def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-            return self.proj(self.first(x) + self.first(x))
-
-    model = vit()
-    for block in model.blocks:
-        block.attn = Two(block.attn)
-    with pytest.raises(RecordingError, match=r"2 attention computations were seen inside 'blocks\.0\.attn'") as raised:
-        LNStatAttribution(model).attribute(torch.rand(1, 3, 32, 32), target=1)
-    assert "hides" not in str(raised.value)
 
 
 class TurnedBlock(pvt_v2.Block):
