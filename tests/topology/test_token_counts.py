@@ -11,7 +11,7 @@ import torch
 from helpers.models import enliven
 from timm.models import pvt_v2
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_lnstat import LayerLNStat, LNStatAttribution
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
@@ -125,7 +125,9 @@ def test_a_block_that_is_run_twice_is_told_from_a_model_that_is() -> None:
     def twice(x: Tensor) -> Tensor:
         return model.forward_head(model.blocks[-1](model.forward_features(x)))
 
-    with pytest.raises(RecordingError, match=r"'blocks\.2', where the head of VisionTransformer begins, ran more than once"):
+    with pytest.raises(
+        RecordingError, match=r"'blocks\.2', where the head of VisionTransformer begins, ran more than once"
+    ):
         LNStatAttribution(twice, model).attribute(torch.rand(1, 3, 32, 32), target=1)
 
 
