@@ -221,7 +221,8 @@ TABLE: dict[str, Row] = {
     "edgenext": (
         of_timm("edgenext_xx_small"),
         UnsupportedModelError,
-        "CrossCovarianceAttn at 'stages.2.blocks.5.xca' attends from channel to channel, 22 x 22 in each head for 4 tokens",
+        "CrossCovarianceAttn at 'stages.2.blocks.5.xca' attends from channel to channel, 22 x 22 in each head for 4 "
+        "tokens",
     ),
     # Several maps, or none that is a softmax.
     "differential": (attending(Differential), RecordingError, SEVERAL),
