@@ -203,7 +203,6 @@ TABLE: dict[str, Row] = {
     "mobilenetv4 hybrid": (of_timm("mobilenetv4_hybrid_medium"), UnsupportedModelError, NO_NORM),
     "botnet": (of_timm("botnet26t_256"), UnsupportedModelError, NO_NORM),
     # Another wiring.
-    "tnt": (of_timm("tnt_s_patch16_224", depth=1), UnsupportedModelError, NOT_THERE),
     "efficientformer": (of_timm("efficientformer_l1"), UnsupportedModelError, NOT_THERE),
     "efficientvit of mit": (of_timm("efficientvit_b0"), UnsupportedModelError, NOT_THERE),
     "one norm": (lambda: lively(OneNorm(Temperature)), UnsupportedModelError, NOT_THERE),
