@@ -54,6 +54,14 @@ def test_a_model_of_a_module_in_the_current_folder(tmp_path):
     assert sys.path == before
 
 
+def test_a_module_that_is_not_there_and_one_that_needs_another():
+    result = run("doctor", "no_such_module_here:model")
+    assert result.exit_code == 2
+    assert "No module named 'no_such_module_here', neither installed nor in the current folder" in result.stderr
+    Path("needs_another.py").write_text("import no_such_module_at_all")
+    assert "No module named 'no_such_module_at_all'\n" in run("doctor", "needs_another:model").stderr
+
+
 def test_an_installed_module_goes_before_one_of_the_current_folder(tmp_path):
     group = cli.OneLineGroup("group")
     group.command("show")(lambda: print(*sys.path, sep="\n"))

@@ -229,7 +229,13 @@ def _from_transformers(name: str, pretrained: bool) -> Any:
 def resolve(module: str, path: str) -> Any:
     """What an import path, ``module:path``, leads to."""
     importlib.invalidate_caches()  # the module may have been written a moment ago
-    found: Any = importlib.import_module(module)
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise  # of a module that this one needs
+        where = "neither installed nor in the current folder"
+        raise ModuleNotFoundError(f"No module named {error.name!r}, {where}", name=error.name) from None
     for part in path.split("."):
         found = getattr(found, part)
     return found

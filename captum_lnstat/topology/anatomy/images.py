@@ -10,7 +10,7 @@ from captum_lnstat.recording.eager import eager
 
 # A convolution with more input channels may as well read features.
 _MOST_CHANNELS = 16
-_CHANNELS = ("num_channels", "in_channels", "in_chans", "channels")
+_CHANNELS = ("num_channels", "in_channels", "in_chans")
 
 
 def speaker(model: Any) -> Any:
