@@ -256,7 +256,10 @@ class Recorder(TorchFunctionMode):
             # Where it lies is where what was kept of it lies.
             stream = self._keep(stream).tensor.detach().requires_grad_()
         self._stream_end = stream
-        begun = stream if moved is None else stream.movedim(*moved[::-1])
+        if moved == (1, 0):
+            self.following.head_begins(stream)  # its rows are the images; what it is turned to is followed
+            return stream.movedim(0, 1)
+        begun = stream if moved is None else stream.movedim(-1, 1)
         self.following.head_begins(begun)
         return begun
 

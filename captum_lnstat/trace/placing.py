@@ -76,6 +76,7 @@ def check_rows(recording: Recording) -> None:
 def _tokens(places: Provenance, trace: Trace) -> Tensor | None:
     """The places of the tokens before the first step, ``(batch, token)``, whether channels come first or last."""
     ids, count = places.read(), math.prod(trace.grid)
+    ids = ids.transpose(0, 1) if trace.tokens_first else ids
     both = [alone(ids, dim).flatten(1) for dim in ((-1, 1) if ids.dim() > 3 else (-1,))]
     found = [one for one in both if len(one) == len(trace.tokens) and one.shape[1] in (count, trace.tokens.shape[1])]
     clear = (one for one in found if not bool((one == SEVERAL).any()))
