@@ -33,6 +33,11 @@ def is_seen_block(block: nn.Module) -> bool:
     if isinstance(block, nn.ModuleList) or norms < 2 or len(layers(block, nn.Linear)) < 2 or layers(block, nn.Conv2d):
         return False
     attention = [part for part in parts if is_attention(part)]
+    if len(attention) > 1:
+        # Heads are in one list; attentions in other places are several, one after the other.
+        heads = {id(part) for part in attention}
+        if not any(isinstance(part, nn.ModuleList) and heads == set(map(id, part)) for part in parts):
+            return False
     return (bool(attention) or has_heads(block)) and not any(map(weighs_channels, attention))
 
 
