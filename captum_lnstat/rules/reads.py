@@ -93,7 +93,8 @@ def same_memory(one: Tensor, another: Tensor) -> bool:
 def left_out(beside: Sequence[Read], share: float | None) -> str:
     """What to say of a score that reads the image by another path than the residual stream."""
     names = ", ".join(read.name for read in beside)
-    part = "what comes that way" if share is None else f"about {share:.0%} of it, to first order,"
+    about = "what comes that way" if share is None else "less than 1%" if share < 0.01 else f"about {share:.0%}"
+    part = about if share is None else f"{about} of it, to first order,"
     return (
         f"the score reads {names} by another path than the residual stream: {part} is in no map. Explain a score of "
         "the transformer alone (another forward_func, or output=), or keep in mind what the map leaves out"

@@ -99,7 +99,7 @@ class Model(nn.Module):
             embed = self.trunk.patch_embed.proj
             embed.weight.mul_(0.3)
             small = tile[:, : embed.kernel_size[0], : embed.kernel_size[1]]
-            embed.weight[0] = 4 * small / small.square().sum()
+            embed.weight[0] = 8 * small / small.square().sum()
         if draw.stride != "the patch":
             embed.stride = (PATCH // 2,) * 2 if draw.stride == "half the patch" else (PATCH + 2,) * 2
         self.move = _mover(draw.tokens, drawn, GRID * GRID if draw.family == "vit" else 4 * GRID * GRID, 1)
@@ -188,7 +188,7 @@ def outcome(seed: int, rule: str = "evidence", batch: int = 2) -> Outcome:
         image[:, y : y + PATCH, x : x + PATCH] = tile if draw.images in (IMAGES[0], "rolled") else _as_seen(tile, draw)
     with torch.no_grad():
         gained = (model(planted) - model(without))[:, 1]
-    if bool((gained < 0.2).any()):
+    if bool((gained < 0.1).any()):
         return Outcome(draw, "unclear")
     try:
         with warnings.catch_warnings(record=True) as said:
