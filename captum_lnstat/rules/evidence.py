@@ -38,7 +38,8 @@ def evidence(trace: Trace, head: Head, settings: Settings, since: int = 0) -> Wa
         trace: The traced forward pass.
         head: The scores, and their cotangent at the end of the stream.
         settings: The residual share ``alpha``, how heads are fused, how mergings are undone.
-        since: What is read from the steps before this block, and from the image, belongs to the constant.
+        since: The steps before this block are only rolled through: of what is read there, what tells patches apart is
+            put on them where they are, the rest belongs to the constant.
     """
     rest = Rest(*head.cotangent)
     r = rest.no_relevance()
@@ -57,7 +58,7 @@ def evidence(trace: Trace, head: Head, settings: Settings, since: int = 0) -> Wa
                 kept = plus(kept, rest.read(step.base))
             r, rest = r.through(step, kept, rows, came.padding), rest.before(step)
             if step.before is first:
-                rest = rest.ended(step.before)
+                r, rest = rest.ended(r, step.before, trace.patches(step.before))
         else:
             if isinstance(step, Update):
                 r = r.plus(rest.read(step.after, step.before))
@@ -111,10 +112,18 @@ class Rest:
         """With more that belongs to no token."""
         return self if constant is None else Rest(self.u, self.constant + constant)
 
-    def ended(self, tokens: Tensor) -> Rest:
-        """All that is on no token yet, at these tokens, belongs to the constant."""
+    def ended(self, r: RowVector, tokens: Tensor, patches: slice) -> tuple[RowVector, Rest]:
+        """What is on no token yet ends here: what tells patches apart is put on them, all else is constant.
+
+        A head that reads patch tokens reads what they have become so far where they are: ``<u_i, x_i - mean x>``.
+        """
         read = self.read(tokens)
-        return self if read is None else Rest(None, self.constant + read.sum(1))
+        if self.u is None or read is None:
+            return r, self
+        mean = tokens[:, patches].mean(1, keepdim=True).expand_as(tokens)
+        apart = torch.zeros_like(read)
+        apart[:, patches] = (read - self.u.spread(self.u.read(mean)))[:, patches]
+        return r.plus(apart), Rest(None, self.constant + (read - apart).sum(1))
 
     def before(self, step: Step) -> Rest:
         """Pulled back through a step; nothing is left where it is not affine: what it says has been read after it."""

@@ -36,9 +36,10 @@ def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     the class is left out, and so is what ended on prefix tokens or belongs to no token.
 
     Where all blocks see the same grid, only what the upper half of them contributed counts: what the lower blocks write
-    is read by the blocks above them, and little of it by the head itself. And the map is smoothed by a 28th of its
-    side, each frame of a video by itself. Where stages merge, the lower ones alone know where things are, and the
-    merging shares how fine that is: all blocks count, and the map is left as it is.
+    is read by the blocks above them, and little of it by the head itself; but what a head that reads patch tokens
+    finds there, beyond their mean, is put on them where they are. And the map is smoothed by a 28th of its side, each
+    frame of a video by itself. Where stages merge, the lower ones alone know where things are, and the merging shares
+    how fine that is: all blocks count, and the map is left as it is.
     """
     trace = outcome.trace
     since = _upper_half(trace, outcome.head) if trace.one_grid else 0

@@ -117,10 +117,14 @@ class Trace:
         steps = self.steps if block is None else self.steps[: self._place_of(block)]
         return [step.below for step in reversed(steps) if step.below is not None]
 
+    def patches(self, tokens: Float[Tensor, "batch token *rest"]) -> slice:
+        """Which of some tokens are the patches before the first step."""
+        end = tokens.shape[1] - self.suffix
+        return slice(end - math.prod(self.grid), end)
+
     def on_grid(self, values: Float[Tensor, "batch token *rest"]) -> Float[Tensor, "batch *grid *rest"]:
         """Values of the tokens before the first step at their places on the grid; prefix tokens, if any, left out."""
-        end = values.shape[1] - self.suffix
-        patches = values[:, end - math.prod(self.grid) : end]
+        patches = values[:, self.patches(values)]
         if self.place is not None and self.place.dim() == 1:
             patches = patches[:, self.place]
         elif self.place is not None:
