@@ -58,7 +58,7 @@ def expected(case: Any, oracle: Dense, name: str, into: bool, target: Tensor) ->
     # Of one grid, what the upper half of the model contributed.
     skipped = len(oracle.blocks) - len(short.blocks)
     since = 0 if merged_above else max(0, len(oracle.blocks) // 2 - skipped)
-    counted = short.evidence(target, since=since).tokens if since else argued
+    counted = short.evidence(target, since=since, prefix=case.prefix).tokens if since else argued
     for i in range(len(argued)):
         e = counted[i, case.prefix :].reshape(grid)
         found[i, case.prefix :] = (e if merged_above else out_of_focus(e)).flatten().clamp(min=0)

@@ -493,8 +493,9 @@ class Dense:
         fusion: Fusion = "deviation",
         merging: str = "uniform",
         since: int = 0,
+        prefix: int = 0,
     ) -> Answer:
-        """``since``: what is read from the blocks before this one, and from the image, belongs to the constant."""
+        """``since``: of what is read before this block, patches get what tells them apart; the rest is constant."""
         u, constant = self.cotangent(target, contrastive)
         r = torch.zeros_like(u[..., 0])
         lost = torch.zeros_like(constant)
@@ -511,7 +512,12 @@ class Dense:
                 continue
             count = step.before.shape[1]
             if since and step is self.blocks[since - 1]:
-                constant = constant + (u * (step.before + step.update + step.mlp)).sum((1, 2))
+                tokens = step.before + step.update + step.mlp
+                common = tokens[:, prefix:].mean(1)
+                for token in range(tokens.shape[1]):
+                    own = (u[:, token] * (tokens[:, token] - common)).sum(-1) if token >= prefix else 0.0
+                    r = torch.cat([r[:, :token], (r[:, token] + own)[:, None], r[:, token + 1 :]], 1)
+                    constant = constant + (u[:, token] * tokens[:, token]).sum(-1) - own
                 u = torch.zeros_like(u)
             r = r + (u * step.mlp).sum(-1)
             said = torch.zeros_like(step.attention[:, 0, 0])

@@ -117,7 +117,9 @@ def test_lnstat_is_the_positive_part_of_the_smoothed_evidence(name, contrastive)
     target = targets(2, 1)
     found = rule(build(name), "lnstat", images(CASES[name]), target, contrastive=contrastive)
     since = 0 if name in SWINS else len(dense(name).blocks) // 2
-    said, _ = dense(name).evidence(target, contrastive=contrastive, since=since).split(CASES[name])
+    said, _ = (
+        dense(name).evidence(target, contrastive=contrastive, since=since, prefix=CASES[name].prefix).split(CASES[name])
+    )
     for got, e in zip(found.grid, said, strict=True):
         expected = torch.relu(e if name in SWINS else out_of_focus(e))
         assert float((got - expected).abs().max()) <= 1e-9 * float(expected.max())
