@@ -1,7 +1,7 @@
-"""What holds on which model: the matrix of ``docs/models.md`` and the table of fifteen models in the README.
+"""What holds on which model: the matrix of ``docs/models-table.md`` and the table of fifteen models in the README.
 
 ``python tests/benchmarks/family_matrix.py`` examines every model of ``matrix_models.py``, each in a process of its own,
-keeps what it found in ``docs/models.json`` and writes ``docs/models.md``. ``--only NAME`` (part of a name, may be
+keeps what it found in ``docs/models.json`` and writes ``docs/models-table.md``. ``--only NAME`` (part of a name, may be
 repeated) does so for some of them and leaves the other rows as they are; ``--missing`` takes up where a run was
 stopped; ``--write`` only writes the page again. ``--defaults`` runs each model at its full size, as its name gives it,
 instead.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fuzz_table import section as fuzz_section
 from matrix_models import FIFTEEN, REFUSED, ROWS, Row
 
 from captum_lnstat import LNStatAttribution
@@ -266,47 +267,54 @@ def number(value: object) -> str:
     return "" if value is None else f"{value:.0e}" if isinstance(value, float) and value > 0 else "0"
 
 
-def _margin(found: dict[str, Any]) -> str:
-    size = " x ".join(map(str, found.get("stimulus", ())))
-    return f"{found.get('margin', 0)}{size and f', stimulus {size}'}"
+def joined(*cells: str) -> str:
+    """Several numbers in one cell; the last ones that are not there are left out."""
+    return ", ".join(cell or "-" for cell in cells) if any(cells) else ""
 
 
-def _exact(found: dict[str, Any]) -> str:
-    """Peaks on the stimulus itself, where a margin was allowed beside it."""
-    counted = {rule: p for rule, p in found.get("placed", {}).items() if rule in PEAKS and len(p) > 3}
-    if not found.get("margin") or not counted:
-        return ""
-    return ", ".join(f"{rule} {p[3]}/{p[1]}" for rule, p in counted.items())
+def by(sides: Any) -> str:
+    """Rows by columns, without spaces, so that a cell of a table is not broken in it."""
+    return "x".join(map(str, sides))
+
+
+def _peaks(found: dict[str, Any]) -> str:
+    """Peaks in so many regions of each rule; and on the stimulus itself, where a margin was allowed beside it."""
+    counted = found.get("placed", {})
+    peaks = joined(*(f"{p[0]}/{p[1]}" if (p := counted.get(rule)) else "" for rule in rule_names()))
+    exact = [f"{p[3]}/{p[1]}" for rule, p in counted.items() if rule in PEAKS and len(p) > 3]
+    return f"{peaks} (exactly: {', '.join(exact)})" if found.get("margin") and exact else peaks
 
 
 def line(row: Row, found: dict[str, Any] | None) -> str:
     found = found or {}
-    peaks = {rule: f"{p[0]}/{p[1]}" for rule, p in found.get("placed", {}).items()}
-    sizes = found.get("sizes", {})
+    seen = "grid" in found
+    margin = "".join([f" +{found['margin']} px"] if found.get("margin") else [])
+    margin += f" (stimulus {by(found['stimulus'])})" if "stimulus" in found else ""
     cells = [
         row.name,
         verdict(row, found or None),
         found.get("family", ""),
-        " x ".join(map(str, found.get("size", ()))) if "grid" in found else "",
-        " x ".join(map(str, found.get("grid", ()))),
-        _margin(found) if "grid" in found else "",
-        str(len(found["rules"])) + " of 4" if found.get("rules") else "",
-        number(found.get("mass")) if "mass" in found else "",
-        number(found.get("completeness")) if "completeness" in found else "",
-        number(found.get("batch")) if "batch" in found else "",
-        f"{found['layout']} of {found['attentions']}" if "layout" in found else "",
-        *(peaks.get(rule, "") for rule in rule_names()),
-        _exact(found),
-        ", ".join(size for size, what in sizes.items() if what == "ok"),
+        by(found["size"]) if seen else "",
+        by(found["grid"]) + margin if seen else "",
+        joined(*(number(found[name]) if name in found else "" for name in ("mass", "completeness", "batch"))),
+        f"{found['layout']}/{found['attentions']}" if "layout" in found else "",
+        _peaks(found),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-HEADER = (
-    "| model | verdict | family | px | grid | margin | rules | mass | complete | batch | layout | "
-    + " | ".join(f"peak {rule}" for rule in rule_names())
-    + " | without margin | other sizes |"
-)
+HEADER = "| model | verdict | family | px | grid | errors | layout | peaks |"
+
+
+def sizes(results: dict[str, Any]) -> list[str]:
+    """Other sizes that models took, a line for all that took the same."""
+    taken: dict[tuple[str, str], list[str]] = {}
+    for row in ROWS:
+        found = results.get(key(row)) or {}
+        held = [by(size.split(" x ")) for size, what in found.get("sizes", {}).items() if what == "ok"]
+        if held:
+            taken.setdefault((by(found["size"]), ", ".join(held)), []).append(row.name)
+    return [f"| {size} | {others} | {', '.join(names)} |" for (size, others), names in taken.items()]
 
 
 LAYOUT = re.compile(
@@ -400,32 +408,36 @@ def full_size(full: list[tuple[Row, dict[str, Any]]]) -> list[str]:
         "",
         f"{len(full)} of {many} models as their names give them, one image of noise: every rule, with weights that",
         "the library draws. Process time of one core in seconds, on a machine that did other things at once. A",
-        "model that is made with a head of zeros has the same score whatever the image, and is refused. Written by",
+        "model that is made with a head of zeros has the same score whatever the image: 0.1 refused it, and now its",
+        "map is zero, with a warning that says why. Written by",
         "`python tests/benchmarks/family_matrix.py --defaults`; `--missing` goes on where it was stopped.",
         "",
-        "| model | M parameters | px | grid | forward | " + " | ".join(rule_names()) + " | mass | complete | besides |",
-        "|---" * (len(rule_names()) + 8) + "|",
+        "| model | M parameters | px | grid | seconds: forward, " + ", ".join(rule_names()) + " | mass, complete |",
+        "|---|---|---|---|---|---|",
     ]
+    besides = []
     for row, found in full:
         times = found.get("rules", {})
-        besides = {f"{rule}: {why}": None for rule, why in found.get("failed", {}).items()}
-        messages = {why.split(": ", 1)[-1] for why in found.get("failed", {}).values()}
+        why = {f"{rule}: {message}": None for rule, message in found.get("failed", {}).items()}
+        messages = {message.split(": ", 1)[-1] for message in found.get("failed", {}).values()}
         if len(messages) == 1 and not times:
-            besides = {f"refused: {messages.pop()}": None}
-        besides |= {found[what]: None for what in ("left out", "unavailable") if what in found}
+            why = {f"refused: {messages.pop()}": None}
+        why |= {found[what]: None for what in ("left out", "unavailable") if what in found}
+        besides += [f"- **{key(row)}**: {'; '.join(why)}."] if why else []
+        seconds = [
+            str(found.get("forward", "")),
+            *(f"{times[rule]:.2f}" if rule in times else "" for rule in rule_names()),
+        ]
         cells = [
             key(row),
             str(found.get("parameters", "")),
-            " x ".join(map(str, found.get("size", ()))),
-            " x ".join(map(str, found.get("grid", ()))),
-            str(found.get("forward", "")),
-            *(f"{times[rule]:.2f}" if rule in times else "" for rule in rule_names()),
-            number(found["mass"]) if "mass" in found else "",
-            number(found["completeness"]) if "completeness" in found else "",
-            "; ".join(besides).replace("|", "/"),
+            by(found.get("size", ())),
+            by(found.get("grid", ())),
+            joined(*seconds),
+            joined(*(number(found[name]) if name in found else "" for name in ("mass", "completeness"))),
         ]
         parts.append("| " + " | ".join(cells) + " |")
-    return parts
+    return [*parts, "", *besides]
 
 
 def page(results: dict[str, Any]) -> str:
@@ -434,7 +446,11 @@ def page(results: dict[str, Any]) -> str:
         name = verdict(row, results.get(key(row)))
         counts[name] = counts.get(name, 0) + 1
     parts = [
-        "# Models",
+        "# Models, one by one",
+        "",
+        "*All figures but those of the last section are of 0.1, whose default maps were others; the families that",
+        "work are held to in 0.2 by the tests. In short, what is explained and what is refused:",
+        "[models](models.md).*",
         "",
         f"{len(ROWS)} models of timm, torchvision and transformers: "
         + ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
@@ -443,23 +459,23 @@ def page(results: dict[str, Any]) -> str:
         "Each is the library's own class with few, narrow blocks and random weights, on a small image, so that all of",
         "them can be examined in minutes; what differs between sizes of one family is width and depth, not wiring.",
         "",
-        "- **rules**: those that ran, with relevance of the right shape, finite and not constant.",
-        "- **mass**: error of the sum of `rollout`, which is 1. **complete**: error of `evidence` against the score,",
-        "  relative to max(1, |score|). **batch**: largest difference between a batch and its images one by one.",
-        "- **layout**: attentions whose values change most where a stimulus was planted, at every one of the regions.",
-        "- **peak**: regions in which the map's peak lies on the stimulus, after the model has been trained for some",
-        "  seconds to score images by whether the stimulus is in them. `lnstat` and `evidence` have to find it;",
-        "  `rollout` and `gradient` show what the model looks at and what its attention carries, which need not peak",
-        "  there.",
-        "- **margin**: so many pixels beside the stimulus still count as on it, in layout and peak. None where patches",
-        "  are cut apart. Where convolutions make the tokens, a token is made of more than the patch it stands for and",
-        "  sees the stimulus from beside it; 8 px at most. The stimulus is as large as a token of the last block,",
-        "  or of the size that stands here. **without margin**: of such a model, regions in which the peak lies on the",
-        "  stimulus itself; empty where that was not counted.",
-        "- **other sizes**: image sizes, besides the first one, on which `lnstat`, `rollout` and completeness held:",
-        "  smaller, larger, of another shape, and not a multiple of patch or window, as far as the model takes them.",
-        "  It is told to take any where its library can be told so (`dynamic_img_size`, `strict_img_size=False`,",
-        "  `interpolate_pos_encoding`). None: it takes the one that it was built for.",
+        "- **errors**: of the sum of `rollout`, which is 1; of `evidence` against the score, relative to max(1,",
+        "  |score|); the largest difference between a batch and its images one by one.",
+        "- **layout**: attentions whose values change most where a stimulus was planted, at every one of the",
+        "  regions.",
+        "- **peaks**: regions in which the map's peak lies on the stimulus, after the model has been trained for",
+        "  some seconds to score images by whether the stimulus is in them; of the rules in this order:",
+        f"  {', '.join(rule_names())}.",
+        "  `lnstat` and `evidence` have to find it; the others show what the model looks at and what its",
+        "  attention carries, which need not peak there.",
+        "- **grid**: with the pixels beside the stimulus that still count as on it, in layout and peaks: none",
+        "  where patches are cut apart. Where convolutions make the tokens, a token is made of more than the",
+        "  patch it stands for and sees the stimulus from beside it; 8 px at most. *exactly*: of such a model,",
+        "  peaks of `lnstat` and `evidence` on the stimulus itself. The stimulus is as large as a token of the",
+        "  last block, or of the size that stands here.",
+        "",
+        "All rules ran, with relevance of the right shape, finite and not constant, unless an exception says",
+        "otherwise.",
         "",
         "Regions of more than one training are counted together: six of `swinv2_tiny_window8_256`, three of",
         "`swinv2_cr_tiny_ns_224`, each with other textures and scenes.",
@@ -491,8 +507,22 @@ def page(results: dict[str, Any]) -> str:
         "|---|---|---|",
         *covered(results),
     ]
+    parts += [
+        "",
+        "## Other sizes",
+        "",
+        "Image sizes besides the first one on which `lnstat`, `rollout` and completeness held: smaller, larger,",
+        "of another shape, and not a multiple of patch or window, as far as the model takes them. It is told to",
+        "take any where its library can be told so (`dynamic_img_size`, `strict_img_size=False`,",
+        "`interpolate_pos_encoding`). Models that are not here take the size that they were built for.",
+        "",
+        "| built for | others | models |",
+        "|---|---|---|",
+        *sizes(results),
+    ]
     full = [(row, results[key(row)]["default"]) for row in ROWS if "default" in (results.get(key(row)) or {})]
     parts += full_size(full) if full else []
+    parts += fuzz_section()
     return "\n".join(parts) + "\n"
 
 
@@ -527,7 +557,7 @@ def main() -> None:
             results[key(row)] = found = {**in_a_process(key(row), False), **kept}
         print(f"{key(row)}: {verdict(row, found) if not arguments.defaults else found}", flush=True)
         RESULTS.write_text(json.dumps({key(r): results[key(r)] for r in ROWS if key(r) in results}, indent=1) + "\n")
-    (DOCS / "models.md").write_text(page(results), encoding="utf-8")
+    (DOCS / "models-table.md").write_text(page(results), encoding="utf-8")
     print("\n" + "\n".join(fifteen(results)))
 
 

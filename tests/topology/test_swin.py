@@ -9,7 +9,6 @@ from functools import cache, partial
 from typing import Any
 
 import pytest
-import timm
 import torch
 from helpers.contract import lively
 from helpers.models import CLASSES, OPTIONS, Case, enliven, images, targets
@@ -374,12 +373,6 @@ def test_windows_of_another_size_in_every_stage(options, size):
     for rule, expected in (("rollout", dense.rollout()), ("evidence", dense.evidence(target))):
         grid, _ = expected.split(case)
         assert torch.allclose(explain(model, rule, x, target).grid, grid, rtol=1e-9, atol=1e-12)
-
-
-def test_models_of_features_are_refused():
-    model = timm.create_model("swin_tiny_patch4_window7_224", features_only=True).eval()
-    with pytest.raises(UnsupportedModelError, match="features, not scores"):
-        LNStatAttribution(lambda x: model(x)[-1].mean((1, 2)), model).relevance(torch.randn(1, 3, 224, 224), 1)
 
 
 def _bare(pooling: bool) -> Any:
