@@ -267,9 +267,13 @@ def number(value: object) -> str:
     return "" if value is None else f"{value:.0e}" if isinstance(value, float) and value > 0 else "0"
 
 
+# These keep a cell of numbers in one line.
+SPACE, HYPHEN = "\u00a0", "\u2011"
+
+
 def joined(*cells: str) -> str:
-    """Several numbers in one cell; the last ones that are not there are left out."""
-    return ", ".join(cell or "-" for cell in cells) if any(cells) else ""
+    """Several numbers in one cell of one line."""
+    return f",{SPACE}".join(cell.replace("-", HYPHEN) or HYPHEN for cell in cells) if any(cells) else ""
 
 
 def by(sides: Any) -> str:
@@ -278,17 +282,21 @@ def by(sides: Any) -> str:
 
 
 def _peaks(found: dict[str, Any]) -> str:
-    """Peaks in so many regions of each rule; and on the stimulus itself, where a margin was allowed beside it."""
+    """Peaks of each rule in so many regions; and on the stimulus itself, where a margin was allowed beside it."""
     counted = found.get("placed", {})
-    peaks = joined(*(f"{p[0]}/{p[1]}" if (p := counted.get(rule)) else "" for rule in rule_names()))
-    exact = [f"{p[3]}/{p[1]}" for rule, p in counted.items() if rule in PEAKS and len(p) > 3]
-    return f"{peaks} (exactly: {', '.join(exact)})" if found.get("margin") and exact else peaks
+    if not counted:
+        return ""
+    regions = next(iter(counted.values()))[1]
+    peaks = joined(*(str(counted[rule][0]) if rule in counted else "" for rule in rule_names()))
+    exact = [str(p[3]) for rule, p in counted.items() if rule in PEAKS and len(p) > 3]
+    beside = f" (exactly: {', '.join(exact)})" if found.get("margin") and exact else ""
+    return f"{peaks}{SPACE}of{SPACE}{regions}{beside}"
 
 
 def line(row: Row, found: dict[str, Any] | None) -> str:
     found = found or {}
     seen = "grid" in found
-    margin = "".join([f" +{found['margin']} px"] if found.get("margin") else [])
+    margin = f"{SPACE}+{found['margin']}" if found.get("margin") else ""
     margin += f" (stimulus {by(found['stimulus'])})" if "stimulus" in found else ""
     cells = [
         row.name,
@@ -468,7 +476,7 @@ def page(results: dict[str, Any]) -> str:
         f"  {', '.join(rule_names())}.",
         "  `lnstat` and `evidence` have to find it; the others show what the model looks at and what its",
         "  attention carries, which need not peak there.",
-        "- **grid**: with the pixels beside the stimulus that still count as on it, in layout and peaks: none",
+        "- **grid**: with the pixels beside the stimulus that still count as on it, in layout and peaks (+4): none",
         "  where patches are cut apart. Where convolutions make the tokens, a token is made of more than the",
         "  patch it stands for and sees the stimulus from beside it; 8 px at most. *exactly*: of such a model,",
         "  peaks of `lnstat` and `evidence` on the stimulus itself. The stimulus is as large as a token of the",
