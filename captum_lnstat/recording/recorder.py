@@ -19,28 +19,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.attention_backward import (
     ObservedAttention,
     can_be_observed,
 )
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
 from captum_lnstat.recording.eager import recorded_name
+from captum_lnstat.recording.ending import StreamEnd
 from captum_lnstat.recording.following import Following
 from captum_lnstat.recording.freezing import (
     LAYER_NORMS,
     SOFTMAXES,
     Freezer,
-    FrozenLayerNorm,
-    frozen_rms_norm,
-    returns_moments,
 )
 from captum_lnstat.recording.hooks import Hooks
 from captum_lnstat.recording.joins import Joins
 from captum_lnstat.recording.kept import Arena, Kept, edge
+from captum_lnstat.recording.norms import Norms
 from captum_lnstat.recording.places import IMAGE, Places
-from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
-from captum_lnstat.recording.rms import RMS_NORMS, frozen, own_rms_norm, rms_channels, rms_norm_call
+from captum_lnstat.recording.recording import ModuleCall, Recording
+from captum_lnstat.recording.rms import RMS_NORMS, rms_channels
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite
 from captum_lnstat.recording.softmaxes import Softmaxes, SoftmaxEvent
 from captum_lnstat.recording.watched import LEAVES, WATCHED
@@ -99,8 +97,7 @@ class Recorder(TorchFunctionMode):
         self._taps = set(taps)
         self._head_begins = head_begins
         self._head_follows = head_follows
-        self._channels_first, self._width, self._differentiable = channels_first, width, differentiable
-        self._tokens_first = tokens_first
+        self._differentiable = differentiable
         # What is in a graph is kept by the graph, where it is.
         self._arena = Arena() if differentiable == "head" and compact else None
         self._freezer = Freezer() if differentiable == "affine" else None
@@ -109,15 +106,14 @@ class Recorder(TorchFunctionMode):
         self._grad_enabled = torch.is_grad_enabled()
         self._hooks = Hooks()
         self._running: list[str] = [""]
-        self._passes = 0
         self._events: list[AttentionSite | SoftmaxEvent] = []
         self._softmaxes = Softmaxes(self._arena)
-        self._norms: list[NormCall] = []
+        self._norms = Norms(self._keep, self._call, self._arena, differentiable)
         self._joins = Joins(tokens_first)
         self._calls: dict[str, list[ModuleCall]] = {}
-        self._stream_end: Tensor | None = None
-        self._begun: Tensor | None = None  # what was passed on there
         self.following = Following(images)
+        name, cut = type(model).__name__, differentiable == "head"
+        self._end = StreamEnd(name, channels_first, width, tokens_first, cut, self._keep, self.following)
 
     @property
     def recording(self) -> Recording:
@@ -127,7 +123,7 @@ class Recorder(TorchFunctionMode):
         joins, constants = tuple(self._joins.sizes), tuple(self._joins.constants)
         edges, given = dict(self._places.edges), self.following.given
         return Recording(
-            sites, tuple(self._norms), calls, self._stream_end, joins, given, places=edges, constants=constants
+            sites, tuple(self._norms.calls), calls, self._end.tensor, joins, given, places=edges, constants=constants
         )
 
     def marked(self, image: Tensor) -> Tensor:
@@ -167,7 +163,7 @@ class Recorder(TorchFunctionMode):
 
     def _keep(self, tensor: Tensor) -> Kept:
         # Of the graph beside the trunk nothing is kept alive by what was recorded of the trunk.
-        if self._places and self._stream_end is None:
+        if self._places and self._end.tensor is None:
             tensor = tensor.detach()
         return Kept.on(self._arena, tensor)
 
@@ -180,12 +176,12 @@ class Recorder(TorchFunctionMode):
             if self._elsewhere():
                 return None
             self._running.append(name)
-            self._passes += module is self._model
+            self._end.passes += module is self._model
             self._places.enter(module)
             if module in self._taps and inputs:
                 self.following.entering(name, inputs[0])
             if module is self._head_begins:
-                begun = self._begin_head(name, inputs[0])
+                begun = self._end.begin_head(name, inputs[0])
                 return None if begun is inputs[0] else (begun, *inputs[1:])
             return None
 
@@ -210,14 +206,14 @@ class Recorder(TorchFunctionMode):
             self._running.pop()
             # A block may return its attention maps beside its tokens.
             if rms_norm and inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-                output = self._own_rms_norm(name, module, inputs[0], output)
+                output = self._norms.own_rms_norm(name, module, inputs[0], output, frozen=self._freezes_norms)
             first = output[0] if isinstance(output, tuple) and output else output
             if module in self._taps and isinstance(first, Tensor) and inputs and isinstance(inputs[0], Tensor):
                 self._calls.setdefault(name, []).append(ModuleCall(self._keep(inputs[0]), self._keep(first)))
-            if module is not self._head_follows or first is self._begun:
+            if module is not self._head_follows or first is self._end.passed_on:
                 return output if rms_norm else None
             if self._differentiable == "head":
-                self._stream_end = None  # a hook of somebody else's changed what the module returned
+                self._end.tensor = None  # a hook of somebody else's changed what the module returned
             return self._head_after(name, output)
 
         return hook
@@ -227,45 +223,12 @@ class Recorder(TorchFunctionMode):
         first = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(first, Tensor):
             return None
-        self._begun = self._begin_head(name, first)
-        return None if self._begun is first else self._begun if first is output else (self._begun, *output[1:])
-
-    def _begin_head(self, name: str, given: Tensor) -> Tensor:
-        """What the model goes on with."""
-        if torch.is_inference_mode_enabled():
-            raise RecordingError(
-                "forward_func runs the model under torch.inference_mode, where nothing can be differentiated, not even "
-                "its head; use torch.no_grad there, or nothing"
-            )
-        if self._stream_end is not None:
-            if self._passes > 1:
-                raise RecordingError("the model ran more than once in one forward_func call; expected exactly one pass")
-            raise RecordingError(
-                f"{name!r}, where the head of {type(self._model).__name__} begins, ran more than once in one pass; "
-                "expected it to read the whole stream once. A head that reads the stream in parts, or layers that "
-                "share their weights, are not known of this family"
-            )
-        moved = None
-        if given.dim() == 4 and (self._channels_first or given.shape[1] == self._width != given.shape[3]):
-            moved = 1, -1
-        elif self._tokens_first is not None and self._tokens_first(given):
-            moved = 1, 0
-        stream = given if moved is None else given.movedim(*moved)
-        if self._differentiable == "head":
-            torch.set_grad_enabled(True)  # until the recorder is left
-            # Where it lies is where what was kept of it lies.
-            stream = self._keep(stream).tensor.detach().requires_grad_()
-        self._stream_end = stream
-        if moved == (1, 0):
-            self.following.head_begins(stream)  # its rows are the images; what it is turned to is followed
-            return stream.movedim(0, 1)
-        begun = stream if moved is None else stream.movedim(-1, 1)
-        self.following.head_begins(begun)
-        return begun
+        begun = self._end.begin_head(name, first)
+        return None if begun is first else begun if first is output else (begun, *output[1:])
 
     @property
     def _freezes_norms(self) -> bool:
-        cut = self._differentiable == "head" and (self._stream_end is not None or self._places.any_left)
+        cut = self._differentiable == "head" and (self._end.tensor is not None or self._places.any_left)
         return cut and torch.is_grad_enabled()
 
     @property
@@ -284,23 +247,23 @@ class Recorder(TorchFunctionMode):
         if self._elsewhere():
             return function(*args, **kwargs)
         output = self._run(function, args, kwargs)
-        self.following.ran(function, args, kwargs, output, last=bool(self._events) and self._stream_end is None)
+        self.following.ran(function, args, kwargs, output, last=bool(self._events) and self._end.tensor is None)
         return output
 
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Of the trunk of a head that was cut off, every function is called as it is, and only some are looked at.
         if self._differentiable == "head" and function not in WATCHED and not self._softmaxes.reads_one(args):
             return function(*args, **kwargs)
+        frozen = self._freezes_norms
         if function in LAYER_NORMS:
-            return self._layer_norm(function, *args, **kwargs)
+            return self._norms.layer_norm(self._running[-1], function, *args, frozen=frozen, **kwargs)
         if function in RMS_NORMS:
-            self._norms.append(rms_norm_call(self._running[-1], self._keep, *args, **kwargs))
-            function = frozen_rms_norm if self._freezes_norms else function
+            function = self._norms.rms_norm(self._running[-1], function, args, kwargs, frozen=frozen)
         if function is F.scaled_dot_product_attention:
             return self._fused(partial(self._call, function, args, kwargs), *args, **kwargs)
         own = self._softmaxes.product(function, args) if self._ours else None
         output = self._call(function, args, kwargs) if own is None else own
-        if self._stream_end is None:
+        if self._end.tensor is None:
             self._joins.note(function, output, args, kwargs)
         if function is F.multi_head_attention_forward:
             self._events.append(MultiHeadSite.of(self._running[-1], output[0], self._keep, args, kwargs))
@@ -344,42 +307,3 @@ class Recorder(TorchFunctionMode):
             output = call()
         self._events.append(replace(site, output=edge(output)))
         return output
-
-    def _layer_norm(
-        self,
-        function: Any,
-        input: Tensor,
-        normalized_shape: Any,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-        *rest: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        shape, moments = tuple(normalized_shape), None
-        kept, name = self._keep(input), self._running[-1]
-        if self._freezes_norms:
-            output = FrozenLayerNorm.apply(input, shape, weight, bias, float(eps))
-        elif self._freezer is None and returns_moments(input):
-            # What layer_norm itself calls. Reading the statistics here saves reading the tokens again for them.
-            arguments = (input, shape, weight, bias, float(eps))
-            if self._differentiable == "model":
-                arguments, _ = with_constant_weights(function, arguments, {})
-            output, *pair = torch.native_layer_norm(*arguments)
-            if self._arena is not None and kept.original is not None:
-                pair = [self._arena.put(moment, least=0)[0] for moment in pair]
-            moments = (pair[0], pair[1])
-        else:
-            output = self._call(function, (input, normalized_shape, weight, bias, eps, *rest), kwargs)
-        self._norms.append(NormCall(name, "layer_norm", kept, len(shape), weight, bias, float(eps), moments))
-        return output  # type: ignore[no-any-return]
-
-    def _own_rms_norm(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        """What a module returned that computes an RMSNorm for itself: frozen in the head, else as it is."""
-        if self._freezer is not None or (self._norms and self._norms[-1].module == name):
-            return output
-        norm = own_rms_norm(name, module, self._keep(x), output)
-        if norm is None:
-            return output
-        self._norms.append(norm)
-        return frozen(norm, x, output) if self._freezes_norms else output

@@ -1,0 +1,77 @@
+"""The end of the residual stream: where it is cut for a head that is differentiated by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captum_lnstat.errors import RecordingError
+from captum_lnstat.recording.following import Following
+from captum_lnstat.recording.kept import Kept
+
+
+@dataclass
+class StreamEnd:
+    """The end of the stream of one pass, once the model has reached it.
+
+    Attributes:
+        model: Name of the model's class, for errors.
+        channels_first: Whether a map there has its channels before its rows.
+        width: How many channels it has, where they may be first or last.
+        tokens_first: Whether a stream has its tokens before its batch.
+        cut: The head is to have a graph of its own, which begins here.
+        keep: Keeps what is to outlive the pass.
+        following: Follows rows from here on.
+        tensor: The stream, batch first and channels last.
+        passed_on: What the model goes on with.
+        passes: How often the model has begun to run.
+    """
+
+    model: str
+    channels_first: bool
+    width: int | None
+    tokens_first: Callable[[Tensor], bool] | None
+    cut: bool
+    keep: Callable[[Tensor], Kept]
+    following: Following
+    tensor: Tensor | None = None
+    passed_on: Tensor | None = None
+    passes: int = 0
+
+    def begin_head(self, name: str, given: Tensor) -> Tensor:
+        """The head begins at what a module is given or returned: what the model goes on with."""
+        self._check(name)
+        moved = None
+        if given.dim() == 4 and (self.channels_first or given.shape[1] == self.width != given.shape[3]):
+            moved = 1, -1
+        elif self.tokens_first is not None and self.tokens_first(given):
+            moved = 1, 0
+        stream = given if moved is None else given.movedim(*moved)
+        if self.cut:
+            torch.set_grad_enabled(True)  # until the recorder is left
+            # Where it lies is where what was kept of it lies.
+            stream = self.keep(stream).tensor.detach().requires_grad_()
+        self.tensor = stream
+        begun = stream if moved is None else stream.movedim(*moved[::-1])
+        # Of tokens before the batch, the rows that are followed are still the images.
+        self.following.head_begins(stream if moved == (1, 0) else begun)
+        self.passed_on = begun
+        return begun
+
+    def _check(self, name: str) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RecordingError(
+                "forward_func runs the model under torch.inference_mode, where nothing can be differentiated, not even "
+                "its head; use torch.no_grad there, or nothing"
+            )
+        if self.tensor is not None and self.passes > 1:
+            raise RecordingError("the model ran more than once in one forward_func call; expected exactly one pass")
+        if self.tensor is not None:
+            raise RecordingError(
+                f"{name!r}, where the head of {self.model} begins, ran more than once in one pass; "
+                "expected it to read the whole stream once. A head that reads the stream in parts, or layers that "
+                "share their weights, are not known of this family"
+            )
