@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,18 @@ from torch import Tensor
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.following import Following
 from captum_lnstat.recording.kept import Kept
+
+
+class Passed(torch.autograd.Function):
+    """A tensor in place of the leaf that a gradient is taken at: the same numbers, but the model's own to change."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 @dataclass
@@ -28,6 +41,7 @@ class StreamEnd:
         tensor: The stream, batch first and channels last.
         passed_on: What the model goes on with.
         passes: How often the model has begun to run.
+        refused: An error was raised here.
     """
 
     model: str
@@ -40,24 +54,27 @@ class StreamEnd:
     tensor: Tensor | None = None
     passed_on: Tensor | None = None
     passes: int = 0
+    refused: bool = False
 
     def begin_head(self, name: str, given: Tensor) -> Tensor:
         """The head begins at what a module is given or returned: what the model goes on with."""
+        self.refused = True
         self._check(name)
+        self.refused = False
         moved = None
         if given.dim() == 4 and (self.channels_first or given.shape[1] == self.width != given.shape[3]):
             moved = 1, -1
         elif self.tokens_first is not None and self.tokens_first(given):
             moved = 1, 0
-        stream = given if moved is None else given.movedim(*moved)
+        passed = self.tensor = given if moved is None else given.movedim(*moved)
         if self.cut:
             torch.set_grad_enabled(True)  # until the recorder is left
             # Where it lies is where what was kept of it lies.
-            stream = self.keep(stream).tensor.detach().requires_grad_()
-        self.tensor = stream
-        begun = stream if moved is None else stream.movedim(*moved[::-1])
+            self.tensor = self.keep(passed.detach()).tensor.detach().requires_grad_()
+            passed = Passed.apply(self.tensor, passed.detach())
+        begun = passed if moved is None else passed.movedim(*moved[::-1])
         # Of tokens before the batch, the rows that are followed are still the images.
-        self.following.head_begins(stream if moved == (1, 0) else begun)
+        self.following.head_begins(passed if moved == (1, 0) else begun)
         self.passed_on = begun
         return begun
 

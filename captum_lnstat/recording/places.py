@@ -57,6 +57,11 @@ class Places:
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._modules or module in self._before
 
+    @property
+    def inside(self) -> bool:
+        """One of the modules is running."""
+        return bool(self._entered)
+
     def mark(self, name: str, x: Tensor) -> Tensor:
         """The same tensor, marked."""
         with torch.enable_grad():

@@ -146,8 +146,6 @@ class Recorder(TorchFunctionMode):
         except BaseException:
             self._hooks.remove()
             raise
-        if self._places:
-            torch.set_grad_enabled(True)  # of what lies beside them, the head is made
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -166,6 +164,10 @@ class Recorder(TorchFunctionMode):
         if self._places and self._end.tensor is None:
             tensor = tensor.detach()
         return Kept.on(self._arena, tensor)
+
+    def _keep_input(self, tensor: Tensor) -> Kept:
+        # What a module is given is compared by where it lies: in the head, too, where its copy lies.
+        return self._keep(tensor.detach() if self._places else tensor)
 
     # Other threads may run the same model while this one records: their calls are none of our business.
     def _elsewhere(self) -> bool:
@@ -209,8 +211,8 @@ class Recorder(TorchFunctionMode):
                 output = self._norms.own_rms_norm(name, module, inputs[0], output, frozen=self._freezes_norms)
             first = output[0] if isinstance(output, tuple) and output else output
             if module in self._taps and isinstance(first, Tensor) and inputs and isinstance(inputs[0], Tensor):
-                self._calls.setdefault(name, []).append(ModuleCall(self._keep(inputs[0]), self._keep(first)))
-            if module is not self._head_follows or first is self._end.passed_on:
+                self._calls.setdefault(name, []).append(ModuleCall(self._keep_input(inputs[0]), self._keep(first)))
+            if module is not self._head_follows or first is self._end.passed_on or self._end.refused:
                 return output if rms_norm else None
             if self._differentiable == "head":
                 self._end.tensor = None  # a hook of somebody else's changed what the module returned
@@ -229,7 +231,16 @@ class Recorder(TorchFunctionMode):
     @property
     def _freezes_norms(self) -> bool:
         cut = self._differentiable == "head" and (self._end.tensor is not None or self._places.any_left)
-        return cut and torch.is_grad_enabled()
+        return cut and (torch.is_grad_enabled() or self._beside_the_trunk)
+
+    @property
+    def _beside_the_trunk(self) -> bool:
+        """What runs now may be read by a head, though the stream has not ended.
+
+        Of that, function by function has a graph. For modules, and for whom they ask whether gradients are switched
+        on (checkpointing, backward hooks), they stay switched off until the head begins.
+        """
+        return bool(self._places) and self._end.tensor is None and not self._places.inside
 
     @property
     def _ours(self) -> bool:
@@ -246,7 +257,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._elsewhere():
             return function(*args, **kwargs)
-        output = self._run(function, args, kwargs)
+        if self._beside_the_trunk and function is not torch._C._set_grad_enabled:
+            with torch.enable_grad():
+                output = self._run(function, args, kwargs)
+        else:
+            output = self._run(function, args, kwargs)
         self.following.ran(function, args, kwargs, output, last=bool(self._events) and self._end.tensor is None)
         return output
 

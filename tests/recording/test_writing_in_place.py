@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import captum_lnstat
 from captum_lnstat.recording.attention_backward import ObservedAttention, ObservedProduct
 from captum_lnstat.recording.constant_weights import ConstantLinear
+from captum_lnstat.recording.ending import Passed
 from captum_lnstat.recording.freezing import FrozenAttention, FrozenGate, FrozenLayerNorm, FrozenRMSNorm
 from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.places import Marked
@@ -48,6 +49,7 @@ OWN: dict[type[torch.autograd.Function], Callable[[Tensor], Tensor]] = {
     FrozenGate: lambda x: FrozenGate.apply(x, lambda y: y.relu().view_as(y)),
     FrozenRMSNorm: lambda x: FrozenRMSNorm.apply(x, (4,), None, None),
     FrozenLayerNorm: lambda x: FrozenLayerNorm.apply(x, (4,), None, None, 1e-5),
+    Passed: lambda x: Passed.apply(x, x),
     Marked: lambda x: Marked.apply(torch.zeros(0, requires_grad=True), x),
     FrozenScaling: lambda x: FrozenScaling.apply(x, x.view_as(x), x.detach()),
     FrozenAttention: lambda x: FrozenAttention.apply(x, x, x, None, {}),
