@@ -98,8 +98,18 @@ class Head:
     @cached_property
     def left_out(self) -> str:
         """What no map holds, since the scores read it by another path than the residual stream; empty if nothing."""
-        beside = [read for read in self.reads if read.tokens is None]
+        beside = [read for read in self.reads if read.tokens is None and self._has_slope(read)]
         return left_out(beside, self._share_of(beside) if self.scores else None) if beside else ""
+
+    def _has_slope(self, read: Read) -> bool:
+        """Whether any score changes with what is read there: some parts of it may be read by none."""
+        if not self.scores:
+            return True
+        where: Any = [read.edge]
+        with torch.enable_grad():
+            total = torch.stack([score.sum() for score in self.scores]).sum()
+        (slope,) = torch.autograd.grad(total, where, retain_graph=True, allow_unused=True)
+        return slope is not None and bool(slope.ne(0).any())
 
     def _say_what_is_left_out(self, class_specific: bool) -> None:
         """Warn of what a map leaves out of the scores, which are read besides the end of the stream."""

@@ -306,8 +306,7 @@ def test_distilled_model_in_training(make: Make) -> None:
         method.attribute(image, target=1)
     for one_head in (0, 1):
         method.output = one_head
-        with pytest.raises(RecordingError, match=r"train mode\), explain their mean with output="):
-            method.attribute(image, target=1)
+        assert torch.isfinite(method.attribute(image, target=1)).all()
     method.output = lambda scores: (scores[0] + scores[1]) / 2
     torch.testing.assert_close(method.attribute(image, target=1), expected)
 

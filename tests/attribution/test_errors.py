@@ -284,16 +284,6 @@ class ExtraAttention(VisionTransformer):
         return self.norm(x)
 
 
-class ClassTokenAndMean(VisionTransformer):
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        return x[:, 0] + x[:, 1:].mean(1)
-
-
-class TwoPatchesOnly(VisionTransformer):
-    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        return x[:, 1:3].mean(1)
-
-
 class GatedAttention(Attention):
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         batch, count, channels = x.shape
@@ -320,10 +310,7 @@ WIRINGS: dict[str, dict[str, Any]] = {
     "mlp first": {"block_fn": MlpFirst},
     "reversed": {"block_fn": Reversed},
     "flip between blocks": {"kind": FlipBetween},
-    "long skip": {"kind": LongSkip},
     "extra attention": {"kind": ExtraAttention},
-    "class token and mean": {"kind": ClassTokenAndMean},
-    "two patches only": {"kind": TwoPatchesOnly, "global_pool": "avg"},
     "gate after the softmax": {"attn_layer": GatedAttention},
     "channel attention": {"attn_layer": ChannelAttention},
     "channel attention, square": {"attn_layer": ChannelAttention, "embed_dim": 34},
@@ -360,6 +347,18 @@ def test_other_wirings_are_refused(wiring: str, name: str) -> None:
         return
     with untouched(other), pytest.raises(REFUSED):
         METHODS[name](other).attribute(images(), target=1)
+
+
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+@pytest.mark.parametrize("rule", ["lnstat", "evidence", "rollout", "gradient"])
+def test_a_skip_around_all_blocks_is_said(rule: str, pooling: str) -> None:
+    other = vit(kind=LongSkip, global_pool=pooling, class_token=pooling == "token")
+    if pooling == "token" and rule != "gradient":
+        # Of the skip, only the class token is read, which is the same for every image.
+        LNStatAttribution(other, rule=rule).relevance(images(), target=1)
+        return
+    with pytest.warns(UserWarning, match=r"another path than|besides the end of the residual stream"):
+        LNStatAttribution(other, rule=rule).relevance(images(), target=1)
 
 
 def test_small_scores_are_checked_as_strictly() -> None:

@@ -65,8 +65,8 @@ def _most(rule: str, model: nn.Module, pixels: int = 128) -> int:
 
 
 # In streams, a block: queries, keys, values and the two streams are kept (5), in a graph the MLP's hidden layer (4)
-# too. One map of all queries and keys of one head is 21 streams; rows are normalised in pieces. Where on the image tokens
-# come from takes less than one.
+# too. One map of all queries and keys of one head is 21 streams; rows are normalised in pieces. Where on the image
+# tokens come from takes less than one.
 @pytest.mark.parametrize(("rule", "a_block", "beside"), [("lnstat", 5, 31), ("rollout", 5, 31), ("gradient", 9, 34)])
 def test_no_more_is_kept_than_the_rule_reads(rule: str, a_block: int, beside: int) -> None:
     assert _most(rule, _vit()) < (a_block * DEPTH + beside) * STREAM

@@ -158,10 +158,16 @@ def test_constant_of_a_swin_is_biases_betas_and_mean_values(name):
 
 def test_a_step_between_the_blocks_that_is_not_known_is_refused():
     model, x = build("vit-class"), images(CASES["vit-class"])
-    model.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.5,))
+    handle = model.blocks[1].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.5,))
     for name in ("evidence", "lnstat", "rollout"):
-        with pytest.raises(RecordingError, match="the head does not read what the step before it returned"):
+        with pytest.raises(RecordingError, match=r"blocks\.1 does not read what the step before it returned"):
             rule(model, name, x, targets(2))
+    handle.remove()
+    # Behind the last block it is part of the head, and of the score: evidence adds up.
+    model.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.5,))
+    with torch.no_grad():
+        scores = model(x).gather(1, targets(2)[:, None])[:, 0]
+    assert torch.allclose(rule(model, "evidence", x, targets(2)).total, scores, rtol=1e-6)
 
 
 def test_evidence_that_does_not_add_up_is_refused():

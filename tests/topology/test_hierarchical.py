@@ -420,7 +420,7 @@ def test_where_evidence_is_put_down_is_said():
 
 
 def test_a_stream_that_is_widened_at_the_mlp_is_refused():
-    with pytest.raises(UnsupportedModelError, match="expand_attn"):
+    with pytest.raises(RecordingError, match="256 tokens of 16 channels and then 256 tokens of 32 channels"):
         LNStatAttribution(lively(mvit_v2(expand_attn=False))).relevance(images(1, 64), 1)
 
 

@@ -269,7 +269,7 @@ def test_parts_of_a_block():
     block = nn.TransformerEncoderLayer(8, 2)
     parts = find_parts(block)
     assert parts is not None
-    assert parts.out is block.self_attn.out_proj
+    assert parts.out.module is block.self_attn.out_proj
     assert parts.scale is None
     block.gamma = nn.Parameter(torch.ones(8))
     found = find_parts(block)
