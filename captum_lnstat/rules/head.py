@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -98,18 +99,10 @@ class Head:
     @cached_property
     def left_out(self) -> str:
         """What no map holds, since the scores read it by another path than the residual stream; empty if nothing."""
-        beside = [read for read in self.reads if read.tokens is None and self._has_slope(read)]
-        return left_out(beside, self._share_of(beside) if self.scores else None) if beside else ""
-
-    def _has_slope(self, read: Read) -> bool:
-        """Whether any score changes with what is read there: some parts of it may be read by none."""
-        if not self.scores:
-            return True
-        where: Any = [read.edge]
-        with torch.enable_grad():
-            total = torch.stack([score.sum() for score in self.scores]).sum()
-        (slope,) = torch.autograd.grad(total, where, retain_graph=True, allow_unused=True)
-        return slope is not None and bool(slope.ne(0).any())
+        beside = [read for read in self.reads if read.tokens is None]
+        share = self._share_of(beside) if beside and self.scores else None
+        # What forward_func returned may hold more than the scores that are explained.
+        return left_out(beside, share) if beside and share != 0 else ""
 
     def _say_what_is_left_out(self, class_specific: bool) -> None:
         """Warn of what a map leaves out of the scores, which are read besides the end of the stream."""
@@ -129,7 +122,8 @@ class Head:
         ends = [self.stream_end, *(read.edge for read in self.reads)]
         values = [self.stream_end.detach(), *(read.value for read in self.reads)]
         total = self.scores[0].sum()
-        slopes = torch.autograd.grad(total, ends, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        with not_run_again():
+            slopes = torch.autograd.grad(total, ends, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
         pairs = zip(slopes, values, strict=True)
         terms = [0.0 if u is None else float((u * x).flatten(1).sum(1).abs().mean()) for u, x in pairs]
         part = sum(term for term, read in zip(terms[1:], self.reads, strict=True) if read.tokens is None)
@@ -264,9 +258,9 @@ def _slope(score: Tensor, at: Tensor | GradientEdge, besides: bool, value: Tenso
     """The gradient of a score at a place; zero where it reads other places only."""
     if not besides:
         return gradients(score, [at])[0]
-    with torch.enable_grad():
+    with torch.enable_grad(), not_run_again():
         total = score.sum()
-    (slope,) = torch.autograd.grad(total, [at], retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        (slope,) = torch.autograd.grad(total, [at], retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
     return torch.zeros_like(at if value is None else value) if slope is None else slope
 
 
@@ -280,13 +274,27 @@ def check_differentiable(score: Tensor) -> None:
         )
 
 
+@contextmanager
+def not_run_again() -> Iterator[None]:
+    """Gradient checkpointing around the whole model runs it again, where nothing is recorded: that is refused."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):
+            raise
+        raise RecordingError(
+            "forward_func runs the model under torch.utils.checkpoint, which runs it again for every gradient, without "
+            "what was recorded; expected one pass. Call the model itself; it may checkpoint its own blocks"
+        ) from error
+
+
 def gradients(score: Float[Tensor, " batch"], at: Sequence[Tensor | GradientEdge]) -> tuple[Tensor, ...]:
     """Gradient of every image's score; the parameters' ``.grad`` stays as it is."""
     check_differentiable(score)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), not_run_again():
             total = score.sum()
-        return torch.autograd.grad(total, list(at))  # type: ignore[arg-type]  # torch takes both, mixed
+            return torch.autograd.grad(total, list(at))  # type: ignore[arg-type]  # torch takes both, mixed
     except RuntimeError as error:
         if "not have been used in the graph" not in str(error):
             raise

@@ -5,6 +5,7 @@
 from captum_lnstat.topology.base import Topology, find_topology, register_topology, takes_videos
 from captum_lnstat.topology.hierarchical import HierarchicalTopology
 from captum_lnstat.topology.encoder import EncoderTopology, SeenTopology
+from captum_lnstat.topology.scattered import ScatteredTopology
 from captum_lnstat.topology.divided import DividedTopology
 from captum_lnstat.topology.video import VideoTopology
 from captum_lnstat.topology.convolved import ConvolvedTopology
@@ -22,6 +23,7 @@ __all__ = [
     "HierarchicalTopology",
     "PlainTopology",
     "PooledTopology",
+    "ScatteredTopology",
     "SeenTopology",
     "Topology",
     "VideoTopology",

@@ -16,7 +16,7 @@ from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.embedding import convolutions, named, outside
 from captum_lnstat.topology.anatomy.parts import Known, channels_of, known_so_far, recall
-from captum_lnstat.topology.anatomy.refusal import no_family, several_models
+from captum_lnstat.topology.anatomy.refusal import calls_parts, no_family, several_models
 from captum_lnstat.topology.anatomy.structure import Structure, structure_of
 from captum_lnstat.trace.trace import Trace
 
@@ -217,7 +217,7 @@ def _found(model: nn.Module) -> Topology:
         for module, family in found.values():
             topology = family(module)
             # A wrapper may pass on the attributes of what it holds; the modules are inside that one.
-            if topology.entrance in named(module):
+            if topology.entrance in named(module) and not any(map(calls_parts, module.modules())):
                 return topology
         level = [child for module in level for child in module.children()]
     known = {family.family: family.expects for family in reversed(_FAMILIES)}

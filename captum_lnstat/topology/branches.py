@@ -17,7 +17,7 @@ from captum_lnstat.layout import Layout
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.embedding import LISTS, named
+from captum_lnstat.topology.anatomy.embedding import lists_of
 from captum_lnstat.topology.anatomy.parts import attends, channels_of, layers
 from captum_lnstat.topology.anatomy.unfolding import unfolded
 from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenScale, apply
@@ -62,11 +62,7 @@ def _holds_norm(module: nn.Module) -> bool:
 
 def branch_lists(model: nn.Module) -> dict[str, nn.Module]:
     """Lists of nothing but blocks of two branches, by name, in the order in which they are defined."""
-    return {
-        name: module
-        for name, module in named(model).items()
-        if isinstance(module, LISTS) and len(module) > 0 and all(find_branches(block) is not None for block in module)
-    }
+    return lists_of(model, lambda block: find_branches(block) is not None)
 
 
 def is_called(block: nn.Module) -> bool:

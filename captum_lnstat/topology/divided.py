@@ -20,7 +20,7 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import PADDING, Grid, Groups
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.embedding import LISTS, block_lists, check_prefix_first, named, reads_images
+from captum_lnstat.topology.anatomy.embedding import block_lists, check_prefix_first, lists_of, named, reads_images
 from captum_lnstat.topology.anatomy.parts import has_heads, layers
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.volumes import channel_axis, patch_of, place_of_tubelets
@@ -101,11 +101,7 @@ class DividedTopology(BlockTopology):
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The one list of blocks with two attentions, by name; none if there is no such list or no convolution."""
-    lists = {
-        name: module
-        for name, module in named(model).items()
-        if isinstance(module, LISTS) and len(module) > 0 and all(map(_is_divided, module))
-    }
+    lists = lists_of(model, _is_divided)
     images = {name: part for name, part in named(model).items() if isinstance(part, nn.Conv2d)}
     # Behind blocks of one attention, those with two are a decoder's: among its own tokens, and to those of the image.
     if len(lists) != 1 or not reads_images(images) or block_lists(model):

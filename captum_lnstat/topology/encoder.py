@@ -18,14 +18,15 @@ from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.cutting import check_others, grid_of_patches, patch_linear, patch_taps
 from captum_lnstat.topology.anatomy.embedding import (
-    LISTS,
     around_patches,
     block_lists,
     convolutions,
     grid_of,
+    lists_of,
     named,
     outside,
     patch_of,
+    pooled_after,
     reads_images,
 )
 from captum_lnstat.topology.anatomy.joining import with_new_tokens
@@ -119,7 +120,7 @@ class EncoderTopology(BlockTopology):
         if tokens_first:
             check_images_apart(recording)
             recording = recording.batch_first(name for pair in ran.items() for name in calls_of(*pair))
-        grid, patch, neck = self._patches(recording, image_size)
+        grid, patch, neck = self._patches(recording, image_size, names[0])
         given = dict(zip(ran, names, strict=True))
         layouts = {name: _layout(given[name], block, recording, batch, grid) for name, block in ran.items()}
         steps: list[Step] = []
@@ -128,7 +129,7 @@ class EncoderTopology(BlockTopology):
             if is_residual_block(block):
                 steps += block_steps(name, block, recording, layouts[name], grid)
             elif find_branches(block) is None:
-                steps.append(seen_block(name, block, recording, layouts[name]))
+                steps += seen_block(name, block, recording, layouts[name], grid)
             else:
                 read = None if is_called(block) or after is None else stream(after.detach())
                 steps.append(branch_block(name, block, recording, layouts[name], read))
@@ -162,13 +163,14 @@ class EncoderTopology(BlockTopology):
             covers=covers,
         )
 
-    def _patches(self, recording: Recording, image_size: tuple[int, int]) -> tuple[Grid, Grid, bool]:
+    def _patches(self, recording: Recording, image_size: tuple[int, int], first: str) -> tuple[Grid, Grid, bool]:
         """Rows and columns of patches, height and width of one, and whether convolutions follow the blocks."""
         if self._linear is not None:
             return *grid_of_patches(recording, self._linear, self.norms), False
         embedding, neck = self._around_blocks(recording)
         grid = grid_of(recording, list(embedding)[-1])
-        return grid, patch_of(embedding, recording, grid, image_size), bool(neck)
+        pooled = pooled_after(recording, first, grid)
+        return *(pooled or (grid, patch_of(embedding, recording, grid, image_size))), bool(neck)
 
     def _around_blocks(self, recording: Recording) -> tuple[dict[str, nn.Conv2d], dict[str, nn.Conv2d]]:
         """The convolutions that ran before the first block, and those that ran after the last."""
@@ -242,5 +244,5 @@ def _holds_encoder(model: nn.Module, lists: Callable[[nn.Module], dict[str, nn.M
         return False
     # Attention in layers of another build, as XCiT's among the channels: more than this family knows of.
     inside = {id(part) for block in blocks for part in block.modules()}
-    others = [part for part in model.modules() if id(part) not in inside and isinstance(part, LISTS) and len(part) > 0]
-    return not any(all(map(has_heads, layers)) and inside.isdisjoint(map(id, layers.modules())) for layers in others)
+    others = [part for part in lists_of(model, has_heads).values() if id(part) not in inside]
+    return not any(inside.isdisjoint(map(id, part.modules())) for part in others)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.layout import Grid, WholeImage
 from captum_lnstat.recording.recording import Recording
-from captum_lnstat.topology.anatomy.embedding import check_prefix_first, convolutions, grid_of
+from captum_lnstat.topology.anatomy.embedding import check_one_row_an_image, check_prefix_first, convolutions, grid_of
 from captum_lnstat.topology.anatomy.joining import with_new_tokens
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, is_residual_block
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
@@ -82,6 +82,7 @@ class PlainTopology(Topology):
         grid = self._grid(recording, image_size)
         prefix = tokens.shape[1] - grid[0] * grid[1]
         if prefix < own:
+            check_one_row_an_image(recording, self.entrance, tokens)
             raise RecordingError(
                 f"the first block saw {tokens.shape[1]} tokens; expected {own} prefix tokens and a grid of "
                 f"{grid[0]} x {grid[1]}. Tokens that were dropped (patch dropout, in train mode) cannot be placed on "

@@ -7,10 +7,12 @@ divides both parts by one number: the residual share is what it is in a pre-norm
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import replace
+
+from torch import Tensor, nn
 
 from captum_lnstat.layout import Grid, Layout
-from captum_lnstat.recording.recording import Recording
+from captum_lnstat.recording.recording import NormCall, Recording
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.parts import parts_of
 from captum_lnstat.topology.anatomy.unfolding import unfolded
@@ -41,12 +43,25 @@ def block_steps(name: str, block: nn.Module, recording: Recording, layout: Layou
     after, left = stream(call.output.read()), output_of(second)
     if off_by(left, after) > 1:
         return [residual_block(name, block, recording, layout)]
-    before, between, summed = (stream(kept.read()) for kept in (call.input, first.input, second.input))
     site = unfolded(recording.site(f"{name}.{parts.attention}"), parts.out.in_features)
-    path, normed = path_to_update(name, parts, site, recording), output_of(first)
+    path, before = path_to_update(name, parts, site, recording), stream(call.input.read())
+    return through_norms(Block(name, site, layout, before, before, before, path), first, second, after, grid)
+
+
+def through_norms(block: Block, first: NormCall, second: NormCall, after: Tensor, grid: Grid) -> list[Step]:
+    """The four steps of a block, given with what attends, which the stream leaves through two norms.
+
+    Args:
+        block: Its attention; where its streams after that lie is read here.
+        first: The norm of the stream with the attention's update.
+        second: The norm of that with the MLP's.
+        after: What the block returned.
+        grid: Rows and columns of patch tokens.
+    """
+    between, normed, summed = stream(first.input.read()), output_of(first), stream(second.input.read())
     return [
-        Block(name, site, layout, before, between, between, path, centred=first.centred),
+        replace(block, between=between, after=between, centred=first.centred),
         norm_step(first.module, first, between, normed, grid),
-        Update(f"{name}.mlp", normed, summed),
+        Update(f"{block.name}.mlp", normed, summed),
         norm_step(second.module, second, summed, after, grid),
     ]

@@ -10,17 +10,19 @@ from __future__ import annotations
 from torch import nn
 
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.layout import Layout
+from captum_lnstat.layout import Grid, Layout
 from captum_lnstat.recording.joined_heads import JoinedHeads
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.sites import AttentionSite, FusedSite, SoftmaxSite
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.embedding import LISTS, block_lists, named
+from captum_lnstat.topology.anatomy.embedding import block_lists, lists_of
 from captum_lnstat.topology.anatomy.parts import channels_of, has_heads, layers
 from captum_lnstat.topology.anatomy.refusal import is_attention, weighs_channels
 from captum_lnstat.topology.anatomy.unfolding import unfolded
 from captum_lnstat.topology.branches import branch_lists, path_as_seen
-from captum_lnstat.trace.steps import Block
+from captum_lnstat.topology.post_norm import through_norms
+from captum_lnstat.topology.residual import off_by, output_of
+from captum_lnstat.trace.steps import Block, Step
 
 # How far an update may be from what the attention makes of its values, to be taken for it, in its own size.
 NEAR = 0.05
@@ -45,8 +47,7 @@ def seen_lists(model: nn.Module) -> dict[str, nn.Module]:
     """Lists of nothing but such blocks, by name, where there are none of blocks of a known build."""
     if block_lists(model) or branch_lists(model):
         return {}
-    found = {name: part for name, part in named(model).items() if isinstance(part, LISTS) and len(part) > 0}
-    found = {name: part for name, part in found.items() if all(map(is_seen_block, part))}
+    found = lists_of(model, is_seen_block)
     # Of a list in a block the block is what counts.
     return {name: part for name, part in found.items() if not any(_holds(outer, part) for outer in found.values())}
 
@@ -55,14 +56,15 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
     return outer is not inner and any(part is inner for part in outer.modules())
 
 
-def seen_block(name: str, block: nn.Module, recording: Recording, layout: Layout) -> Block:
-    """Read one block from the recording.
+def seen_block(name: str, block: nn.Module, recording: Recording, layout: Layout, grid: Grid) -> list[Step]:
+    """Read one block from the recording, pre-norm or post-norm.
 
     Args:
         name: Dotted name of the block in the recording.
         block: The block.
         recording: The pass.
         layout: How the stream's tokens become the attention's queries and keys.
+        grid: Rows and columns of patch tokens.
 
     Raises:
         RecordingError: Of the norms in it none reads what the block was given, or none that and the attention's update.
@@ -71,18 +73,25 @@ def seen_block(name: str, block: nn.Module, recording: Recording, layout: Layout
     before, after = stream(call.input.read()), stream(call.output.read())
     site = _site(name, recording, before.shape[-1])
     norms = [norm for norm in recording.norms_inside(name) if norm.input.tensor.numel() == before.numel()]
-    first = next((norm for norm in norms if norm.input.tensor.data_ptr() == call.input.tensor.data_ptr()), None)
-    for second in norms:
-        between = stream(second.input.read())
-        if first is None or second is first or between.shape != before.shape:
+    pre = next((norm for norm in norms if norm.input.tensor.data_ptr() == call.input.tensor.data_ptr()), None)
+    for place, norm in enumerate(norms):
+        between = stream(norm.input.read())
+        if norm is pre or between.shape != before.shape:
             continue
         path, off = path_as_seen(block, block, site, between - before)
-        if block.training or off <= NEAR:
-            both = first, second
-            return Block(name, site, layout, before, between, after, path, norms=both, centred=second.centred)
+        if not block.training and off > NEAR:
+            continue
+        if pre is not None:
+            both = pre, norm
+            return [Block(name, site, layout, before, between, after, path, norms=both, centred=norm.centred)]
+        for last in norms[place + 1 :]:
+            if off_by(output_of(last), after) <= 1:
+                one = Block(name, site, layout, before, between, between, path)
+                return through_norms(one, norm, last, after, grid)
     raise RecordingError(
         f"no norm in {name!r} reads what the block is given, or none reads that with what its attention makes of the "
-        f"values; {len(norms)} norms read tokens there. Expected x' = x + attention(norm(x)), x'' = x' + mlp(norm(x'))"
+        f"values; {len(norms)} norms read tokens there. Expected x' = x + attention(norm(x)), x'' = x' + mlp(norm(x')) "
+        "or x' = norm(x + attention(x)), x'' = norm(x' + mlp(x'))"
     )
 
 

@@ -26,9 +26,7 @@ def placed(trace: Trace, recording: Recording) -> Trace:
         UnsupportedModelError: The tokens are not the patches of the images, each once.
     """
     name = trace.steps[0].name
-    inside = [module for module in recording.provenance if f"{name}.".startswith(f"{module}.")]
-    path = recording.provenance[max(inside, key=len)] if inside else None
-    places = None if path is None else path.provenance
+    places = places_before(recording, name)
     tokens = None if places is None else _tokens(places, trace)
     if places is None or tokens is None:
         return trace
@@ -55,6 +53,13 @@ def placed(trace: Trace, recording: Recording) -> Trace:
             "the images in another order; expected them in the order in which they were given. Explain them one by one"
         )
     return _moved(trace, seen % count, lattice, name)
+
+
+def places_before(recording: Recording, name: str) -> Provenance | None:
+    """Where what a block was given comes from; ``None`` where nothing is known of it."""
+    inside = [module for module in recording.provenance if f"{name}.".startswith(f"{module}.")]
+    path = recording.provenance[max(inside, key=len)] if inside else None
+    return None if path is None else path.provenance
 
 
 def check_rows(recording: Recording) -> None:

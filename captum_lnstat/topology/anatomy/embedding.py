@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from captum_lnstat.errors import UnsupportedModelError
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid
 from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.parts import Layer, is_residual_block
 from captum_lnstat.topology.anatomy.projections import ADAPTED
+from captum_lnstat.trace.placing import places_before
 
 LISTS = (nn.ModuleList, nn.Sequential)
 # A convolution that reads images has few input channels; one between two stages reads features, which are more.
@@ -30,11 +32,14 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 def block_lists(model: nn.Module) -> dict[str, nn.Module]:
     """Lists of nothing but residual blocks, by name, in the order in which they are defined."""
-    return {
-        name: module
-        for name, module in named(model).items()
-        if isinstance(module, LISTS) and len(module) > 0 and all(map(is_residual_block, module))
-    }
+    return lists_of(model, is_residual_block)
+
+
+def lists_of(model: nn.Module, is_one: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """Lists of nothing but modules of a kind, by name; a list may have a ``None`` where one was left out."""
+    lists = {name: module for name, module in named(model).items() if isinstance(module, LISTS)}
+    held = {name: list(module.children()) for name, module in lists.items()}
+    return {name: module for name, module in lists.items() if held[name] and all(map(is_one, held[name]))}
 
 
 def outside(model: nn.Module, blocks: Iterable[nn.Module], kind: type[Layer]) -> dict[str, Layer]:
@@ -69,6 +74,15 @@ def reads_images(found: Mapping[str, nn.Conv2d]) -> bool:
 def grid_of(recording: Recording, convolution: str) -> Grid:
     """Rows and columns of what a convolution returned; frames, rows and columns if it is one of videos."""
     return tuple(map(int, recording.call(convolution).output.tensor.shape[2:]))
+
+
+def pooled_after(recording: Recording, block: str, grid: Grid) -> tuple[Grid, Grid] | None:
+    """Rows and columns of patches and how large one is, if the last convolution's ``grid`` was seen to be pooled."""
+    places = places_before(recording, block)
+    seen = () if places is None else tuple(places.lattice.shape[1:])
+    if places is None or len(seen) != len(grid) or math.prod(seen) >= math.prod(grid):
+        return None
+    return seen, tuple(abs(int(step)) for step in places.lattice.pitch)
 
 
 def patch_of(
@@ -133,6 +147,20 @@ def _around(joins: Sequence[tuple[int, ...]], tokens: int, patches: int) -> tupl
     if inner is None:
         return None
     return sum(parts[: large[0]]) + inner[0], inner[1] + sum(parts[large[0] + 1 :])
+
+
+def check_one_row_an_image(recording: Recording, entrance: str, tokens: Tensor) -> None:
+    """Tokens that were cut into windows before a block that attends among all that it is given are in more rows.
+
+    Raises:
+        RecordingError: There are not as many rows of tokens as images.
+    """
+    images = len(recording.call(entrance).input.tensor)
+    if len(tokens) != images:
+        raise RecordingError(
+            f"the first block was given {len(tokens)} rows of {tokens.shape[1]} tokens for {images} images: they were "
+            "cut into windows, or put together, before it; expected one row an image, with all of its patches"
+        )
 
 
 def check_prefix_first(recording: Recording, tokens: int, prefix: int, *, seen: bool) -> None:

@@ -37,6 +37,12 @@ def no_family(model: nn.Module, known: Mapping[str, str]) -> str:
         Sequential is not a vision transformer of a known family: it holds no attention module
     """
     kind = type(model).__name__
+    if any(calls_parts(module) for module in model.modules()):
+        return (
+            f"{kind} is, or holds, a graph of a model (torch.fx, as of torchvision's create_feature_extractor), which "
+            "calls what is in the blocks part by part and runs no block as a module\n"
+            "to do: pass the model that it was made from, and take features by its own modules or with a forward hook"
+        )
     if any(isinstance(module, _COPIES) for module in model.modules()):
         return (
             f"{kind} is, or holds, a scripted, traced or exported copy of a model, whose attention cannot be seen\n"
@@ -76,6 +82,14 @@ def several_models(model: nn.Module, found: Sequence[nn.Module]) -> str:
         f"{type(model).__name__} holds {len(found)} transformers side by side ({names}); expected one. Pass the one to "
         "explain as model="
     )
+
+
+def calls_parts(module: nn.Module) -> bool:
+    """Whether a module is a graph that calls modules with weights; one that was exported calls torch's functions."""
+    if not isinstance(module, torch.fx.GraphModule):
+        return False
+    called = [module.get_submodule(str(node.target)) for node in module.graph.nodes if node.op == "call_module"]
+    return any(list(part.parameters()) for part in called)
 
 
 def _listing(attention: Mapping[str, nn.Module]) -> str:
