@@ -100,9 +100,11 @@ class Head:
     def left_out(self) -> str:
         """What no map holds, since the scores read it by another path than the residual stream; empty if nothing."""
         beside = [read for read in self.reads if read.tokens is None]
-        share = self._share_of(beside) if beside and self.scores else None
+        if not beside or not self.scores:
+            return left_out(beside, None) if beside else ""
         # What forward_func returned may hold more than the scores that are explained.
-        return left_out(beside, share) if beside and share != 0 else ""
+        share = next((share for score in self.scores if (share := self._share_of(beside, score)) != 0), 0.0)
+        return "" if share == 0 else left_out(beside, share)
 
     def _say_what_is_left_out(self, class_specific: bool) -> None:
         """Warn of what a map leaves out of the scores, which are read besides the end of the stream."""
@@ -115,13 +117,14 @@ class Head:
                 "its end alone: rule='lnstat' and 'evidence' begin at every place that is read"
             )
 
-    def _share_of(self, beside: Sequence[Read]) -> float | None:
-        """How much of the first score comes from some of the places, to first order, among all that it is read from."""
+    def _share_of(self, beside: Sequence[Read], score: Tensor) -> float | None:
+        """How much of a score comes from some of the places, to first order, among all that it is read from."""
         if any(read.value.numel() == 0 for read in beside):
             return None
         ends = [self.stream_end, *(read.edge for read in self.reads)]
         values = [self.stream_end.detach(), *(read.value for read in self.reads)]
-        total = self.scores[0].sum()
+        with torch.enable_grad():
+            total = score.sum()
         with not_run_again():
             slopes = torch.autograd.grad(total, ends, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
         pairs = zip(slopes, values, strict=True)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from helpers.contract import images, swin, vit
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from captum_lnstat import LayerLNStat, LNStatAttribution
+from captum_lnstat import LayerLNStat, LNStatAttribution, RecordingError
 from captum_lnstat.doctor import examine
 
 Pipeline = Callable[[Tensor], Tensor]
@@ -150,6 +151,50 @@ def test_the_share_of_another_path_grows_with_it() -> None:
             LNStatAttribution(model, rule="evidence").relevance(x, target=1)
         shares.append(int(re.search(r"(\d+)%", str(said[0].message)).group(1)))
     assert shares[0] < shares[1] < shares[2]
+
+
+class _Scores(nn.Module):
+    """Scores of a ViT, and behind them those that a small network has a part in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = _Beside("after", 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.beside.vit(x)
+        return torch.cat([scores, scores + self.beside.head(self.beside.other(x))], 1)
+
+
+@pytest.mark.parametrize("rule", ["lnstat", "evidence", "rollout"])
+def test_what_is_returned_beside_the_score_is_no_part_of_it(rule: str) -> None:
+    model, x = _Scores(), images(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = LNStatAttribution(model, rule=rule).relevance(x, target=1)
+    assert torch.equal(found, LNStatAttribution(model.beside.vit, rule=rule).relevance(x, target=1))
+    with pytest.warns(UserWarning, match="of it, to first order"):
+        LNStatAttribution(model, rule=rule).relevance(x, target=6)
+
+
+def test_one_of_several_targets_is_enough_to_say_it() -> None:
+    with pytest.warns(UserWarning, match="by another path than the residual stream"):
+        LNStatAttribution(_Scores(), rule="evidence").relevance_per_target(images(1), [1, 6])
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("rule", ["lnstat", "evidence"])
+def test_checkpointing_of_the_whole_model_is_refused(rule: str, again: bool) -> None:
+    model, x = vit(), images(1)
+    method = LNStatAttribution(lambda x: checkpoint(model, x, use_reentrant=again), model=model, rule=rule)
+    with pytest.raises(RecordingError, match="checkpoint, which runs it again"):
+        method.relevance(x, target=1)
+
+
+def test_checkpointing_of_its_blocks_changes_nothing() -> None:
+    model, x = vit(), images(1)
+    expected = LNStatAttribution(model, rule="evidence").relevance(x, target=1)
+    model.set_grad_checkpointing()
+    assert torch.equal(LNStatAttribution(model, rule="evidence").relevance(x, target=1), expected)
 
 
 def test_the_doctor_says_it_too() -> None:

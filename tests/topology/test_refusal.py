@@ -15,6 +15,8 @@ from helpers.contract import distilled, images, swin, untouched, vit
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer as TorchvisionViT
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from captum_lnstat import AttentionRollout, LNStatAttribution, RecordingError, UnsupportedModelError
 from captum_lnstat.topology.anatomy.refusal import no_family
@@ -76,6 +78,36 @@ def scripted() -> nn.Module:
 
 def exported() -> nn.Module:
     return torch.export.export(vit(), (images(),)).module()
+
+
+def as_graph(last: str) -> nn.Module:
+    model = TorchvisionViT(32, 8, 1, 3, 24, 32)
+    return nn.Sequential(create_feature_extractor(model, [last]), First(last)).eval()
+
+
+class First(nn.Module):
+    """The first token of features as scores."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        return features[self.name][:, 0]
+
+
+class InWindows(nn.Module):
+    """A plain ViT whose tokens are cut into four windows before its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = vit(class_token=False, global_pool="avg", pos_embed="none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.vit.patch_embed(x)
+        t = self.vit.blocks(t.unflatten(1, (4, -1)).flatten(0, 1)).unflatten(0, (-1, 4)).flatten(1, 2)
+        scores: Tensor = self.vit.forward_head(self.vit.norm(t))
+        return scores
 
 
 def big() -> Tensor:
@@ -169,6 +201,22 @@ TABLE: dict[str, Rows] = {
         UnsupportedModelError,
         "scripted, traced or exported",
         "pass the model that it was",
+    ),
+    "graph": (
+        partial(as_graph, "encoder.ln"),
+        images,
+        1,
+        UnsupportedModelError,
+        r"a graph \(torch\.fx, .* runs no block as a module",
+        "pass the model that it was made from",
+    ),
+    "windows": (
+        InWindows,
+        images,
+        1,
+        RecordingError,
+        r"was given 8 rows of \d+ tokens for 2 images: they were cut into windows",
+        "one row an image",
     ),
     "own kernel": (
         partial(vit, attn_layer=OwnKernel),
