@@ -6,7 +6,7 @@ tokens are those that the first block sees beyond it, and how the head reads the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid, Layout, WholeImage, windows
 from captum_lnstat.recording.joined_heads import JoinedHeads
-from captum_lnstat.recording.recording import Recording
+from captum_lnstat.recording.recording import ModuleCall, Recording
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.cutting import check_others, grid_of_patches, patch_linear, patch_taps
 from captum_lnstat.topology.anatomy.embedding import (
@@ -32,11 +32,12 @@ from captum_lnstat.topology.anatomy.embedding import (
 from captum_lnstat.topology.anatomy.joining import with_new_tokens
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, channels_of, has_heads, is_residual_block
 from captum_lnstat.topology.anatomy.pooling import check_images_apart, pooling_as_read
+from captum_lnstat.topology.anatomy.units import norm_step
 from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
 from captum_lnstat.topology.branches import branch_block, branch_lists, branch_taps, calls_of, find_branches, is_called
 from captum_lnstat.topology.hierarchical import HierarchicalTopology
 from captum_lnstat.topology.post_norm import block_steps
-from captum_lnstat.topology.residual import block_taps
+from captum_lnstat.topology.residual import block_taps, off_by, output_of
 from captum_lnstat.topology.seen import seen_block, seen_lists
 from captum_lnstat.trace.steps import Block, Step
 from captum_lnstat.trace.trace import Trace
@@ -133,6 +134,8 @@ class EncoderTopology(BlockTopology):
             else:
                 read = None if is_called(block) or after is None else stream(after.detach())
                 steps.append(branch_block(name, block, recording, layouts[name], read))
+            if name in recording.calls and after is not reads[-1]:
+                steps += self._norm_after(recording.call(name), steps[-1].after, after, recording, grid)
         tokens = steps[0].before
         others = tokens.shape[1] - grid[0] * grid[1]
         if others < 0:
@@ -162,6 +165,19 @@ class EncoderTopology(BlockTopology):
             tokens_first=tokens_first,
             covers=covers,
         )
+
+    def _norm_after(
+        self, call: ModuleCall, before: Tensor, after: Tensor | None, recording: Recording, grid: Grid
+    ) -> Iterator[Step]:
+        """The norm between a block and the next, as behind an ``nn.TransformerEncoder`` that another one follows."""
+        returned = call.output.tensor
+        outside = (norm for name in self.norms for norm in recording.norms_inside(name))
+        for norm in (one for one in outside if one.input.tensor.shape == returned.shape):
+            if after is not None and norm.input.tensor.data_ptr() == returned.data_ptr():
+                left, read = output_of(norm), stream(after.detach())
+                if left.shape == read.shape and off_by(left, read) <= 1:
+                    yield norm_step(norm.module, norm, before, read, grid)
+                    return
 
     def _patches(self, recording: Recording, image_size: tuple[int, int], first: str) -> tuple[Grid, Grid, bool]:
         """Rows and columns of patches, height and width of one, and whether convolutions follow the blocks."""

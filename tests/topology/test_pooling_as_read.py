@@ -114,11 +114,11 @@ def test_every_rule_is_that_of_the_model_that_is_set_so(setting: str, pool: Any)
 
 def test_of_several_queries_those_count_that_are_read() -> None:
     """The map of the one that is read, not the mean over those of all."""
-    several, one = lively(Probe(Queries(4))), lively(Probe(Queries(1)))
+    several, one = lively(Probe(Queries(4))).double(), lively(Probe(Queries(1))).double()
     state = several.state_dict()
     one.load_state_dict(state | {"pool.queries": state["pool.queries"][:, :1]})
     for rule in ("rollout", "gradient", "lnstat"):
-        found, expected = (LNStatAttribution(m, rule=rule).relevance(images(), 1) for m in (several, one))
+        found, expected = (LNStatAttribution(m, rule=rule).relevance(images().double(), 1) for m in (several, one))
         torch.testing.assert_close(found, expected, msg=rule)
 
 

@@ -113,6 +113,21 @@ def test_a_norm_in_the_list_is_the_last_norm():
     torch.testing.assert_close(found.total, model(images()).gather(1, torch.tensor([[1], [3]]))[:, 0].detach())
 
 
+def test_a_norm_between_two_encoders():
+    """It is a step, as in one list with the blocks."""
+    lower, upper = encoder(layer()), encoder(layer())
+    lower.norm, upper.norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+    model, x = lively(ViT(nn.Sequential(lower, upper), norm=False)).double(), images()
+    found = LNStatAttribution(model, rule="evidence").describe(x)
+    assert [step.name for step in found.steps] == ["blocks.0.layers.0", "blocks.0.norm", "blocks.1.layers.0"]
+    before = rule(model, "evidence", x, torch.tensor([1, 3]))
+    torch.testing.assert_close(before.total, model(x).gather(1, torch.tensor([[1], [3]]))[:, 0].detach())
+    other = nn.Sequential(model.blocks[0].layers[0], model.blocks[0].norm, model.blocks[1].layers[0], upper.norm)
+    flat = ViT(other, norm=False)
+    flat.cut, flat.first, flat.say = model.cut, model.first, model.say
+    torch.testing.assert_close(rule(flat.double().eval(), "evidence", x, torch.tensor([1, 3])).grid, before.grid)
+
+
 def test_pre_norm_and_post_norm_blocks_in_one_model():
     model = lively(ViT(Attributes(encoder(layer()), encoder(layer(False))))).double()
     found = rule(model, "evidence", images(), torch.tensor([1, 3]))
