@@ -18,6 +18,8 @@ from captum_lnstat.recording import moving
 from captum_lnstat.recording.provenance import Lattice, Provenance
 
 Args = tuple[Any, ...]
+# Images and what was made of them where it cannot be followed: less alike, they were moved.
+ALIKE = 0.5
 _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack"}
 # Where the value is among the arguments of what writes into its first one.
 _WRITES = {"__setitem__": 2, "index_copy": 3, "index_copy_": 3, "scatter": 3, "scatter_": 3, "copy_": 1}
@@ -65,7 +67,8 @@ class Follower:
     """
 
     def __init__(self, images: Tensor, *, rows: bool = False) -> None:
-        self._images, self._rows = images.shape, rows
+        self._given, self._images, self._rows = images, images.shape, rows
+        self.other_pixels = False  # what the model was given cannot be followed, and is not what it would be in place
         # By identity; a tensor that is gone gives its identity away.
         self._known: dict[int, tuple[weakref.ref[Tensor], Path]] = {}
         # Which axis of a video has its channels is seen where a convolution reads it.
@@ -120,6 +123,7 @@ class Follower:
         same = size[:1] + size[2:] == whole[:1] + whole[2:]
         video = len(size) == len(whole) == 5 and size[:1] == whole[:1] and sorted(size) == sorted(whole)
         if (same or video) and self.of(given) is None:
+            self.other_pixels = self.other_pixels or not _alike(given, self._given)
             self._begin(given)
 
     def _told(self, value: Any, floats: bool) -> Any:
@@ -134,6 +138,16 @@ class Follower:
         return value
 
 
+def _alike(given: Tensor, images: Tensor) -> bool:
+    """Whether images are brighter where others are, or darker: normalised elsewhere, they still lie in place."""
+    if images.dim() != 4 or given.shape != images.shape:
+        return True
+    seen, wanted = (one.detach().double().mean(1).flatten(1) for one in (given, images))
+    seen, wanted = seen - seen.mean(1, keepdim=True), wanted - wanted.mean(1, keepdim=True)
+    size = seen.norm(dim=1) * wanted.norm(dim=1)
+    return not bool(((seen * wanted).sum(1).abs() < ALIKE * size).any())
+
+
 class Following:
     """What is followed in one pass: from the images to the first attention, rows from the stream's end to the scores.
 
@@ -145,7 +159,7 @@ class Following:
     """
 
     def __init__(self, images: Tensor | None) -> None:
-        self._follower = None if images is None else Follower(images)
+        self._first = self._follower = None if images is None else Follower(images)
         self._rows = images is not None and len(images) > 1
         self.given: dict[str, Path] = {}
 
@@ -172,6 +186,11 @@ class Following:
         if self._follower is not None:
             self._follower.follow(function, args, kwargs, output)
             self._follower = None if last else self._follower
+
+    @property
+    def other_pixels(self) -> bool:
+        """The model was given what is not the images in place, made by functions that cannot be followed."""
+        return self._first is not None and self._first.other_pixels
 
     def head_begins(self, stream: Tensor) -> None:
         """The stream has ended: from here on rows are followed."""

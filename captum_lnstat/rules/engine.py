@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.errors import RecordingError, UnsupportedModelError, one_line
+from captum_lnstat.errors import RecordingError, UnsupportedModelError, one_line, warn_caller
 from captum_lnstat.recording.eager import eager, run_eagerly
 from captum_lnstat.recording.forward import ForwardArgs, Output, Target, pick_output, run_forward
 from captum_lnstat.recording.recorder import Differentiable, Recorder
@@ -156,6 +156,12 @@ def run(
             check_stream(trace, stream_end)
             trace = placed(trace, recording)
             check_rows(recording)
+        if recorder.following.other_pixels:
+            warn_caller(
+                "forward_func gives the transformer other pixels than the images it was given, made by what cannot be "
+                "followed (NumPy, a custom operation): the map lies on what the transformer saw. Make them before you "
+                "explain them, or with functions of torch"
+            )
         channels = topology.channel_axis(recording, image)
         trace = replace(trace, training=topology.model.training, channel_axis=channels)
         if starts and isinstance(trace.pooling, PoolingAsRead):
