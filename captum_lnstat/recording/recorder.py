@@ -47,6 +47,16 @@ from captum_lnstat.recording.watched import LEAVES, WATCHED
 Differentiable = Literal["head", "model", "affine"]
 
 
+def unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook whose own functions are none of the model's: the mode, which would look at each, does not see them."""
+
+    def quietly(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return hook(*args)
+
+    return quietly
+
+
 class Recorder(TorchFunctionMode):
     """Context manager that records one forward pass of ``model`` on this thread.
 
@@ -142,7 +152,7 @@ class Recorder(TorchFunctionMode):
                 name = recorded_name(dotted)
                 first = self._passing_on(name) if module in self._places or module is self._head_follows else None
                 leaving = self._leaving(name, rms_channels(module) is not None)
-                self._hooks.add(module, self._entering(name), leaving, first)
+                self._hooks.add(module, unseen(self._entering(name)), unseen(leaving), first and unseen(first))
         except BaseException:
             self._hooks.remove()
             raise
