@@ -19,10 +19,11 @@ class Passed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # no gradient is another thing than one of zero
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
         return gradient, None
 
 

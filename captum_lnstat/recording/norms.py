@@ -36,7 +36,8 @@ class Norms:
         arena: Arena | None,
         differentiable: str,
     ) -> None:
-        self._keep, self._call, self._arena, self._differentiable = keep, call, arena, differentiable
+        self.keep, self.call = keep, call
+        self._arena, self._differentiable = arena, differentiable
         self.calls: list[NormCall] = []
 
     def layer_norm(
@@ -54,7 +55,7 @@ class Norms:
     ) -> Tensor:
         """A LayerNorm in the module of this name; ``frozen``: its statistics are constants."""
         shape, moments = tuple(normalized_shape), None
-        kept = self._keep(input)
+        kept = self.keep(input)
         if frozen:
             output = FrozenLayerNorm.apply(input, shape, weight, bias, float(eps))
         elif self._differentiable != "affine" and returns_moments(input):
@@ -67,7 +68,7 @@ class Norms:
                 pair = [self._arena.put(moment, least=0)[0] for moment in pair]
             moments = (pair[0], pair[1])
         else:
-            output = self._call(function, (input, normalized_shape, weight, bias, eps, *rest), kwargs)
+            output = self.call(function, (input, normalized_shape, weight, bias, eps, *rest), kwargs)
         self.calls.append(NormCall(name, "layer_norm", kept, len(shape), weight, bias, float(eps), moments))
         return output  # type: ignore[no-any-return]
 
@@ -75,14 +76,14 @@ class Norms:
         self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, frozen: bool
     ) -> Callable[..., Any]:
         """An RMSNorm in the module of this name: the function that is to be called for it."""
-        self.calls.append(rms_norm_call(name, self._keep, *args, **kwargs))
+        self.calls.append(rms_norm_call(name, self.keep, *args, **kwargs))
         return frozen_rms_norm if frozen else function
 
     def own_rms_norm(self, name: str, module: nn.Module, x: Tensor, output: Tensor, *, frozen: bool) -> Tensor:
         """What a module returned that computes an RMSNorm for itself: frozen in the head, else as it is."""
         if self._differentiable == "affine" or (self.calls and self.calls[-1].module == name):
             return output
-        norm = own_rms_norm(name, module, self._keep(x), output)
+        norm = own_rms_norm(name, module, self.keep(x), output)
         if norm is None:
             return output
         self.calls.append(norm)

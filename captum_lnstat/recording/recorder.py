@@ -47,6 +47,11 @@ from captum_lnstat.recording.watched import LEAVES, WATCHED
 Differentiable = Literal["head", "model", "affine"]
 
 
+def over(*_: Any) -> Any:
+    """In the place of a recorder's method, once it has been left."""
+    raise RuntimeError("the pass is over")
+
+
 def unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook whose own functions are none of the model's: the mode, which would look at each, does not see them."""
 
@@ -164,6 +169,9 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         self._hooks.remove()
         self._softmaxes.clear()
+        # They hold methods of this recorder, and would keep it, and all that it kept, from being freed with the call.
+        self._end.keep = self._norms.keep = over
+        self._norms.call = over
         if self._freezer is not None:
             self._freezer.clear()
         torch.set_grad_enabled(self._grad_enabled)  # the head has switched gradients on
