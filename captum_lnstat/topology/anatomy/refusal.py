@@ -39,9 +39,10 @@ def no_family(model: nn.Module, known: Mapping[str, str]) -> str:
     kind = type(model).__name__
     if any(calls_parts(module) for module in model.modules()):
         return (
-            f"{kind} is, or holds, a graph (torch.fx, torch.export, create_feature_extractor), which calls the "
+            f"{kind} is, or holds, a graph (torch.fx, torch.export), which calls the "
             "parts of its blocks one by one and runs no block as a module\n"
-            "to do: pass the model that it was made from, and take features by its own modules or with a forward hook"
+            "to do: pass the model that it was made from, and take features by its own modules or with a forward "
+            "hook, in place of create_feature_extractor"
         )
     if any(isinstance(module, _COPIES) for module in model.modules()):
         return (
