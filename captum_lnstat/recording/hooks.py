@@ -12,6 +12,7 @@ from collections.abc import Callable, ItemsView, Iterator, MutableMapping
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import nn
 
 # What torch calls before and after ``forward``, and which of the latter run after an error, too.
@@ -122,3 +123,13 @@ class Hooks:
                         if not view.added and not view.first:
                             held[name] = view.own
         self._modules.clear()
+
+
+def unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook whose own functions are none of the model's: a mode that looks at each of those does not see them."""
+
+    def quietly(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return hook(*args)
+
+    return quietly

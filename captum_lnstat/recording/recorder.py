@@ -19,20 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_lnstat.recording.attention_backward import (
-    ObservedAttention,
-    can_be_observed,
-)
+from captum_lnstat.recording.attention_backward import ObservedAttention, can_be_observed
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
 from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.ending import StreamEnd
 from captum_lnstat.recording.following import Following
-from captum_lnstat.recording.freezing import (
-    LAYER_NORMS,
-    SOFTMAXES,
-    Freezer,
-)
-from captum_lnstat.recording.hooks import Hooks
+from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer
+from captum_lnstat.recording.hooks import Hooks, unseen
 from captum_lnstat.recording.joins import Joins
 from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.norms import Norms
@@ -52,16 +45,6 @@ def over(*_: Any) -> Any:
     raise RuntimeError("the pass is over")
 
 
-def unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook whose own functions are none of the model's: the mode, which would look at each, does not see them."""
-
-    def quietly(*args: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return hook(*args)
-
-    return quietly
-
-
 class Recorder(TorchFunctionMode):
     """Context manager that records one forward pass of ``model`` on this thread.
 
@@ -69,8 +52,8 @@ class Recorder(TorchFunctionMode):
         model: The module whose submodules stamp the events.
         taps: Modules whose input and output are kept by reference.
         head_begins: The module whose input is the end of the residual stream, or, with ``head_follows`` in its place,
-            the module whose output it is. The head from there on runs with a
-            graph and with frozen LayerNorm statistics; its values are bit for bit those of the model.
+            the module whose output it is. The head from there on runs with a graph and with frozen LayerNorm
+            statistics; its values are bit for bit those of the model.
         places: The modules that the residual stream leaves by: what each returns is marked in the head's graph, which
             is then made of all that lies between and beside them. For ``"head"`` only.
         channels_first: There the stream has its channels before its rows; it is kept with them last.

@@ -27,8 +27,9 @@ from captum_lnstat.rules.checks import (
     check_whole,
 )
 from captum_lnstat.rules.checks import reads as reads_tokens
-from captum_lnstat.rules.head import Head, contrast, gradients, target_score
+from captum_lnstat.rules.head import Head, gradients
 from captum_lnstat.rules.reads import reads_besides_the_end
+from captum_lnstat.rules.target import contrast, target_score
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.anatomy.parts import looked_up_once
 from captum_lnstat.topology.anatomy.pooling import PoolingAsRead

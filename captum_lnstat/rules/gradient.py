@@ -92,7 +92,7 @@ def gradient(outcome: Pass, settings: Settings, share: ShareOf | None = None) ->
     if reads_elsewhere(score, outcome.head.stream_end, outcome.image):
         warn_caller(
             "the score reads the image besides the end of the residual stream, and rule='gradient' begins at that end "
-            "alone: rule='lnstat' and 'evidence' begin at every place of the stream that is read"
+            "alone: rule='lnstat' and 'evidence' begin at every place of the stream that is read, and say what else is"
         )
     rolled = _BackwardWalk(trace, settings, positive_gradients(trace, settings, _start(trace, score, settings), share))
     first, *others = trace.blocks

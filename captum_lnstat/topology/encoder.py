@@ -31,7 +31,8 @@ from captum_lnstat.topology.anatomy.embedding import (
 )
 from captum_lnstat.topology.anatomy.joining import with_new_tokens
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, channels_of, has_heads, is_residual_block
-from captum_lnstat.topology.anatomy.pooling import check_images_apart, pooling_as_read
+from captum_lnstat.topology.anatomy.pooling import pooling_as_read
+from captum_lnstat.topology.anatomy.reading import check_images_apart
 from captum_lnstat.topology.anatomy.units import norm_step
 from captum_lnstat.topology.base import BlockTopology, innermost, register_topology
 from captum_lnstat.topology.branches import branch_block, branch_lists, branch_taps, calls_of, find_branches, is_called

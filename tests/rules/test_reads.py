@@ -93,7 +93,9 @@ def test_evidence_of_two_stages_of_a_swin_is_linear_in_them_and_complete() -> No
 def test_a_stage_below_the_last_alone() -> None:
     model, x = swin(), images(1)
     pipeline = _two_scales(model, (1.0, 0.0))
-    assert float(LNStatAttribution(pipeline, model).relevance(x, target=0).max()) > 0
+    evidence = LNStatAttribution(pipeline, model, rule="evidence").relevance(x, target=0)
+    assert float(evidence.max()) > 0
+    assert torch.equal(LNStatAttribution(pipeline, model).relevance(x, target=0), evidence.clamp(min=0))
 
 
 def test_many_targets_one_by_one_and_batches() -> None:
@@ -106,12 +108,20 @@ def test_many_targets_one_by_one_and_batches() -> None:
 
 
 def test_the_layer_form_puts_the_rest_into_the_constant() -> None:
-    model, x = vit(), images(1)
-    pipeline = _head_of_blocks(model, (0, 2), True)
-    for layer in model.blocks:
+    """At a block, what is read above it, as of models cut there; what is read below it is no part of the tokens."""
+    model, x, places = vit(), images(1), (0, 2)
+    pipeline = _head_of_blocks(model, places, True)
+    for number, layer in enumerate(model.blocks):
         found = LayerLNStat(pipeline, layer, model=model, rule="evidence").attribute(x, target=1)
-        assert torch.isfinite(found).all()
-        assert float(found.abs().max()) > 0
+        expected = torch.zeros_like(found)
+        for place in places:
+            if place >= number:
+                alone = _cut(model, place + 1)
+                one = LayerLNStat(
+                    _head_of_blocks(alone, (place,), True), alone.blocks[number], model=alone, rule="evidence"
+                )
+                expected += one.attribute(x, target=1)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
 class _Beside(nn.Module):
@@ -315,3 +325,17 @@ def test_stages_of_a_swin_that_never_ran_are_no_part_of_it() -> None:
     )
     assert float(attribution.abs().max()) > 0
     assert float(delta.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("rule", ["lnstat", "evidence", "rollout"])
+def test_a_head_under_checkpoint_is_refused_in_words(rule: str, reentrant: bool) -> None:
+    """Its norms are frozen as it is recorded, and would not be as it is run again."""
+    model = vit()
+    head = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 3))
+
+    def pipeline(x: Tensor) -> Tensor:
+        return checkpoint(lambda t: head(t).mean(1), model.forward_features(x), use_reentrant=reentrant)
+
+    with pytest.raises(RecordingError, match=r"runs under torch\.utils\.checkpoint, which runs it again"):
+        LNStatAttribution(pipeline, model, rule=rule).relevance(images(1), target=1)

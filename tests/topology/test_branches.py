@@ -6,11 +6,10 @@ import pytest
 import torch
 from helpers.branched_models import BRANCHED, Branched, BranchOracle
 from helpers.contract import lively, untouched
-from helpers.models import rule
+from helpers.plain_checks import as_the_oracle, every_rule_in_float32, placed_where_the_stimulus_is
 from torch import nn
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, RecordingError, UnsupportedModelError
-from captum_lnstat.testing.family import check_family
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CASES = {case.name: case for case in BRANCHED}
@@ -18,46 +17,17 @@ CASES = {case.name: case for case in BRANCHED}
 
 @pytest.mark.parametrize("name", CASES)
 def test_relevance_is_that_of_the_oracle(name):
-    case = CASES[name]
-    model, x, target = case.build(), case.images(), torch.tensor([1, 3])
-    oracle = BranchOracle(case, model, x)
-    for kind, expected in (("rollout", oracle.perception()), ("evidence", oracle.evidence(target))):
-        found = rule(model, kind, x, target)
-        grid, size = found.grid.flatten(1), 1e-9 * max(1.0, float(expected.abs().max()))
-        tokens = torch.cat([found.prefix, grid] if model.pool == "class" else [grid, found.prefix], 1)
-        torch.testing.assert_close(tokens, expected, atol=size, rtol=1e-6)
-        whole = torch.ones(2).double() if kind == "rollout" else model(x).gather(1, target[:, None])[:, 0]
-        torch.testing.assert_close(found.total, whole.detach(), atol=1e-9, rtol=1e-9)
+    as_the_oracle(CASES[name], BranchOracle, behind=name == "branched-registers-behind")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_rule_in_float32(name):
-    case = CASES[name]
-    model, x = case.build(torch.float32), case.images(3, torch.float32)
-    found = LNStatAttribution(model).describe(x)
-    assert (found.grid, found.patch, found.prefix_tokens) == (case.grid, case.patch, case.prefix)
-    assert (found.pooling, len(found.steps)) == (case.pooling, 2)
-    scores = model(x)
-    for kind in ("rollout", "evidence", "lnstat", "gradient"):
-        method = LNStatAttribution(model, rule=kind)
-        with untouched(model, x):
-            grid = method.relevance(x, 1)
-        assert float(grid.flatten(1).std(1).max()) > 0
-        single = torch.cat([method.relevance(x[i : i + 1], 1) for i in range(3)])
-        torch.testing.assert_close(single, grid, atol=1e-4 * float(grid.abs().max()), rtol=0)
-    _, delta = LNStatAttribution(model, rule="evidence").attribute(x, 1, return_convergence_delta=True)
-    assert float(delta.abs().max()) < 1e-4
-    assert torch.equal(model(x), scores)
+    every_rule_in_float32(CASES[name])
 
 
 @pytest.mark.parametrize("name", ["branched-list", "branched-registers-behind", "branched-wrapped-einsum"])
 def test_the_map_lies_where_the_stimulus_is(name):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CASES[name].make()
-    report = check_family(model, CASES[name].image)
-    assert all(report.placement[kind].hits >= 9 for kind in ("lnstat", "evidence"))
-    assert report.layout == 2
+    placed_where_the_stimulus_is(CASES[name])
 
 
 def test_patches_that_are_not_square():

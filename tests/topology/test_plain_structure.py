@@ -9,13 +9,13 @@ import timm
 import torch
 from helpers.contract import lively
 from helpers.models import rule
+from helpers.plain_checks import placed_where_the_stimulus_is
 from helpers.plain_models import CASES, CLASSES, HUGGING_FACE, WIDTH, Headed, Own, pooled
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution, RecordingError, UnsupportedModelError
 from captum_lnstat.rules.engine import run
-from captum_lnstat.testing.family import check_family
 from captum_lnstat.topology import EncoderTopology, PlainTopology, find_topology
 from captum_lnstat.topology.anatomy.parts import find_parts
 
@@ -38,12 +38,7 @@ STEMS = ["timm-hybrid", "timm-hybrid-odd-sizes", "torchvision-vit-stem"]
 
 @pytest.mark.parametrize("name", PLACED)
 def test_the_map_lies_where_the_stimulus_is(name):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CASES[name].make()
-    report = check_family(model, CASES[name].image)
-    assert all(report.placement[kind].hits >= 9 for kind in ("lnstat", "evidence"))
-    assert report.layout == 2
+    placed_where_the_stimulus_is(CASES[name])
 
 
 @pytest.mark.parametrize("name", STEMS)

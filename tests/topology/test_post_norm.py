@@ -5,59 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.contract import lively
-from helpers.models import rule
 from helpers.own_models import ENCODERS, Encoder
-from helpers.plain_models import Plain
+from helpers.plain_checks import as_the_oracle, every_rule_in_float32, placed_where_the_stimulus_is
 from helpers.plain_oracle import Oracle
 
 from captum_lnstat import LayerLNStat, LNStatAttribution, RecordingError, UnsupportedModelError
-from captum_lnstat.testing.family import check_family
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CASES = {case.name: case for case in ENCODERS}
 
 
-def relevance_is_that_of_the_oracle(case: Plain) -> None:
-    model, x, target = case.build(), case.images(), torch.tensor([1, 3])
-    oracle = Oracle(case, model, x)
-    for kind, expected in (("rollout", oracle.perception()), ("evidence", oracle.evidence(target))):
-        found = rule(model, kind, x, target)
-        tokens = torch.cat([found.prefix, found.grid.flatten(1)], 1)
-        torch.testing.assert_close(tokens, expected, atol=1e-9 * max(1.0, float(expected.abs().max())), rtol=1e-6)
-        whole = torch.ones(2).double() if kind == "rollout" else model(x).gather(1, target[:, None])[:, 0]
-        torch.testing.assert_close(found.total, whole.detach(), atol=1e-9, rtol=1e-9)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_relevance_is_that_of_the_oracle(name):
-    relevance_is_that_of_the_oracle(CASES[name])
+    as_the_oracle(CASES[name], Oracle)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_rule_in_float32(name):
-    case = CASES[name]
-    model, x = case.build(torch.float32), case.images(3, torch.float32)
-    found = LNStatAttribution(model).describe(x)
-    assert (found.grid, found.patch, found.prefix_tokens, found.pooling) == (
-        case.grid, case.patch, case.prefix, case.pooling,
-    )  # fmt: skip
-    for kind in ("rollout", "evidence", "lnstat", "gradient"):
-        method = LNStatAttribution(model, rule=kind)
-        grid = method.relevance(x, 1)
-        assert float(grid.flatten(1).std(1).max()) > 0
-        single = torch.cat([method.relevance(x[i : i + 1], 1) for i in range(3)])
-        torch.testing.assert_close(single, grid, atol=1e-4 * float(grid.abs().max()), rtol=0)
-    _, delta = LNStatAttribution(model, rule="evidence").attribute(x, 1, return_convergence_delta=True)
-    assert float(delta.abs().max()) < 1e-4
+    every_rule_in_float32(CASES[name])
 
 
 @pytest.mark.parametrize("name", ["encoder-as-made", "encoder-post-norm", "encoder-tokens-first-mean-final"])
 def test_the_map_lies_where_the_stimulus_is(name):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CASES[name].make()
-    report = check_family(model, CASES[name].image)
-    assert all(report.placement[kind].hits >= 9 for kind in ("lnstat", "evidence"))
+    placed_where_the_stimulus_is(CASES[name])
 
 
 @pytest.mark.parametrize("name", ["encoder-as-made", "encoder-tokens-first-mean-final", "encoder-post-norm"])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.contract import lively, untouched
-from helpers.models import rule
+from helpers.contract import lively
+from helpers.plain_checks import as_the_oracle, every_rule_in_float32, placed_where_the_stimulus_is
 from helpers.plain_oracle import Oracle
 from helpers.rms_models import RMS, OwnRMSNorm
 from torch import nn
 
 from captum_lnstat import FrozenLayerNorm, LNStatAttribution, RecordingError
 from captum_lnstat.rules.engine import run
-from captum_lnstat.testing.family import check_family
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CASES = {case.name: case for case in RMS}
@@ -20,36 +19,14 @@ CASES = {case.name: case for case in RMS}
 
 @pytest.mark.parametrize("name", CASES)
 def test_relevance_is_that_of_the_oracle(name):
-    case = CASES[name]
-    model, x, target = case.build(), case.images(), torch.tensor([1, 3])
-    oracle = Oracle(case, model, x)
+    # Norms of Hugging Face are taken in float32 in a float64 model, too.
+    oracle = as_the_oracle(CASES[name], Oracle, size=1e-5 if "-hf-" in name else 1e-9)
     assert not any(step.centred for step in oracle.steps)
-    for kind, expected in (("rollout", oracle.perception()), ("evidence", oracle.evidence(target))):
-        found = rule(model, kind, x, target)
-        tokens = torch.cat([found.prefix, found.grid.flatten(1)], 1)
-        # Norms of Hugging Face are taken in float32 in a float64 model, too.
-        size = (1e-5 if "-hf-" in name else 1e-9) * max(1.0, float(expected.abs().max()))
-        torch.testing.assert_close(tokens, expected, atol=size, rtol=1e-6)
-        whole = torch.ones(2).double() if kind == "rollout" else model(x).gather(1, target[:, None])[:, 0]
-        torch.testing.assert_close(found.total, whole.detach(), atol=size, rtol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_rule_in_float32(name):
-    case = CASES[name]
-    model, x = case.build(torch.float32), case.images(3, torch.float32)
-    assert (LNStatAttribution(model).describe(x).pooling, len(run(model, model, x).trace.blocks)) == (case.pooling, 2)
-    scores = model(x)
-    for kind in ("rollout", "evidence", "lnstat", "gradient"):
-        method = LNStatAttribution(model, rule=kind)
-        with untouched(model, x):
-            grid = method.relevance(x, 1)
-        assert float(grid.flatten(1).std(1).max()) > 0
-        single = torch.cat([method.relevance(x[i : i + 1], 1) for i in range(3)])
-        torch.testing.assert_close(single, grid, atol=1e-4 * float(grid.abs().max()), rtol=0)
-    _, delta = LNStatAttribution(model, rule="evidence").attribute(x, 1, return_convergence_delta=True)
-    assert float(delta.abs().max()) < 1e-4
-    assert torch.equal(model(x), scores)
+    every_rule_in_float32(CASES[name])
 
 
 @pytest.mark.parametrize("residual", ["deviation", "update", "ratio"])
@@ -76,11 +53,7 @@ def test_shares_are_those_of_mean_squares(name, residual):
 
 @pytest.mark.parametrize("name", ["rms-timm-aimv2", "rms-own"])
 def test_the_map_lies_where_the_stimulus_is(name):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CASES[name].make()
-    report = check_family(model, CASES[name].image)
-    assert all(report.placement[kind].hits >= 9 for kind in ("lnstat", "evidence"))
+    placed_where_the_stimulus_is(CASES[name])
 
 
 def test_the_norm_of_the_head_is_frozen():

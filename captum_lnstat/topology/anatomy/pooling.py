@@ -19,9 +19,10 @@ from torch import Tensor
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.recording.fusion import HeadFusion
-from captum_lnstat.recording.recording import ModuleCall, Recording
+from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.sites import AttentionSite
-from captum_lnstat.recording.statistics import accumulation_dtype
+from captum_lnstat.recording.slopes import slopes_at
+from captum_lnstat.topology.anatomy.reading import mixed_scores, slope_at_the_end
 from captum_lnstat.trace.pooling import AttentionPooling, FixedPooling, Pooling, UndefinedPooling
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class PoolingAsRead:
         scores = self.recording.scores
         if self.set_to is not None and (scores is None or not scores.requires_grad):
             return self.set_to
-        found = self._as_read(_mixed(scores))[0] or self.set_to
+        found = self._as_read(mixed_scores(scores))[0] or self.set_to
         if found is None:
             raise RecordingError(
                 "no score has a gradient at the tokens where the blocks end: the scores are saturated or constant, or "
@@ -113,7 +114,7 @@ class PoolingAsRead:
 
     def _as_read(self, mixed: Tensor) -> tuple[Pooling | None, Float[Tensor, "batch token channel"]]:
         """How a number reads the tokens, by its own name if the model is set to it; ``None`` if it reads none."""
-        slope = self._slope(mixed)
+        slope = slope_at_the_end(self.recording, self.norms, mixed)
         found = self._pooling(slope, mixed)
         same = found is not None and self.set_to is not None and _same_start(found, self.set_to, slope)
         return self.set_to if same else found, slope
@@ -148,30 +149,6 @@ class PoolingAsRead:
             weights[place[group]] = 1 / (len(groups) * len(group))
         return FixedPooling(_name(groups, prefix), weights, seen=True)
 
-    def _slope(self, mixed: Tensor) -> Float[Tensor, "batch token channel"]:
-        """The gradient of a number at the tokens: behind the norms there, if it reads them through these alone."""
-        end = self.recording.stream_end
-        if end is None:
-            raise RecordingError(
-                "no score reads the tokens where the blocks end, and this rule begins there; rule='lnstat' and "
-                "'evidence' begin wherever the score reads them"
-            )
-        if not end.requires_grad:
-            raise RecordingError(
-                "the end of the stream is not in the graph of the scores, so what the head reads cannot be seen; "
-                "expected a model and forward_func without no_grad, detach or re-entrant checkpointing"
-            )
-        # A head may leave the norm unread, or read the stream beside it.
-        normed = _normed(self.recording, self.norms)
-        outputs = [norm.output.tensor for norm in normed]
-        *after, before = torch.autograd.grad(mixed, [*outputs, end], retain_graph=True, allow_unused=True)
-        laid = (_as_the_end(slope, norm, end) for slope, norm in zip(after, normed, strict=True))
-        seen = [slope for slope in laid if slope is not None]
-        slope = seen[0] if len(seen) == 1 and _only_through(seen[0], before) else before
-        if slope is None:
-            raise RecordingError("the scores do not depend on the tokens where the blocks end")
-        return slope.flatten(1, -2).to(accumulation_dtype(slope))
-
 
 def pooling_as_read(
     recording: Recording,
@@ -194,38 +171,6 @@ def _patches_last(tokens: int, prefix: int, suffix: int, device: torch.device) -
     return torch.cat([every[:prefix], every[tokens - suffix :], every[prefix : tokens - suffix]])
 
 
-def check_images_apart(recording: Recording) -> None:
-    """The score of the first image has to read that image alone: with as many images as tokens no shape shows it.
-
-    Raises:
-        UnsupportedModelError: It reads a token of every image.
-    """
-    scores, end = recording.scores, recording.stream_end
-    if scores is None or end is None or end.shape[0] != end.shape[1] or not scores.requires_grad:
-        return
-    with torch.enable_grad():
-        first = scores[0].sum()
-    (slope,) = torch.autograd.grad(first, end, retain_graph=True, allow_unused=True)
-    if slope is not None and bool(slope[1:].any()):
-        raise UnsupportedModelError(
-            "the score of one image reads a token of every image: the attention, of batch_first=False, was given the "
-            "batch first, so the images attend to each other; expected (tokens, batch, channels), or batch_first=True"
-        )
-
-
-def _mixed(scores: Tensor | None) -> Tensor:
-    """One number that every score takes part in, no two of them alike."""
-    if scores is None or not scores.requires_grad:
-        raise RecordingError(
-            "the scores have no gradient at the transformer's tokens, so what the head reads cannot be seen; expected "
-            "a forward_func that returns the model's scores as they are (no no_grad, detach or argmax after it)"
-        )
-    with torch.enable_grad():
-        each = scores.reshape(len(scores), -1) if scores.dim() else scores.reshape(1, 1)
-        weights = torch.linspace(1, 2, each.shape[1], dtype=torch.float64, device=scores.device)
-        return (each * weights.to(scores.dtype)).sum()
-
-
 def _same_start(found: Pooling, other: Pooling, slope: Tensor) -> bool:
     """Whether relevance would start with the same weights; of a pooling attention the gradient shows its tokens."""
     if isinstance(other, AttentionPooling) and not isinstance(found, FixedPooling):
@@ -235,38 +180,8 @@ def _same_start(found: Pooling, other: Pooling, slope: Tensor) -> bool:
     return torch.allclose(found.weights, other.start(1, "mean").to(slope.dtype)[0], atol=1e-6)
 
 
-def _normed(recording: Recording, norms: Iterable[str]) -> list[ModuleCall]:
-    """Calls of the norms that read the whole stream where it ends, its channels last, or first as in LayerNorm2d."""
-    end = recording.stream_end
-    if end is None:
-        return []
-    calls = [call for name in norms for call in recording.calls.get(name, ())]
-    read = [call for call in calls if call.input.tensor.data_ptr() == end.data_ptr()]
-    first, last = end.movedim(-1, 1).shape, end.shape[-1]
-    whole = [call for call in read if call.input.tensor.numel() == end.numel()]
-    return [c for c in whole if c.input.tensor.shape[-1] == last or c.input.tensor.shape == first]
-
-
 def _outside(recording: Recording, blocks: Sequence[str]) -> list[AttentionSite]:
     return [site for site in recording.sites if not any(f"{site.module}.".startswith(f"{name}.") for name in blocks)]
-
-
-def _as_the_end(slope: Tensor | None, norm: ModuleCall, end: Tensor) -> Tensor | None:
-    """A norm may read its channels first (``LayerNorm2d``), its tokens before the batch, or rows and columns apart."""
-    if slope is None:
-        return None
-    lies, turned = ((tensor.shape, tensor.stride()) for tensor in (norm.input.tensor, end.transpose(0, 1)))
-    if lies == turned != (end.shape, end.stride()):
-        return slope.transpose(0, 1)
-    if slope.shape == end.shape:
-        return slope
-    moved = slope.movedim(1, -1)
-    return moved if moved.shape == end.shape else slope
-
-
-def _only_through(after: Tensor, before: Tensor | None) -> bool:
-    """Whether the norm's readers read the tokens that are read at all."""
-    return before is None or torch.equal(after.ne(0).any(-1).flatten(1), before.ne(0).any(-1).flatten(1))
 
 
 def _same(slopes: Tensor, mean: Tensor) -> Tensor:
@@ -285,7 +200,7 @@ def _read(mixed: Tensor, sites: Sequence[AttentionSite], count: int) -> list[Att
     """Those of the attentions that a number reads, with the queries of which it does; CoCa has some for a decoder."""
     inside = [site for site in sites if site.output is not None]
     outputs: Any = [site.output for site in inside]
-    slopes = torch.autograd.grad(mixed, outputs, retain_graph=True, allow_unused=True) if outputs else ()
+    slopes = slopes_at(mixed, outputs) if outputs else ()
     found = []
     for site, slope in zip(inside, slopes, strict=True):
         read = (
