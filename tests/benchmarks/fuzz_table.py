@@ -23,7 +23,9 @@ REASONS = {
     "in the order in which tokens are pooled": "tokens in another order than the one in which they are pooled",
     "is not its attention's output as recorded": "a block that adds something else than its attention",
     "the transformer was given images of shape": "images resized inside",
-    "expected one LayerNorm call": "norms that are no LayerNorms",
+    "one that reads images is expected": "a first convolution that does not read the images",
+    "ran between the blocks, or none before": "convolutions between the blocks of one list",
+    "reads what the block is given, or none": "norms that read neither what the block is given nor that with the attention added",
 }
 EXAMPLES = 4
 
@@ -56,8 +58,8 @@ def table(record: dict[str, Any]) -> list[str]:
         f"that they take: {counts.get('explained', 0)} explained, {counts.get('refused', 0)} refused, "
         f"{counts.get('internal error', 0)} errors of ours. Where they are explained, `evidence`",
         f"misses the score by {worst:.0e} of max(1, |score|) at most. {len(models) - len(built)} more were too large. "
-        "The record is of one day: what is",
-        "refused in it may be explained since. Written by `python tests/benchmarks/fuzz_timm.py`; model by model in",
+        "Transformers and",
+        "hybrids come first, then all others. Written by `python tests/benchmarks/fuzz_timm.py`; model by model in",
         "`docs/fuzz.json`.",
         "",
         "| refused because of | models | for example |",

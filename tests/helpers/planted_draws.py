@@ -179,6 +179,8 @@ def outcome(seed: int, rule: str = "evidence", batch: int = 2) -> Outcome:
     """Plant a stimulus in every image of a batch, and look for the peak of its map."""
     draw, some = Draw.of(seed), torch.Generator().manual_seed(seed)
     tile = torch.randn(3, PATCH, PATCH, generator=some)
+    if draw.family == "swin":  # its patches are half as large: every one of the four under the stimulus answers
+        tile = tile[:, : PATCH // 2, : PATCH // 2].repeat(1, 2, 2)
     model = Model(draw, tile, batch).eval()
     without = 0.05 * torch.randn(batch, 3, model.side, model.side, generator=some)
     planted, corners = without.clone(), []

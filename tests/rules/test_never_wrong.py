@@ -18,5 +18,5 @@ def test_never_a_wrong_peak_without_a_word(part: int, rule: str) -> None:
     assert [one for one in seen if one.kind == "wrong"] == []
     kinds = Counter(one.kind for one in seen)
     # Most are told, or the test would tell nothing.
-    assert kinds["found"] >= DRAWS / 10
-    assert kinds["unclear"] <= 2 * DRAWS / 3
+    assert kinds["found"] >= DRAWS / 5
+    assert kinds["unclear"] <= DRAWS / 2
