@@ -25,7 +25,7 @@ REASONS = {
     "the transformer was given images of shape": "images resized inside",
     "one that reads images is expected": "a first convolution that does not read the images",
     "ran between the blocks, or none before": "convolutions between the blocks of one list",
-    "reads what the block is given, or none": "norms that read neither what the block is given nor that with the attention added",
+    "reads what the block is given, or none": "norms that do not read what the block is given",
 }
 EXAMPLES = 4
 
