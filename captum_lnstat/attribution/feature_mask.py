@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, one_line
 from captum_lnstat.layout import Grid
 from captum_lnstat.recording.eager import eager, run_eagerly
-from captum_lnstat.recording.recorder import Recorder
 from captum_lnstat.rules.checks import check_seen, size_not_taken
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.anatomy.images import channels
+from captum_lnstat.trace.placing import placed
 from captum_lnstat.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -128,15 +128,9 @@ def _trace(model: nn.Module, images: Tensor) -> Trace:
         for module, _ in modes:
             module.training = False
         with torch.inference_mode(False), torch.no_grad():
-            recorder = Recorder(
-                topology.model,
-                topology.taps,
-                topology.head_begins,
-                topology.head_follows,
-                channels_first=topology.channels_first,
-            )
+            recorder = topology.recorder(images)
             with run_eagerly, recorder:
-                eager(model)(images)
+                eager(model)(recorder.marked(images))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, UnsupportedModelError | RecordingError):
             raise
@@ -155,7 +149,7 @@ def _trace(model: nn.Module, images: Tensor) -> Trace:
         recording = replace(recorder.recording, scores=end.flatten(1).mean(1, keepdim=True))
     with torch.inference_mode(False), torch.no_grad():
         check_seen(recording.call(topology.entrance).input.tensor, images)
-        return topology.trace(recording, (images.shape[-2], images.shape[-1]))
+        return placed(topology.trace(recording, (images.shape[-2], images.shape[-1])), recording)
 
 
 def _grid(embed: Any, size: tuple[int, int]) -> tuple[int, int]:

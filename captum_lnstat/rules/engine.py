@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, one_line, warn_caller
 from captum_lnstat.recording.eager import eager, run_eagerly
 from captum_lnstat.recording.forward import ForwardArgs, Output, Target, pick_output, run_forward
-from captum_lnstat.recording.recorder import Differentiable, Recorder
+from captum_lnstat.recording.recorder import Differentiable
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
 from captum_lnstat.rules.checks import (
@@ -124,19 +124,7 @@ def run(
         leaf = x
         if differentiable != "head":
             x = leaf.requires_grad_().clone()  # not a leaf: a model may normalise it in place
-        recorder = Recorder(
-            topology.model,
-            topology.taps,
-            topology.head_begins,
-            topology.head_follows,
-            topology.places,
-            channels_first=topology.channels_first,
-            width=topology.width,
-            tokens_first=partial(topology.tokens_first, batch=len(x)),
-            differentiable=differentiable,
-            compact=x.numel() > COMPACT,
-            images=x,
-        )
+        recorder = topology.recorder(x, differentiable, compact=x.numel() > COMPACT)
         with run_eagerly, recorder:
             returned = run_forward(forward_func, (recorder.marked(x),), None, additional_forward_args)
             returned = pick_output(returned, output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.eager import eager
+from captum_lnstat.recording.recorder import Differentiable, Recorder
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.embedding import convolutions, named, outside
 from captum_lnstat.topology.anatomy.parts import Known, channels_of, known_so_far, recall
@@ -117,6 +118,28 @@ class Topology(ABC):
     def tokens_first(self, stream: Tensor, batch: int) -> bool:
         """Whether a stream of so many images has its tokens before its batch, as of ``batch_first=False``."""
         return False
+
+    def recorder(self, images: Tensor, differentiable: Differentiable = "head", *, compact: bool = False) -> Recorder:
+        """What records a pass of the model on some images, for ``trace`` to read.
+
+        Args:
+            images: What ``forward_func`` is given.
+            differentiable: What of the model gets a graph.
+            compact: Copy large tensors to a place of their own.
+        """
+        return Recorder(
+            self.model,
+            self.taps,
+            self.head_begins,
+            self.head_follows,
+            self.places,
+            channels_first=self.channels_first,
+            width=self.width,
+            tokens_first=partial(self.tokens_first, batch=len(images)),
+            differentiable=differentiable,
+            compact=compact,
+            images=images,
+        )
 
     @abstractmethod
     def trace(self, recording: Recording, image_size: tuple[int, int]) -> Trace:

@@ -8,6 +8,7 @@ from captum.attr import FeatureAblation, ShapleyValueSampling
 from helpers.contract import MODELS, images, swin, vit
 from helpers.models import CASES, build
 from helpers.models import images as case_images
+from helpers.own_models import Encoder
 from timm.layers import PatchEmbed
 from torch import nn
 
@@ -106,3 +107,20 @@ def test_patches_that_overlap() -> None:
 def test_a_model_without_patches() -> None:
     with pytest.raises(UnsupportedModelError, match="no attention module"):
         patch_feature_mask(nn.Sequential(nn.Conv2d(3, 3, 1)), 32)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_tokens_before_the_batch(outside: bool) -> None:
+    mask = patch_feature_mask(Encoder(outside=outside).eval(), (32, 48))
+    assert int(mask.max()) + 1 == 24
+    assert mask[0, 0, ::8, ::8].flatten().tolist() == list(range(24))
+
+
+def test_patches_that_are_shuffled_on_their_way_lie_where_they_are_cut() -> None:
+    class Shuffled(Encoder):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            t = (self.cut(x).flatten(2).mT + self.place)[:, torch.randperm(24)]
+            return self.say(self.mix(t).mean(1))
+
+    mask = patch_feature_mask(Shuffled(batch_first=True).eval(), (32, 48))
+    assert mask[0, 0, ::8, ::8].flatten().tolist() == list(range(24))
