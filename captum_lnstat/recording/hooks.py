@@ -7,6 +7,7 @@ each for as long as passes are recorded: the user's entries as they are at the t
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, ItemsView, Iterator, MutableMapping
 from contextlib import suppress
@@ -18,6 +19,16 @@ from torch import nn
 # What torch calls before and after ``forward``, and which of the latter run after an error, too.
 _DICTIONARIES = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
 _lock = threading.Lock()
+
+
+def _renew() -> None:
+    """In a process that was forked while a thread held the lock, that thread is not there to release it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 class _View(MutableMapping[Any, Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from helpers.contract import images, untouched, vit
 from torch import nn
 
 from captum_lnstat.attribution.gradcam import GradCam
+from captum_lnstat.recording import hooks
 from captum_lnstat.recording.hooks import Hooks
 from captum_lnstat.recording.recorder import Recorder
 
@@ -183,3 +185,15 @@ def test_threads_that_raise_while_others_come_and_go(hurried: None) -> None:
         for thread in threads:
             thread.join(60)
     assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_that_is_forked_while_the_lock_is_held_does_not_wait_for_it() -> None:
+    with hooks._lock:
+        child = os.fork()
+        if child == 0:
+            free = hooks._lock.acquire(timeout=5)
+            os._exit(0 if free else 1)
+    _, status = os.waitpid(child, 0)  # the child ends in five seconds at most
+    assert os.waitstatus_to_exitcode(status) == 0
