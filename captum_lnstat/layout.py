@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Protocol
@@ -35,8 +36,8 @@ class Layout(Protocol):
 
     def scatter(
         self, groups: Float[Tensor, "batch_groups member rest"], batch: int
-    ) -> tuple[Float[Tensor, "batch token rest"], Float[Tensor, "batch rest"]]:
-        """Groups to tokens, and, per image, the sum of what lay on padded places."""
+    ) -> tuple[Float[Tensor, "batch token rest"], Float[Tensor, "batch rest"] | None]:
+        """Groups to tokens, and, per image, the sum of what lay on padded places; ``None`` where there are none."""
         ...
 
 
@@ -49,11 +50,11 @@ class WholeImage:
     def gather(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        return groups, groups.new_zeros(batch, groups.shape[-1])
+    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, None]:
+        return groups, None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Groups:
     """Groups of equal size; ``index[group, member]`` is a token, or ``PADDING``.
 
@@ -85,9 +86,17 @@ class Groups:
     def _padded_places(self) -> Int[Tensor, " place"]:
         return torch.nonzero(self.index.flatten() == PADDING)[:, 0]
 
+    def real(self, dtype: torch.dtype) -> Float[Tensor, "group member"]:
+        """One at every place that holds a token, zero at padding."""
+        return self._real if dtype == torch.float32 else self._real.to(dtype)
+
     @cached_property
-    def _token_or_first(self) -> Int[Tensor, " place"]:
-        """The token of every place, some token where there is none."""
+    def _real(self) -> Float[Tensor, "group member"]:
+        return (self.index != PADDING).float()
+
+    @cached_property
+    def places(self) -> Int[Tensor, " place"]:
+        """The token of every place, group by group; some token where there is none."""
         return self.index.flatten().clamp(min=0)
 
     @cached_property
@@ -95,7 +104,7 @@ class Groups:
         return self.index.flatten()[self._places]
 
     @cached_property
-    def _place_of_token(self) -> Int[Tensor, " token"] | None:
+    def place_of_token(self) -> Int[Tensor, " token"] | None:
         """The place of every token, if each has exactly one."""
         order = self._tokens_of_places.argsort()
         every = torch.arange(self.count, device=self.index.device)
@@ -109,19 +118,19 @@ class Groups:
 
     def gather(self, tokens: Tensor) -> Tensor:
         # Several times faster than to index with the groups themselves.
-        flat = tokens.index_select(1, self._token_or_first)
+        flat = tokens.index_select(1, self.places)
         if self.padded:
             flat = flat.index_fill(1, self._padded_places, 0)
         return flat.reshape(-1, self.index.shape[1], *tokens.shape[2:])
 
-    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor | None]:
         flat = groups.reshape(batch, self.index.numel(), groups.shape[-1])
-        if self._place_of_token is not None:
-            tokens = flat.index_select(1, self._place_of_token)
+        if self.place_of_token is not None:
+            tokens = flat.index_select(1, self.place_of_token)
         else:
             tokens = flat.new_zeros(batch, self.count, flat.shape[-1])
             tokens.index_add_(1, self._tokens_of_places, flat[:, self._places])
-        return tokens, flat[:, self._padded_places].sum(1)
+        return tokens, flat[:, self._padded_places].sum(1) if self.padded else None
 
 
 @dataclass(frozen=True)
@@ -144,9 +153,49 @@ class Cells:
         """Not defined: a key is not made of its tokens alone."""
         raise NotImplementedError("keys that stand for several tokens are read by scatter only")
 
-    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor | None]:
         shares = even_shares(self.groups, groups.dtype)
         return self.groups.scatter((groups[:, :, None] * shares[..., None]).flatten(0, 1), batch)
+
+
+def padded(layouts: Sequence[Layout]) -> bool:
+    """Whether any place of some layouts is padding."""
+    return any(isinstance(one, Groups) and one.padded for one in layouts)
+
+
+def real_places(layouts: Sequence[Layout]) -> Bool[Tensor, "layout group member"]:
+    """Which places of some groups, as many of as many members, hold a token."""
+    return torch.stack([one.index != PADDING for one in layouts if isinstance(one, Groups)])
+
+
+def gather_stacked(
+    layouts: Sequence[Layout], tokens: Float[Tensor, "block batch token rest"]
+) -> Float[Tensor, "block batch_groups member rest"]:
+    """``gather`` of several layouts with as many groups and members, each for its block.
+
+    Example:
+        >>> shifted, plain = windows((2, 2), (1, 2), (1, 0)), windows((2, 2), (1, 2), (0, 0))
+        >>> tokens = torch.arange(4.0).expand(2, 1, 4)[..., None]
+        >>> gather_stacked([shifted, plain], tokens).flatten(2).tolist()
+        [[[2.0, 3.0], [0.0, 1.0]], [[0.0, 1.0], [2.0, 3.0]]]
+    """
+    groups = [layout for layout in layouts if isinstance(layout, Groups)]
+    if not groups:
+        return tokens
+    if all(one is groups[0] for one in groups):
+        flat = tokens.index_select(2, groups[0].places)
+    else:
+        index = _places_of(tuple(groups))[:, None, :, None]
+        flat = tokens.gather(2, index.expand(-1, tokens.shape[1], -1, tokens.shape[3]))
+    if padded(groups):
+        flat = flat * real_places(groups).flatten(1)[:, None, :, None]
+    return flat.reshape(len(groups), -1, groups[0].index.shape[1], tokens.shape[3])
+
+
+@lru_cache(LAYOUTS)
+@torch.inference_mode(False)
+def _places_of(groups: tuple[Groups, ...]) -> Int[Tensor, "layout place"]:
+    return torch.stack([one.places for one in groups])
 
 
 def even_shares(groups: Groups, dtype: torch.dtype = torch.float32) -> Float[Tensor, "group member"]:
@@ -158,6 +207,7 @@ def even_shares(groups: Groups, dtype: torch.dtype = torch.float32) -> Float[Ten
 
 # The same for every image of a size, and of every block with the same windows.
 @lru_cache(LAYOUTS)
+@torch.inference_mode(False)
 def windows(
     grid: Grid,
     window: Grid,
@@ -195,6 +245,9 @@ def windows(
     return Groups(ids.reshape(-1, math.prod(window)))
 
 
+# As windows: the same for every image of a size.
+@lru_cache(LAYOUTS)
+@torch.inference_mode(False)
 def quads(grid: Grid, device: torch.device | None = None) -> Groups:
     """The 2 x 2 children of every merged token, in the order a patch merging joins them: down first, then right.
 

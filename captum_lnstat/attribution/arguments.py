@@ -7,6 +7,7 @@ from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.rules.checks import check_image
+from captum_lnstat.rules.verdicts import expect
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -23,11 +24,13 @@ def check_switch(name: str, value: object) -> None:
 
 def check_finite(grid: Tensor) -> Tensor:
     """The relevance, if it is finite."""
-    if not bool(torch.isfinite(grid).all()):
-        raise RecordingError(
+    expect(
+        torch.isfinite(grid),
+        lambda: RecordingError(
             "the relevance is not finite: something in the forward pass overflowed. Expected activations whose "
             "variance fits the model's dtype"
-        )
+        ),
+    )
     return grid
 
 

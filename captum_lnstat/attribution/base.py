@@ -31,6 +31,7 @@ from captum_lnstat.rules.checks import check_fits
 from captum_lnstat.rules.engine import Pass, run
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import Rule
+from captum_lnstat.rules.verdicts import read_at_the_end
 
 UNREAD = (
     "the score has no gradient at the tokens. It is saturated or constant there (a sure sigmoid or softmax, a clamp, a "
@@ -202,7 +203,7 @@ class GridAttribution(OnePass):
             outcome, relevance = explain_batch(self, image, [part], arguments)
             with torch.inference_mode(False), torch.no_grad():
                 attributions.append(check_fits(self._to_inputs(outcome, relevance.grid, image)))
-                if outcome.score is not None:
+                if outcome.score is not None and self.method.complete:
                     deltas.append((relevance.total - outcome.score).to(relevance.total.dtype))
         return format_output(is_tuple(inputs), (joined(attributions),)), joined(deltas) if deltas else None
 
@@ -246,8 +247,9 @@ def explain_batch(
     additional_forward_args: ForwardArgs = None,
 ) -> tuple[Pass, Relevance]:
     """The pass and the relevance of the first target; a map of nothing is warned about."""
-    outcome = record(method, inputs, targets, additional_forward_args)
-    relevance = relevance_of(method, outcome)
+    with read_at_the_end():
+        outcome = record(method, inputs, targets, additional_forward_args)
+        relevance = relevance_of(method, outcome)
     warn_of_nothing(method.method, outcome, relevance)
     return outcome, relevance[0]
 

@@ -16,6 +16,7 @@ from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.recording.statistics import ResidualShare
 from captum_lnstat.rules import Rule, Settings, find_rule, rule_names
 from captum_lnstat.rules.rule import DEFAULT
+from captum_lnstat.rules.verdicts import read_at_the_end
 from captum_lnstat.trace.steps import MergingShare
 
 
@@ -197,8 +198,9 @@ class LNStatAttribution(GridAttribution):
             )
         if not targets:
             raise ValueError("targets is empty; expected at least one")
-        outcome = record(self, inputs, targets, additional_forward_args)
-        relevance = relevance_of(self, outcome)
+        with read_at_the_end():
+            outcome = record(self, inputs, targets, additional_forward_args)
+            relevance = relevance_of(self, outcome)
         warn_of_nothing(self.method, outcome, relevance)
         return joined([one.grid[None] for one in relevance])
 

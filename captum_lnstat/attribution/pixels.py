@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -45,6 +46,16 @@ def _axis_from(start: float, cells: int, cell: int, pixels: int, interpolation: 
     return weights / weights.sum(0, keepdim=True)
 
 
+@lru_cache(32)
+@torch.inference_mode(False)
+def _weights(
+    start: float, cells: int, cell: int, pixels: int, mode: str, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "pixel cell"]:
+    """Those of one axis, where they are needed."""
+    found = _axis_from(start, cells, cell, pixels, mode) if start else _axis(cells, cell, pixels, _MODES[mode])
+    return found.to(device, dtype)
+
+
 def to_pixels(
     grid: Float[Tensor, "batch *grid"],
     image_size: tuple[int, ...],
@@ -69,12 +80,8 @@ def to_pixels(
                 [1., 1., 0., 0.]])
     """
     modes = [interpolation if axis >= len(patch) - 2 else "nearest" for axis in range(len(patch))]
-    spread = [
-        (_axis_from(start, cells, cell, pixels, mode) if start else _axis(cells, cell, pixels, _MODES[mode])).to(grid)
-        for start, cells, cell, pixels, mode in zip(
-            origin or (0,) * len(patch), grid.shape[1:], patch, image_size, modes, strict=True
-        )
-    ]
+    axes = zip(origin or (0,) * len(patch), grid.shape[1:], patch, image_size, modes, strict=True)
+    spread = [_weights(*axis, grid.dtype, grid.device) for axis in axes]
     if len(patch) == 3:
         grid = torch.einsum("ft,btrc->bfrc", spread[0], grid)
     return spread[-2] @ grid @ spread[-1].T

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from captum_lnstat.recording import moving
 from captum_lnstat.recording.provenance import Lattice, Provenance
+from captum_lnstat.recording.remembered import number_of, remembered
 
 Args = tuple[Any, ...]
 # Images and what was made of them where it cannot be followed: less alike, they were moved.
@@ -31,18 +32,23 @@ class Path:
     Args:
         shape: The tensor's shape.
         make: Works its places out.
+        number: That of all that they follow from, if they follow from no other tensors.
     """
 
-    def __init__(self, shape: torch.Size, make: Callable[[], Provenance | None]) -> None:
+    def __init__(self, shape: torch.Size, make: Callable[[], Provenance | None], number: int | None) -> None:
         self.shape = shape
+        self.number = number
         self._make: Callable[[], Provenance | None] | None = make
 
     @cached_property
     def provenance(self) -> Provenance | None:
         """Where the tensor's numbers come from; ``None`` if that is not known."""
         make, self._make = self._make, None
+        return None if make is None else remembered(self.number, lambda: self._worked_out(make))
+
+    def _worked_out(self, make: Callable[[], Provenance | None]) -> Provenance | None:
         try:
-            places = make() if make is not None else None
+            places = make()
         except (RuntimeError, IndexError, TypeError, ValueError, KeyError):
             return None  # whatever the function was given, it is not known what it did with it
         return places if places is not None and places.shape == self.shape else None
@@ -105,7 +111,9 @@ class Follower:
             # What is no number of a token is an index or a mask.
             if not isinstance(one, Tensor) or not one.is_floating_point():
                 continue
-            path = Path(one.shape, _Made(name, function, told, named, given, one.shape, place, sorted_to).provenance)
+            made = _Made(name, function, told, named, given, one.shape, place, sorted_to)
+            number = None if sorted_to is not None else number_of(name, function, told, named, one.shape, place)
+            path = Path(one.shape, made.provenance, number)
             if all(before.is_settled for before in given):
                 path.settle()
             self.put(one, path)
@@ -113,7 +121,7 @@ class Follower:
     def _begin(self, images: Tensor) -> None:
         shape, lattice = images.shape, Lattice.of(images, rows=self._rows)
         numbers = lattice.numbers(shape) if self._rows else None
-        path = Path(shape, lambda: Provenance(lattice, numbers, shape))
+        path = Path(shape, lambda: Provenance(lattice, numbers, shape), number_of("images", shape, self._rows))
         path.settle()
         self.put(images, path)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.errors import RecordingError
+from captum_lnstat.recording.devices import has_a_queue
 from captum_lnstat.recording.following import Path
 from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.sites import AttentionSite
@@ -59,7 +60,7 @@ class NormCall:
         if self.kind == "rms_norm":
             square = mean_square(x if self.dims == 1 else x.flatten(-self.dims))
             return TokenStatistics(torch.zeros_like(square), square)
-        if self.moments is not None:
+        if self.moments is not None and not has_a_queue(x.device):
             mean, deviation = (moment.detach().flatten(-self.dims) for moment in self.moments)
             variance = deviation[..., 0].square().reciprocal() - self.eps
             # Below that what is left of the variance next to eps is rounding.

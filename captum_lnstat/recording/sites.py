@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Union
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.recording.devices import has_a_queue
 from captum_lnstat.recording.kept import Kept, edge
 from captum_lnstat.recording.statistics import accumulation_dtype
 
@@ -166,8 +167,23 @@ class FusedSite(AttentionSite):
 
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
         query = self._query[:, heads][:, :, queries]
-        dtype = query.dtype
         scores = _scores(query, self._grouped(self._key, heads), self.factor, self._nothing)
+        nothing = self.hide(scores, heads, queries)
+        probabilities = scores.softmax(-1)
+        if nothing is not None and (has_a_queue(nothing.device) or bool(nothing.any())):
+            probabilities.masked_fill_(nothing, 0.0)
+        return probabilities
+
+    @property
+    def plain(self) -> bool:
+        """Whether every query head has a key head of its own."""
+        return self.shape[1] == self._key.shape[1]
+
+    def hide(self, scores: Tensor, heads: slice = EVERY, queries: Queries = EVERY) -> Tensor | None:
+        """Add the mask to scores, in place: the queries that may see nothing, ``None`` if there is no mask.
+
+        They attend to nothing, as in the fused kernel; softmax alone would give NaN.
+        """
         hidden = None
         if self.is_causal:
             everyone = torch.ones(self.shape[2:], dtype=torch.bool, device=scores.device)
@@ -181,16 +197,12 @@ class FusedSite(AttentionSite):
             if mask.dtype == torch.bool:
                 hidden = ~mask if hidden is None else hidden | ~mask
             else:
-                scores += mask.to(dtype)
+                scores += mask.to(scores.dtype)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
-        probabilities = scores.softmax(-1)
-        if hidden is not None or self.mask is not None:
-            # A query that may see nothing attends to nothing, as in the fused kernel; softmax alone would give NaN.
-            nothing = (scores if hidden is not None else mask).amax(-1, keepdim=True) == -math.inf
-            if bool(nothing.any()):
-                probabilities.masked_fill_(nothing, 0.0)
-        return probabilities
+        if hidden is None and self.mask is None:
+            return None
+        return (scores if hidden is not None else mask).amax(-1, keepdim=True) == -math.inf
 
     def values(self, heads: slice) -> Tensor:
         return self._grouped(self._value, heads)
@@ -327,3 +339,29 @@ class MultiHeadSite(AttentionSite):
     def output_gradient(self, gradient: Tensor) -> Tensor:
         weight = self.arguments["out_proj_weight"].detach()
         return self._split(gradient @ weight, self.arguments["num_heads"])
+
+
+def stacked_probabilities(sites: Sequence[AttentionSite]) -> Float[Tensor, "site batch head query key"]:
+    """The whole maps of several sites of one shape. No number is read of them: a device need not be waited for."""
+    fused = [site.unpacked if isinstance(site, MultiHeadSite) else site for site in sites]
+    alike = [
+        site
+        for site in fused
+        if isinstance(site, FusedSite) and site.plain and site.factor == getattr(fused[0], "factor", None)
+    ]
+    if len(alike) < len(sites):
+        return torch.stack([site.probabilities(slice(0, site.shape[1])) for site in sites])
+    query, key = (torch.stack(tensors) for tensors in zip(*((s._query, s._key) for s in alike), strict=True))
+    flat = torch.baddbmm(query.new_empty(()), query.flatten(0, 2), key.flatten(0, 2).mT, beta=0, alpha=alike[0].factor)
+    scores = flat.view(*query.shape[:3], *flat.shape[1:])
+    nothing = [site.hide(one) for site, one in zip(alike, scores, strict=True)]
+    probabilities = scores.softmax(-1)
+    for one, hidden in zip(probabilities, nothing, strict=True):
+        if hidden is not None:
+            one.masked_fill_(hidden, 0.0)
+    return probabilities
+
+
+def stacked_values(sites: Sequence[AttentionSite]) -> Float[Tensor, "site batch head key channel"]:
+    """The values of several sites of one shape."""
+    return torch.stack([site.values(slice(0, site.shape[1])) for site in sites])

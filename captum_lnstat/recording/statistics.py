@@ -92,10 +92,25 @@ def normalised(
     if not centred:
         square = F.threshold(mean_square(x), 2 * NO_VARIANCE * torch.finfo(x.dtype).tiny, 0.0)
         return x * torch.where(square > 0, square, torch.inf).rsqrt()[..., None], square
+    direction, inverse = standardised(x)
+    return direction, F.threshold(inverse.reciprocal().square(), 2 * NO_VARIANCE * torch.finfo(x.dtype).tiny, 0.0)
+
+
+def standardised(
+    x: Float[Tensor, "batch *tokens channel"], *, centred: bool = True
+) -> tuple[Float[Tensor, "batch *tokens channel"], Float[Tensor, "batch *tokens"]]:
+    """``(x - mean) / sigma`` of every token and ``1 / sigma``, which is large but finite where all channels are alike.
+
+    If not ``centred``: ``x / rms`` and ``1 / rms``.
+    """
+    x = x.detach().to(accumulation_dtype(x))
     none = NO_VARIANCE * torch.finfo(x.dtype).tiny
+    if not centred:
+        inverse = (mean_square(x) + none).rsqrt()
+        return x * inverse[..., None], inverse
     # The kernel of a LayerNorm reads the tokens once for all three; torch.var is several times slower.
     direction, _, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, none)
-    return direction, F.threshold(inverse[..., 0].reciprocal().square(), 2 * none, 0.0)
+    return direction, inverse[..., 0]
 
 
 def residual_share(
@@ -129,13 +144,21 @@ def residual_share(
 
 def ratio_share(own: Float[Tensor, "batch token"], joined: Float[Tensor, "batch token"]) -> Tensor:
     """``min(1, own / joined)``: the residual share from the variances at the two LayerNorms."""
-    return _share(own, joined).clamp(max=1.0)
+    nothing_left = torch.where(own > 0, 1.0, 0.5).to(own.dtype)
+    return torch.where(joined > 0, own / joined, nothing_left).clamp(max=1.0)
+
+
+def share_of_inverses(own: Float[Tensor, "*token"], update: Float[Tensor, "*token"]) -> Float[Tensor, "*token"]:
+    """``own / (own + update)`` of two variances, from ``1 / sigma`` of both, as ``standardised`` gives them.
+
+    Example:
+        >>> share_of_inverses(torch.tensor([1.0]), torch.tensor([0.5]))
+        tensor([0.2000])
+    """
+    return ((own / update).square() + 1).reciprocal()
 
 
 def update_share(own: Float[Tensor, "batch token"], update: Float[Tensor, "batch token"]) -> Tensor:
     """``own / (own + update)``: the residual share from the variances of a token and of what is added to it."""
-    return _share(own, own + update)
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(whole > 0, part / whole, torch.where(part > 0, 1.0, 0.5).to(part.dtype))
+    whole = own + update
+    return torch.where(whole > 0, own / whole, 0.5)

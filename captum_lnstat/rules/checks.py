@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, warn_caller
 from captum_lnstat.recording.statistics import stream
+from captum_lnstat.rules.verdicts import expect
 from captum_lnstat.topology.anatomy.projections import without_gradient
 from captum_lnstat.trace.pooling import FixedPooling
 from captum_lnstat.trace.trace import Trace
@@ -36,18 +37,31 @@ def check_image(image: object) -> Tensor:
         raise ValueError(f"inputs has shape {tuple(image.shape)}; expected at least one image")
     if not image.is_floating_point():
         raise TypeError(f"inputs is of {image.dtype}; expected a floating-point image, normalised for the model")
-    # One look at the images: a NaN is its own minimum and maximum.
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(image))).all()):
-        raise ValueError("inputs holds NaN or infinite values; expected finite ones, since no map can be right for it")
+    return image
+
+
+def check_numbers(image: Tensor) -> Tensor:
+    """The image batch, if its numbers are finite."""
+    # One look at the images: a NaN is its own minimum and maximum. Of what is not finite the difference is NaN.
+    least, most = torch.aminmax(image)
+    expect(
+        least - least == most - most,
+        lambda: ValueError(
+            "inputs holds NaN or infinite values; expected finite ones, since no map can be right for it"
+        ),
+    )
     return image
 
 
 def check_fits(attribution: Tensor) -> Tensor:
     """Relevance that is finite may still be too large for the narrow dtype of the images."""
-    if attribution.dtype.itemsize < 4 and not bool(torch.isfinite(attribution).all()):
-        raise RecordingError(
-            f"the relevance does not fit into {attribution.dtype}, the dtype of the images; expected images in float32 "
-            "for a score of this size"
+    if attribution.dtype.itemsize < 4:
+        expect(
+            torch.isfinite(attribution),
+            lambda: RecordingError(
+                f"the relevance does not fit into {attribution.dtype}, the dtype of the images; expected images in "
+                "float32 for a score of this size"
+            ),
         )
     return attribution
 
@@ -193,11 +207,16 @@ def check_start(trace: Trace, read: Bool[Tensor, "batch token"]) -> None:
     # In float16 a cotangent can vanish for want of small numbers.
     exact = isinstance(trace.pooling, FixedPooling) and trace.blocks[0].site.dtype != torch.float16
     missing = expected & ~read & read.any(1, keepdim=True) & exact
-    for wrong, does, which in ((unexpected, "reads", "does not"), (missing, "does not read", "does")):
-        if bool(wrong.any()):
-            raise RecordingError(
-                f"the head {does} token {int(wrong.nonzero()[0, 1])}, but pooling was recognised as "
-                f"{trace.pooling.name!r}, which {which}; expected the head of the family. If several scores read a "
-                "part each (a distilled model in train mode), explain their mean with output=; a model with a pooling "
-                "of its own needs a topology of its own"
-            )
+
+    def error() -> RecordingError:
+        wrong, does, which = unexpected, "reads", "does not"
+        if not bool(wrong.any()):
+            wrong, does, which = missing, "does not read", "does"
+        return RecordingError(
+            f"the head {does} token {int(wrong.nonzero()[0, 1])}, but pooling was recognised as "
+            f"{trace.pooling.name!r}, which {which}; expected the head of the family. If several scores read a "
+            "part each (a distilled model in train mode), explain their mean with output=; a model with a pooling "
+            "of its own needs a topology of its own"
+        )
+
+    expect(~(unexpected | missing), error)

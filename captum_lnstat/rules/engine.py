@@ -20,6 +20,7 @@ from captum_lnstat.rules.checks import (
     check_axes,
     check_gradients,
     check_model,
+    check_numbers,
     check_seen,
     check_size,
     check_start,
@@ -29,7 +30,9 @@ from captum_lnstat.rules.checks import (
 from captum_lnstat.rules.checks import reads as reads_tokens
 from captum_lnstat.rules.head import Head, gradients
 from captum_lnstat.rules.reads import reads_besides_the_end
+from captum_lnstat.rules.stacks import room_for_maps, stacked
 from captum_lnstat.rules.target import contrast, target_score
+from captum_lnstat.rules.verdicts import expect
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.anatomy.parts import looked_up_once
 from captum_lnstat.topology.anatomy.pooling import PoolingAsRead
@@ -114,6 +117,7 @@ def run(
     if isinstance(forward_func, nn.Module):
         forward_func = eager(forward_func)
     check_axes(image, topology.axes, topology.model)
+    check_numbers(image)
     check_size(image, topology.model, topology.entrance, direct=forward_func is topology.model)
     # A caller in inference_mode or no_grad still gets gradients at the head; the trunk has a graph only if asked for.
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable != "head"):
@@ -159,6 +163,8 @@ def run(
         head = Head(scores, stream_end, trace, reads)
         if differentiable == "head":
             head.check(returned, class_specific=class_specific)
+    if differentiable == "head":
+        trace = stacked(trace, room_for_maps(x.device))
     return Pass(trace, recording, returned.detach(), head, leaf)
 
 
@@ -183,5 +189,9 @@ def _check_ran(recording: Recording, model: nn.Module) -> None:
             "given as model="
         )
     assert recording.scores is not None
-    if not bool(torch.isfinite(recording.scores).all()):
-        raise RecordingError("the model's output is not finite: a NaN or an overflow on the way makes every map wrong")
+    expect(
+        torch.isfinite(recording.scores.detach()),
+        lambda: RecordingError(
+            "the model's output is not finite: a NaN or an overflow on the way makes every map wrong"
+        ),
+    )

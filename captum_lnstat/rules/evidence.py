@@ -18,8 +18,9 @@ from torch import Tensor
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.rules.checks import HALF_TOLERANCE, TOLERANCE
 from captum_lnstat.rules.head import Head
-from captum_lnstat.rules.relevance import Relevance, Settings, per_image
+from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import register
+from captum_lnstat.rules.verdicts import expect
 from captum_lnstat.rules.walk import Request, RowVector, Walk, plus, walk
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.steps import Block, Step, Update
@@ -41,19 +42,19 @@ def evidence(trace: Trace, head: Head, settings: Settings, since: int = 0) -> Wa
         since: The steps before this block are only rolled through: of what is read there, what tells patches apart is
             put on them where they are, the rest belongs to the constant.
     """
-    rest = Rest(*head.cotangent)
+    u, constant = head.cotangent
+    rest = Rest(u, (constant,))
     r = rest.no_relevance()
     rest = rest.unless_unread()
     first = trace.blocks[since].before if since else None
     for step in reversed(trace.steps):
         r, rest = rest.joined(r, head.cotangent_at(step.after))
         if isinstance(step, Block):
-            r = r.plus(rest.read(step.after, step.between))  # <u, MLP update>
+            r = r.plus(rest.read_mlp(step))  # <u, MLP update>
             kept = step.residual_share(settings.residual)[..., None] * r.tokens
             came = yield Request(step, r.tokens - kept, r.at, rest.u)
-            rows = came.rows
-            if came.contributions is not None:  # c_j = sum_h sum_i A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)
-                rows, rest = rows + came.contributions, rest.plus(came.contributions_padding).plus(came.constant)
+            # c_j = sum_h sum_i A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)
+            rows, rest = plus(came.rows, came.contributions), rest.plus(came.contributions_padding, came.constant)
             if step.below is not None and step.pull_back is None:
                 kept = plus(kept, rest.read(step.base))
             r, rest = r.through(step, kept, rows, came.padding), rest.before(step)
@@ -78,22 +79,28 @@ class Rest:
 
     Attributes:
         u: The cotangent at this place of the stream; ``None`` once all has been put on tokens further up.
-        constant: What belongs to no token.
+        constants: What belongs to no token, part by part.
     """
 
     u: Cotangent | None
-    constant: Float[Tensor, "batch score"]
+    constants: tuple[Float[Tensor, "batch score"], ...]
+
+    @property
+    def constant(self) -> Float[Tensor, "batch score"]:
+        """All of it: added up where it is read, since each sum is one more kernel."""
+        return self.constants[0] if len(self.constants) == 1 else torch.stack(self.constants).sum(0)
 
     def no_relevance(self) -> RowVector:
         """A row vector of zeros for every score."""
         assert self.u is not None
         u = self.u
         # A score without gradient reads no token: nothing is known of where its zeros are.
-        return RowVector.of(u.spread(u.scale.new_zeros(*u.scale.shape, u.scores)), u.at if len(u.at) else None)
+        zeros = u.scale.new_zeros(len(u.scale), u.tokens, u.scores)
+        return RowVector.of(zeros, u.at if len(u.at) and not u.everywhere else None)
 
     def unless_unread(self) -> Rest:
         """No cotangent where no token has one: all of the score belongs to the constant."""
-        return self if self.u is None or len(self.u.at) else Rest(None, self.constant)
+        return self if self.u is None or len(self.u.at) else replace(self, u=None)
 
     def read(self, after: Tensor, before: Tensor | None = None) -> Float[Tensor, "batch token score"] | None:
         """``<u_i, after_i - before_i>`` of every token; ``None`` if it is zero everywhere."""
@@ -101,16 +108,21 @@ class Rest:
             return None
         return self.u.spread(self.u.read(after, before))
 
+    def read_mlp(self, block: Block) -> Float[Tensor, "batch token score"] | None:
+        """What the MLP of a block added, read in the same way."""
+        return None if self.u is None or block.after is block.between else block.mlp_read(self.u)
+
     def joined(self, r: RowVector, read: tuple[Cotangent, Tensor] | None) -> tuple[RowVector, Rest]:
         """With what the head reads at this place of the stream besides its end, which was part of the constant."""
         if read is None:
             return r, self
         u, taken = read
-        return replace(r, at=None), Rest(u if self.u is None else self.u.plus(u), self.constant - taken)
+        both = u if self.u is None else self.u.plus(u)
+        return replace(r, at=None), Rest(both, (*self.constants, -taken))
 
-    def plus(self, constant: Tensor | None) -> Rest:
+    def plus(self, *constants: Tensor | None) -> Rest:
         """With more that belongs to no token."""
-        return self if constant is None else Rest(self.u, self.constant + constant)
+        return replace(self, constants=(*self.constants, *(one for one in constants if one is not None)))
 
     def ended(self, r: RowVector, tokens: Tensor, patches: slice) -> tuple[RowVector, Rest]:
         """What is on no token yet ends here: what tells patches apart is put on them, all else is constant.
@@ -123,39 +135,44 @@ class Rest:
         mean = tokens[:, patches].mean(1, keepdim=True).expand_as(tokens)
         apart = torch.zeros_like(read)
         apart[:, patches] = (read - self.u.spread(self.u.read(mean)))[:, patches]
-        return r.plus(apart), Rest(None, self.constant + (read - apart).sum(1))
+        return r.plus(apart), Rest(None, (*self.constants, (read - apart).sum(1)))
 
     def before(self, step: Step) -> Rest:
         """Pulled back through a step; nothing is left where it is not affine: what it says has been read after it."""
         if self.u is None or step.below is None or isinstance(step, Update):
             return self
         if step.pull_back is None:
-            return Rest(None, self.constant)
+            return replace(self, u=None)
         u, constant = step.pull_back(self.u)
         # Where the head reads a token that joined on the way, nothing comes from further down.
-        return Rest(u, self.constant + constant).unless_unread()
+        return Rest(u, (*self.constants, constant)).unless_unread()
 
 
 def check_complete(evidence: Sequence[Relevance], trace: Trace, scores: Sequence[Tensor]) -> None:
     """Evidence has to add up to the scores it explains; if it does not, the family was recognised wrongly."""
     if trace.training:
         return
-    found, score = Relevance.joined(evidence), torch.cat(tuple(scores))
-    error = (found.total - score.to(found.total.dtype)).abs()
-    size = score.abs() + found.constant.abs() + per_image(found.grid.abs()) + found.prefix.abs().sum(1)
+    found = Relevance.joined(evidence)
+    score = scores[0] if len(scores) == 1 else torch.cat(tuple(scores))
+    terms = torch.cat([found.grid.flatten(1), found.prefix, found.padding[:, None], found.constant[:, None]], 1)
+    error = (terms.sum(1) - score).abs()
+    size = score.abs() + terms.abs().sum(1)
     coarsest = max({score.dtype, *(block.site.dtype for block in trace.blocks)}, key=lambda d: torch.finfo(d).eps)
     tolerance = TOLERANCE if coarsest in (torch.float32, torch.float64) else HALF_TOLERANCE
-    if not bool((error <= tolerance * size + torch.finfo(coarsest).eps).all()):
+
+    def wrong() -> RecordingError:
         if not bool(error.isfinite().all()):
-            raise RecordingError(
+            return RecordingError(
                 "the evidence is not finite: the score has a gradient at the tokens that is infinite or NaN, or "
                 "something overflowed. Let forward_func return the logits, in float32"
             )
-        raise RecordingError(
+        return RecordingError(
             f"the evidence of patches, prefix tokens and constant misses the score by up to {float(error.max()):.3g} "
             "(expected float error): the model does something between its blocks that its topology does not know, so "
             "no map from it can be trusted"
         )
+
+    expect(error <= tolerance * size + torch.finfo(coarsest).eps, wrong)
 
 
 @register(

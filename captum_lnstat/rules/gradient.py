@@ -245,7 +245,7 @@ class PositiveGradient:
             return
         if self._probing is not None:
             self._probe.add_products(self._products)
-        self._wiring.note(self._block.name, self._probe.excess(queries))
+        self._wiring.note(self._probe.compared(queries))
 
     def propagated(self) -> Propagated:
         """``r A'`` at the tokens before the block, and what of it fell on padded places."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,12 +78,14 @@ def smoothed(
         >>> smoothed(torch.tensor([[[0.0, 1.0, 0.0]]]), (1.0, 0.5))
         tensor([[[0.1192, 0.7870, 0.1192]]])
     """
-    rows, columns = _axis(grid.shape[-2], sigma[0], grid), _axis(grid.shape[-1], sigma[1], grid)
+    rows, columns = (_axis(grid.shape[axis], sigma[axis], grid.dtype, grid.device) for axis in (-2, -1))
     return rows @ grid @ columns.T
 
 
-def _axis(cells: int, sigma: float, like: Tensor) -> Float[Tensor, "cell cell"]:
+@lru_cache(16)
+@torch.inference_mode(False)
+def _axis(cells: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "cell cell"]:
     """Weights of all cells of one axis for the mean at each; every row sums to one, at the border too."""
-    place = torch.arange(cells, dtype=like.dtype, device=like.device)
+    place = torch.arange(cells, dtype=dtype, device=device)
     weights = torch.exp(-0.5 * ((place - place[:, None]) / sigma) ** 2)
     return weights / weights.sum(1, keepdim=True)

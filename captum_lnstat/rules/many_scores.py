@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from captum_lnstat.recording.devices import has_a_queue
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
@@ -48,7 +50,7 @@ def read_many(
     # (batch, score, kind and head and channel)
     rows = directions.transpose(1, 2).reshape(images, scores, kinds * width)
     found = weights.new_empty(groups, keys, scores)
-    scratch, more = weights.new_empty(0), 1 if weights.device.type == "cpu" else DEVICE
+    scratch, more = weights.new_empty(0), DEVICE if has_a_queue(weights.device) else 1
     for image, its_groups, its_keys in _pieces(images, groups // images, keys, SIDE_BY_SIDE * more):
         # Keys last, those of several groups side by side.
         some_weights = weights[its_groups, :, :, its_keys].permute(2, 1, 0, 3).flatten(2).contiguous()
@@ -78,7 +80,7 @@ def _runs(used: Bool[Tensor, "group kind"], at_most: int) -> Iterator[tuple[int,
     """Kinds that any of the groups has, in runs of neighbours."""
     kinds = used.shape[1]
     # A device would have to be waited for.
-    wanted = used.any(0).tolist() if used.device.type == "cpu" and kinds > 1 else [True] * kinds
+    wanted = [True] * kinds if has_a_queue(used.device) or kinds == 1 else used.any(0).tolist()
     first = 0
     while first < kinds:
         last = first

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from captum_lnstat.layout import WholeImage
@@ -43,22 +42,23 @@ class Propagated:
 
     Attributes:
         rows: ``r A`` for every row vector given.
-        padding: What of it fell on padded places.
+        padding: What of it fell on padded places, if there are any.
         contributions: ``c_j``: what each token's values, less their mean, contributed to every score, if there was a
-            cotangent.
+            cotangent and they are not part of ``rows``.
         contributions_padding: What padded places contributed.
         constant: What the mean value and the biases on the way contributed.
     """
 
     rows: Float[Tensor, "batch token row"]
-    padding: Float[Tensor, "batch row"]
+    padding: Float[Tensor, "batch row"] | None
     contributions: Float[Tensor, "batch token score"] | None = None
     contributions_padding: Float[Tensor, "batch score"] | None = None
     constant: Float[Tensor, "batch score"] | None = None
 
     def of(self, rows: slice) -> Propagated:
         """The same for some of the row vectors."""
-        return replace(self, rows=self.rows[..., rows], padding=self.padding[..., rows])
+        padding = None if self.padding is None else self.padding[..., rows]
+        return replace(self, rows=self.rows[..., rows], padding=padding)
 
 
 def propagate(
@@ -121,7 +121,7 @@ def propagate(
     if probe is not None and probe.columns is not None:
         probe.add_products(shares.pop(0)[0])
     if wiring is not None and probe is not None:
-        wiring.note(block.name, probe.excess(wanted))
+        wiring.note(probe.compared(wanted))
     below, padding = keys.scatter(mixed.transpose(-2, -1), len(rows))
     if contributions is None:
         return Propagated(below, padding)
@@ -155,7 +155,9 @@ class _Contributions:
         self._values, self._mean = block.deviations.values, block.deviations.common
         self.columns: Tensor | None = None
         if u.kinds <= (FEW if u.scores == 1 else FEW_OF_MANY_SCORES):
-            one_hot = F.one_hot(pulled.kind, pulled.kinds).to(u.scale.dtype)
+            # What is given to torch's own one_hot is read, to see whether it is in bounds.
+            kinds = torch.arange(pulled.kinds, device=pulled.kind.device)
+            one_hot = (pulled.kind[:, None] == kinds).to(u.scale.dtype)
             self.columns = pulled.spread(pulled.scale[..., None] * one_hot)
             # (batch, kind, score, head, head channel)
             self._directions = pulled.directions.reshape(batch, pulled.kinds, u.scores, heads, -1)

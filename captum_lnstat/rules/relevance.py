@@ -64,5 +64,7 @@ class Relevance:
     @classmethod
     def joined(cls, parts: Sequence[Relevance]) -> Relevance:
         """Those of several scores as one batch, score by score."""
+        if len(parts) == 1:
+            return parts[0]
         fields = ((one.grid, one.prefix, one.padding, one.constant) for one in parts)
         return cls(*map(torch.cat, zip(*fields, strict=True)))

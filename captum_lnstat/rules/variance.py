@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from captum_lnstat.recording.devices import has_a_queue
 from captum_lnstat.recording.sites import Queries
 from captum_lnstat.trace.deviations import Deviations
 from captum_lnstat.trace.maps import pull_back_each
@@ -45,7 +46,7 @@ class VarianceWeights:
         self._q = q.reshape(*q.shape[:2], block.site.shape[1], -1).transpose(1, 2)
         self._w = found.values.transpose(-2, -1)
         # Most maps have no row for which the mean is needed. A device would have to be waited for to know.
-        self._sums_up = q.device.type != "cpu"
+        self._sums_up = has_a_queue(q.device)
         self._first = 0
         self._start()
 

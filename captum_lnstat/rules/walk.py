@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from captum_lnstat.recording.devices import has_a_queue
 from captum_lnstat.rules.relation import Propagated, propagate
 from captum_lnstat.rules.relevance import Relevance, Settings
+from captum_lnstat.rules.stacks import StackedBlock
 from captum_lnstat.rules.wiring import Wiring
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.steps import Block, MergingShare, Step
@@ -77,16 +79,16 @@ class RowVector:
     @classmethod
     def starting(cls, weights: Float[Tensor, "batch token"]) -> RowVector:
         """One row vector, whose zeros are seen."""
-        at = weights.ne(0).any(0).nonzero()[:, 0]
-        return cls.of(weights[..., None], at if len(at) else None)
+        at = None if has_a_queue(weights.device) else weights.ne(0).any(0).nonzero()[:, 0]
+        return cls.of(weights[..., None], at if at is not None and len(at) else None)
 
     def plus(self, values: Float[Tensor, "batch token row"] | None) -> RowVector:
         """With something put on the tokens; ``None`` is nothing."""
         return replace(self, tokens=plus(self.tokens, values))
 
-    def through(self, block: Block, kept: Tensor, rows: Tensor, padding: Tensor) -> RowVector:
+    def through(self, block: Block, kept: Tensor, rows: Tensor, padding: Tensor | None) -> RowVector:
         """Before a block: what its tokens kept, and what the attention propagated to the tokens it read."""
-        below = RowVector(kept, None, self.padding + padding)
+        below = RowVector(kept, None, plus(self.padding, padding))
         return below.to_children(block, "uniform").plus(rows)
 
     def to_children(self, step: Step, merging: MergingShare) -> RowVector:
@@ -95,7 +97,7 @@ class RowVector:
             return self
         children = (self.tokens[:, :, None] * step.shares(merging)[..., None]).flatten(0, 1)
         tokens, lost = step.below.scatter(children, len(self.tokens))
-        return RowVector(tokens, None, self.padding + lost)
+        return RowVector(tokens, None, plus(self.padding, lost))
 
     def relevance(self, trace: Trace, constant: Tensor | None = None) -> tuple[Relevance, ...]:
         """At the image: one relevance for every row vector."""
@@ -129,10 +131,14 @@ def walk(trace: Trace, settings: Settings, *rules: Walk) -> list[tuple[Relevance
     requests = [advance(rule) for rule in rules]
     for block in reversed(trace.blocks):
         wanted = [request for request in requests if isinstance(request, Request)]
-        known = [request.at for request in wanted if request.at is not None]
-        at = torch.unique(torch.cat(known)) if len(known) == len(wanted) else None
         u = next((request.u for request in wanted if request.u is not None), None)
-        came = propagate(block, torch.cat([r.rows for r in wanted], -1), at, u, settings.head_fusion, wiring)
+        rows = wanted[0].rows if len(wanted) == 1 else torch.cat([request.rows for request in wanted], -1)
+        if isinstance(block, StackedBlock) and block.takes(u, settings.head_fusion):
+            came = block.propagate(rows, u, settings.head_fusion, wiring, alone=len(wanted) == 1)
+        else:
+            known = [request.at for request in wanted if request.at is not None]
+            at = torch.unique(torch.cat(known)) if len(known) == len(wanted) else None
+            came = propagate(block, rows, at, u, settings.head_fusion, wiring)
         block.forget()
         if wiring is not None and block is trace.blocks[0]:
             wiring.verify()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.sites import Queries
+from captum_lnstat.rules.verdicts import expect
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.maps import pull_back
 from captum_lnstat.trace.steps import Block
@@ -20,46 +23,93 @@ if TYPE_CHECKING:
 # How far the updates may be from what the path makes of A v, in their own size.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.2
+# Each stream was rounded when it was added up, and their difference and the product with it round again.
+ROUNDED = 4
 # So many channels of the stream are compared, others in every block.
 PROBED = 64
 
 
 @lru_cache(16)
-def _scattered(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+@torch.inference_mode(False)
+def scattered(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Fixed numbers in which no structure of a model lies."""
     n = torch.arange(count, device=device, dtype=dtype)
     return torch.sin(0.7 * n * n + 1)
+
+
+@lru_cache(64)
+def length_of(count: int) -> float:
+    """The length of so many of them."""
+    return float(scattered(count, torch.device("cpu"), torch.float64).norm())
+
+
+def probed(name: str, channels: int) -> slice:
+    """Which channels of a block are compared: a matter of its name, so that a stack of blocks has all compared."""
+    first = sum(map(ord, name)) * PROBED % channels
+    return slice(min(first, max(0, channels - PROBED)), first + PROBED)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Updates of some blocks, weighted and added up, from both sides.
+
+    Attributes:
+        names: The blocks.
+        found: The sum as the attention has it.
+        expected: The sum of what was added to the stream.
+        typical: The length of that sum's terms.
+        rounding: By how much it may be off, of the streams that were subtracted to know what was added.
+        dtype: In which the model computed.
+        least: By how much it may be off however small the streams are.
+    """
+
+    names: Sequence[str]
+    found: Float[Tensor, "block batch"]
+    expected: Float[Tensor, "block batch"]
+    typical: Float[Tensor, "block batch"]
+    rounding: Float[Tensor, "block batch"]
+    dtype: torch.dtype
+    least: float = 0.0
 
 
 class Wiring:
     """Whether what each block adds to the stream is what its recorded attention makes of the values.
 
     Every block's updates, weighted over the tokens and some of the channels with fixed numbers, are compared with the
-    same of ``A v``. The verdict is taken once, at the end, so that no device has to wait in between.
+    same of ``A v``. The verdict is taken once, when all blocks have been looked at.
     """
 
     def __init__(self) -> None:
-        self._names: list[str] = []
-        self._excess: list[Tensor] = []
+        self._compared: dict[torch.dtype, list[Comparison]] = {}
 
-    def note(self, name: str, excess: Float[Tensor, " batch"]) -> None:
-        """How far a block is off, in units of what is allowed."""
-        self._names.append(name)
-        self._excess.append(excess.amax())
+    def note(self, compared: Comparison) -> None:
+        """Some more blocks."""
+        self._compared.setdefault(compared.dtype, []).append(compared)
 
     def verify(self) -> None:
         """Raise if any block was found to do something else."""
-        if not self._excess:
-            return
-        worst = torch.stack(self._excess)
-        if bool((worst <= 1).all()):
-            return
-        index = int((~(worst <= 1)).nonzero()[0])
-        raise RecordingError(
-            f"what block {self._names[index]!r} adds to the stream is not its attention's output as recorded: off by "
+        for dtype, compared in self._compared.items():
+            _verify(compared, TOLERANCE.get(dtype, HALF_TOLERANCE))
+
+
+def _verify(compared: Sequence[Comparison], tolerance: float) -> None:
+    found, expected = torch.cat([one.found for one in compared]), torch.cat([one.expected for one in compared])
+    typical, rounding = torch.cat([one.typical for one in compared]), torch.cat([one.rounding for one in compared])
+    # In units of what rounding explains.
+    allowed = torch.add(rounding, typical + expected.abs(), alpha=tolerance) + max(one.least for one in compared)
+    excess = (found - expected).abs() / allowed
+
+    def error() -> RecordingError:
+        names = [name for one in compared for name in one.names]
+        worst = excess.nan_to_num(torch.inf).amax(1)
+        index = int((worst > 1).nonzero()[0])
+        return RecordingError(
+            f"what block {names[index]!r} adds to the stream is not its attention's output as recorded: off by "
             f"{float(worst[index]):.2g} times what rounding explains. Its wiring is not one that is known, so no map "
             "from it can be trusted"
         )
+
+    expect(excess <= 1, error)
 
 
 class Probe:
@@ -68,12 +118,10 @@ class Probe:
     def __init__(self, block: Block) -> None:
         self._block = block
         batch, tokens, channels = block.between.shape
-        # Which channels is a matter of the name, so that a stack of blocks has all of them compared.
-        first = sum(map(ord, block.name)) * PROBED % channels
-        self._channels = slice(min(first, max(0, channels - PROBED)), first + PROBED)
+        self._channels = probed(block.name, channels)
         w = block.between.new_zeros(channels)
-        w[self._channels] = _scattered(len(w[self._channels]), w.device, w.dtype)
-        self._w, self._z = w, _scattered(tokens, w.device, w.dtype)
+        w[self._channels] = scattered(len(w[self._channels]), w.device, w.dtype)
+        self._w, self._z = w, scattered(tokens, w.device, w.dtype)
         everywhere = torch.arange(tokens, device=w.device)
         directions = w.expand(batch, 1, 1, channels)
         u = Cotangent(everywhere, self._z.expand(batch, -1), directions, torch.zeros_like(everywhere), tokens)
@@ -101,8 +149,8 @@ class Probe:
         read = read_values(site.values(slice(0, site.shape[1])), directions)  # (group, head, key, 1)
         self._found += torch.linalg.vecdot(products.reshape(batch, -1), read.reshape(batch, -1))
 
-    def excess(self, wanted: Tensor | None) -> Float[Tensor, " batch"]:
-        """How far the two sides are apart, in units of what rounding explains."""
+    def compared(self, wanted: Tensor | None) -> Comparison:
+        """Both sides, of the queries that were looked at."""
         block, w = self._block, self._w[self._channels]
         z, found, covered = self._z, self._found, block.layout.covered
         if wanted is None and covered is None:
@@ -116,12 +164,9 @@ class Probe:
         # The update is a difference of two streams, and a small one of large streams is known to their rounding only.
         own, kind = block.statistics[0], torch.finfo(block.site.dtype)
         size = kind.eps * (own.variance + own.mean.square()).sqrt() + kind.smallest_normal
-        # Each stream was rounded when it was added up, and their difference and the product with it round again.
-        rounding = 4 * w.norm() * (z * size).square().sum(1).sqrt()
-        tolerance = TOLERANCE.get(block.site.dtype, HALF_TOLERANCE)
+        rounding = ROUNDED * w.norm() * (z * size).square().sum(1).sqrt()
         expected, typical = terms.sum(1), terms.square().sum(1).sqrt()
-        excess: Tensor = (found - expected).abs() / (tolerance * (typical + expected.abs()) + rounding)
-        return excess
+        return Comparison([block.name], found[None], expected[None], typical[None], rounding[None], block.site.dtype)
 
 
 def read_values(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from captum_lnstat.layout import PADDING, Groups
+from captum_lnstat.recording.devices import has_a_queue
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -52,6 +53,8 @@ class Cotangent:
         """As ``of``, from the cotangents of some scores after those of others; each part is read as it comes."""
         known: list[Cotangent] = []
         for u in parts:
+            if has_a_queue(u.device):  # which tokens have one, and whether they are parallel, would have to be read
+                return cls.written_out(torch.cat([u, *parts], 2))
             known.append(cls._of_part(u, known[-1] if known else None))
         first = known[0]
         if all(part._differs_in_directions_only(first) for part in known[1:]):
@@ -59,6 +62,14 @@ class Cotangent:
         at = torch.unique(torch.cat([part.at for part in known]))
         u = torch.cat([part.spread(part.dense())[:, at] for part in known], 2)
         return cls._parallel(at, u, first.tokens) or cls._apart(at, u, first.tokens)
+
+    @classmethod
+    def written_out(cls, u: Float[Tensor, "batch token score channel"]) -> Cotangent:
+        """One direction a token, whatever they are."""
+        every, one = _counted(u.shape[1], u.device), _ones(u.dtype, u.device)
+        found = cls(every, one.expand(u.shape[:2]), u, every, u.shape[1])
+        found.__dict__["everywhere_dense"] = u  # as ``cached_property`` would have it
+        return found
 
     @classmethod
     def _of_part(cls, u: Tensor, like: Cotangent | None) -> Cotangent:
@@ -143,6 +154,11 @@ class Cotangent:
         """The cotangents of the tokens ``at``, written out."""
         return self.directions.index_select(1, self.kind).mul_(self.scale[..., None, None])
 
+    @cached_property
+    def everywhere_dense(self) -> Float[Tensor, "batch token score channel"]:
+        """Those of all tokens, written out."""
+        return self.spread(self.dense())
+
     def read(
         self, x: Float[Tensor, "batch token channel"], before: Float[Tensor, "batch token channel"] | None = None
     ) -> Float[Tensor, "batch place score"]:
@@ -150,6 +166,8 @@ class Cotangent:
         x = x if self.everywhere else x[:, self.at]
         if before is not None:
             x = x - (before if self.everywhere else before[:, self.at])
+        if self.kinds == self.tokens and self.scores == 1 and "everywhere_dense" in self.__dict__:
+            return (x * self.everywhere_dense[:, :, 0]).sum(-1, keepdim=True)
         if self.kinds == 1:
             product = x @ self.directions[:, 0].transpose(-2, -1)
         elif self.scores == 1:
@@ -207,6 +225,18 @@ class Cotangent:
         return replace(self, directions=self.dense() * factor[:, :, None], scale=torch.ones_like(self.scale), kind=kind)
 
 
+@lru_cache(64)
+@torch.inference_mode(False)
+def _counted(count: int, device: torch.device) -> Int[Tensor, " place"]:
+    return torch.arange(count, device=device)
+
+
+@lru_cache(16)
+@torch.inference_mode(False)
+def _ones(dtype: torch.dtype, device: torch.device) -> Float[Tensor, "1 1"]:
+    return torch.ones(1, 1, dtype=dtype, device=device)
+
+
 # From the cotangent after a step to the cotangent before it and the constant, ``(batch, score)``.
 PullBack = Callable[[Cotangent], tuple[Cotangent, Tensor]]
 
@@ -220,6 +250,9 @@ def to_children(joined: Cotangent, groups: Groups) -> Cotangent:
     members = groups.index.shape[1]
     batch, kinds, scores, _ = joined.directions.shape
     channels = joined.directions.shape[-1] // members
+    if joined.kinds == joined.tokens and groups.place_of_token is not None:
+        each = joined.everywhere_dense.reshape(batch, -1, scores, members, channels).transpose(2, 3).flatten(1, 2)
+        return Cotangent.written_out(each.index_select(1, groups.place_of_token))
     split = joined.directions.reshape(batch, kinds, scores, members, channels).transpose(2, 3)
     parents = groups.index[joined.at]  # (place, member)
     real = parents != PADDING

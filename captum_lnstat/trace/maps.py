@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class FrozenMap(Protocol):
     """An affine map on the channels of each token."""
 
-    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Float[Tensor, "batch place score"]]:
-        """Return ``M^T u`` and ``<u_i, b>`` of every token that ``u`` is at."""
+    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Float[Tensor, "batch place score"] | None]:
+        """Return ``M^T u``, and ``<u_i, b>`` of every token that ``u`` is at, ``None`` if there is no ``b``."""
         ...
 
     def pull_back_each(self, u: Float[Tensor, "batch place out"], at: Tensor | None) -> Tensor:
@@ -41,10 +41,6 @@ def _of(tokens: Tensor, at: Tensor | None) -> Tensor:
     return tokens if at is None else tokens[:, at]
 
 
-def _nothing(u: Cotangent) -> Tensor:
-    return u.scale.new_zeros(*u.scale.shape, u.scores)
-
-
 @dataclass(frozen=True)
 class FrozenLinear:
     """``f(x) = W x + b``."""
@@ -52,8 +48,8 @@ class FrozenLinear:
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None = None
 
-    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Tensor]:
-        constant = _nothing(u) if self.bias is None else u.read_vector(self.bias)
+    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Tensor | None]:
+        constant = None if self.bias is None else u.read_vector(self.bias)
         return u.with_directions(u.directions @ self.weight.detach().to(u.directions.dtype)), constant
 
     def pull_back_each(self, u: Tensor, at: Tensor | None) -> Tensor:
@@ -70,10 +66,10 @@ class FrozenScale:
 
     gamma: Float[Tensor, "*batch_tokens channel"]
 
-    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Tensor]:
+    def pull_back(self, u: Cotangent) -> tuple[Cotangent, None]:
         gamma = self.gamma.detach().to(u.directions.dtype)
         scaled = u.with_directions(u.directions * gamma) if gamma.dim() <= 1 else u.times(gamma.flatten(1, -2))
-        return scaled, _nothing(u)
+        return scaled, None
 
     def pull_back_each(self, u: Tensor, at: Tensor | None) -> Tensor:
         gamma = self.gamma.detach().to(u.dtype)
@@ -105,8 +101,8 @@ class FrozenNorm:
     def _centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
-    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Tensor]:
-        constant = _nothing(u) if self.beta is None else u.read_vector(self.beta)
+    def pull_back(self, u: Cotangent) -> tuple[Cotangent, Tensor | None]:
+        constant = None if self.beta is None else u.read_vector(self.beta)
         scaled = u.directions if self.gamma is None else u.directions * self.gamma.detach().to(u.directions.dtype)
         centred = u.with_directions(self._centre(scaled))
         return centred.scaled(1 / self.deviation.flatten(1).to(u.scale.dtype)), constant
@@ -123,10 +119,12 @@ class FrozenNorm:
 
 def pull_back(path: Iterable[FrozenMap], u: Cotangent) -> tuple[Cotangent, Float[Tensor, "batch place score"]]:
     """Pull ``u`` from the end of a path of maps to its beginning, collecting the constants of every token."""
-    constant = _nothing(u)
+    start, constant = u, None
     for step in reversed(list(path)):
         u, offset = step.pull_back(u)
-        constant = constant + offset
+        constant = offset if constant is None else constant if offset is None else constant + offset
+    if constant is None:
+        constant = start.scale.new_zeros(*start.scale.shape, start.scores)
     return u, constant
 
 

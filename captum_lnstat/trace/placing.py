@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
+from captum_lnstat.recording.following import Path
 from captum_lnstat.recording.provenance import NOWHERE, SEVERAL, Lattice, Provenance, alone, one_a_row
 from captum_lnstat.recording.recording import Recording
+from captum_lnstat.recording.remembered import number_of, remembered
 from captum_lnstat.trace.trace import Trace
 
 MOVED = "The model puts its tokens in another order before the first block; on the map they are where they came from."
@@ -26,10 +28,24 @@ def placed(trace: Trace, recording: Recording) -> Trace:
         UnsupportedModelError: The tokens are not the patches of the images, each once.
     """
     name = trace.steps[0].name
-    places = places_before(recording, name)
+    path = _path_before(recording, name)
+    if path is None:
+        return trace
+    number = None
+    if path.number is not None and trace.place is None:
+        tokens = trace.grid, trace.prefix, trace.suffix, trace.tokens.shape[:2], trace.tokens_first
+        number = number_of("placed", path.number, name, tokens, trace.patch, trace.origin)
+    # The same for all that is found of the trace.
+    found = remembered(number, lambda: _found(replace(trace, covers=""), path.provenance, name))
+    place = None if found.place is None else found.place.to(trace.tokens.device)
+    covers = " ".join(filter(None, (trace.covers, found.covers)))
+    return replace(trace, place=place, patch=found.patch, origin=found.origin, covers=covers)
+
+
+def _found(trace: Trace, places: Provenance | None, name: str) -> Found:
     tokens = None if places is None else _tokens(places, trace)
     if places is None or tokens is None:
-        return trace
+        return Found.of(trace)
     count = math.prod(trace.grid)
     on_cpu = replace(trace, place=None if trace.place is None else trace.place.cpu())
     seen, lattice = on_cpu.on_grid(tokens).flatten(1), places.lattice
@@ -52,19 +68,45 @@ def placed(trace: Trace, recording: Recording) -> Trace:
             f"row {row} of the batch that the first block was given is image {image}: forward_func or the model puts "
             "the images in another order; expected them in the order in which they were given. Explain them one by one"
         )
-    return _moved(trace, seen % count, lattice, name)
+    return Found.of(_moved(trace, seen % count, lattice, name))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of a trace: its fields of these names."""
+
+    place: Tensor | None
+    patch: tuple[int, ...]
+    origin: tuple[float, ...]
+    covers: str
+
+    @classmethod
+    def of(cls, trace: Trace) -> Found:
+        """Those of a trace."""
+        return cls(trace.place, trace.patch, trace.origin, trace.covers)
+
+
+def _path_before(recording: Recording, name: str) -> Path | None:
+    """The way of what a block was given, if it was followed."""
+    inside = [module for module in recording.provenance if f"{name}.".startswith(f"{module}.")]
+    return recording.provenance[max(inside, key=len)] if inside else None
 
 
 def places_before(recording: Recording, name: str) -> Provenance | None:
     """Where what a block was given comes from; ``None`` where nothing is known of it."""
-    inside = [module for module in recording.provenance if f"{name}.".startswith(f"{module}.")]
-    path = recording.provenance[max(inside, key=len)] if inside else None
+    path = _path_before(recording, name)
     return None if path is None else path.provenance
 
 
 def check_rows(recording: Recording) -> None:
     """The rows of the scores have to be those of the stream, in their order."""
-    places = None if recording.rows is None else recording.rows.provenance
+    path = recording.rows
+    if path is not None:
+        number = None if path.number is None else number_of("rows", path.number)
+        remembered(number, lambda: _check_rows(path.provenance))
+
+
+def _check_rows(places: Provenance | None) -> None:
     if places is None or not places.shape:
         return
     rows = one_a_row(places.read())
@@ -109,8 +151,8 @@ def _moved(trace: Trace, cells: Tensor, lattice: Lattice, name: str) -> Trace:
     own = trace.place
     if own is not None:
         place = own.to(place.device)[place] if own.dim() == 1 else own.to(place.device).gather(1, place)
-    place = (place[0] if bool((place == place[0]).all()) else place).to(trace.tokens.device)
-    return replace(trace, place=place, covers=" ".join(filter(None, (trace.covers, MOVED))))
+    place = place[0] if bool((place == place[0]).all()) else place
+    return replace(trace, place=place, covers=MOVED)
 
 
 def _shifted(trace: Trace, lattice: Lattice) -> Trace:

@@ -146,6 +146,10 @@ class Block(_Step):
         covered = self.layout.covered
         return share if covered is None else torch.where(covered, share, 1.0)
 
+    def mlp_read(self, u: Cotangent) -> Float[Tensor, "batch query_token score"]:
+        """``<u_i, MLP update_i>`` of every token."""
+        return u.spread(u.read(self.after, self.between))
+
     @property
     def _taking_part(self) -> Tensor | None:
         """Which tokens are a query or a key; ``None`` for all. A class token that joins later is neither before."""
@@ -217,12 +221,13 @@ class Merging(_Step):
                 of ``(x_kc - mean)^2`` over the child's channels; where it reads the parent (Swin v2), the variance of
                 the child's part ``W_k x_k`` of it.
         """
-        real = (self.below.index >= 0).to(accumulation_dtype(self.before))
+        real = self.below.real(accumulation_dtype(self.before))
         if merging == "uniform":
             weight = real.expand(len(self.before), -1, -1)
         elif merging == "variance":
             weight = self._variances() * real
-            weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, real)
+            # Lost in what is not nothing: of children without a variance every one gets the same.
+            weight = weight.add(real, alpha=torch.finfo(weight.dtype).tiny)
         else:
             raise ValueError(f"merging is {merging!r}; expected 'uniform' or 'variance'")
         return weight / weight.sum(-1, keepdim=True)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -57,7 +58,11 @@ def server(tmp_path):
     command = [sys.executable, "-m", "captum_lnstat", "demo", "--port", "0", "--threads", "1"]
     log = tmp_path / "log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path)
+        # Of a shell that runs the tests in the background it would inherit to ignore Ctrl-C.
+        heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path, preexec_fn=heeding
+        )
     try:
         until(lambda: "Ctrl-C stops it" in log.read_text() or process.poll() is not None, "the server starts")
         assert process.poll() is None, log.read_text()

@@ -1,0 +1,318 @@
+"""Blocks of one shape in one go: what a block needs of its own numbers alone is worked out for a whole stack of them.
+
+Only the rolling of relevance has an order. Maps, what the sources bring to them, residual shares, contributions and the
+check of the wiring have none: of all blocks of a ViT, or of a stage of a Swin, they are one kernel each. That is what a
+device wants, where a launch costs as much as a small kernel; and on the CPU a small model. It takes the maps of a whole
+stack at once: large ones are propagated block by block on the CPU, some of a map at a time (``rules.relation``).
+
+The formulas are those of ``rules.variance``, ``rules.relation``, ``rules.wiring`` and ``trace.deviations``; the tests
+hold them to the same dense matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from captum_lnstat.layout import Groups, WholeImage, gather_stacked, padded, real_places
+from captum_lnstat.recording.devices import has_a_queue
+from captum_lnstat.recording.fusion import HeadFusion
+from captum_lnstat.recording.sites import stacked_probabilities, stacked_values
+from captum_lnstat.recording.statistics import ResidualShare, share_of_inverses, standardised
+from captum_lnstat.rules.relation import Propagated
+from captum_lnstat.rules.variance import LEAST
+from captum_lnstat.rules.wiring import PROBED, ROUNDED, Comparison, Wiring, length_of, probed, scattered
+from captum_lnstat.trace.cotangent import Cotangent
+from captum_lnstat.trace.deviations import less_the_mean
+from captum_lnstat.trace.stacked_maps import StackedMap, apply_stacked, pull_back_stacked, stacked_path
+from captum_lnstat.trace.steps import Block, Step
+from captum_lnstat.trace.trace import Trace
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+# Entries of the maps that a stack may have on the CPU, where they stay in the cache; and on a device that does not say
+# how much memory it has left.
+ON_CPU = 1 << 16
+ON_DEVICE = 1 << 27
+# Of the memory that a device has left, and so many bytes are taken for an entry: the scores, the maps and what they are
+# weighted with, in float32, and as much again for the relation and what the kernels take.
+PART_OF_FREE = 0.5
+BYTES_PER_ENTRY = 20
+
+
+class Stack:
+    """Some blocks of one shape, and what is worked out for all of them; each thing when it is first asked for.
+
+    Args:
+        blocks: The blocks, first to last; they need not follow one another.
+        path: From their joined heads to their updates.
+    """
+
+    def __init__(self, blocks: Sequence[Block], path: tuple[StackedMap, ...]) -> None:
+        self.names = tuple(block.name for block in blocks)
+        self._blocks, self._path = blocks, path
+        self._layouts = tuple(block.layout for block in blocks)
+        self._centred = blocks[0].centred
+        self._known: dict[Any, Any] = {}
+
+    def forget(self) -> None:
+        """Let go of all that was worked out."""
+        self._known = {}
+
+    def _once(self, name: Any, make: Callable[[], Any]) -> Any:
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
+
+    def _streams(self, name: str) -> Float[Tensor, "block batch token channel"]:
+        """The stream at a place of every block: its ``"base"``, ``"between"`` or ``"after"``."""
+        made: Tensor = self._once(name, lambda: torch.stack([getattr(block, name) for block in self._blocks]))
+        return made
+
+    @property
+    def _update(self) -> Float[Tensor, "block batch token channel"]:
+        made: Tensor = self._once("update", lambda: self._streams("between") - self._streams("base"))
+        return made
+
+    @property
+    def _values(self) -> Float[Tensor, "block group head key channel"]:
+        made: Tensor = self._once("values", lambda: stacked_values([block.site for block in self._blocks]))
+        return made
+
+    @property
+    def _attention(self) -> Float[Tensor, "block group head query key"]:
+        """The maps of all heads."""
+        made: Tensor = self._once("attention", lambda: stacked_probabilities([block.site for block in self._blocks]))
+        return made
+
+    def _by_image(self, values: Float[Tensor, "block group *rest"]) -> Float[Tensor, "block batch groups *rest"]:
+        return values.view(len(values), len(self._blocks[0].base), -1, *values.shape[2:])
+
+    def _by_head(self, tokens: Float[Tensor, "block batch token channel"]) -> Tensor:
+        """Of every query and head, ``(block, group, head, query, channel)``."""
+        grouped = gather_stacked(self._layouts, tokens)
+        return self._heads(grouped)
+
+    def _heads(self, joined: Float[Tensor, "block group query channel"]) -> Tensor:
+        return joined.view(*joined.shape[:3], self._blocks[0].site.shape[1], -1).transpose(2, 3)
+
+    def _deviations(self, from_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As ``trace.deviations``: ``w`` and ``m``, and of ``e`` the direction and ``1 / sigma``."""
+        made: tuple[Tensor, Tensor, Tensor, Tensor] = self._once(from_mean, lambda: self._less_the_mean(from_mean))
+        return made
+
+    def _less_the_mean(self, from_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values = self._by_image(self._values)
+        if from_mean:
+            common = self._mean_value(values)
+            apart = (values - common[:, :, None, :, None]).flatten(1, 2)
+        else:
+            common, apart = values.new_zeros(*values.shape[:2], *values.shape[3::2]), self._values
+        e = self._update - apply_stacked(self._path, common.flatten(2)[:, :, None])
+        return (apart, common, *standardised(e, centred=self._centred))
+
+    def _mean_value(self, values: Float[Tensor, "block batch group head key channel"]) -> Tensor:
+        if not padded(self._layouts):
+            return values.mean((2, 4))
+        real = real_places(self._layouts).to(values.dtype)
+        return torch.einsum("lbghkc,lgk->lbhc", values, real / real.sum((1, 2), keepdim=True))
+
+    def relation(self, fusion: HeadFusion) -> Float[Tensor, "block group query key"]:
+        """What an update is shared by: ``W``, attention weighted by what it brings, or the mean of the heads."""
+        mean = self._attention.mean
+        weighted = fusion != "mean"
+        make = (lambda: self._weighted(fusion == "deviation", mean(2))) if weighted else (lambda: mean(2))
+        made: Tensor = self._once(("relation", fusion), make)
+        return made
+
+    def _weighted(self, from_mean: bool, mean: Float[Tensor, "block group query key"]) -> Tensor:
+        """``W_ij ~ max(0, sum_h A^h_ij <q_i^h, w_j^h>)``; a row in which nothing is positive is that of the mean."""
+        apart, _, direction, _ = self._deviations(from_mean)
+        q = self._by_head(pull_back_stacked(self._path, direction)[0])
+        weights = (q @ apart.mT).mul_(self._attention).sum(2).clamp_(min=0)
+        tiny = torch.finfo(weights.dtype).tiny
+        weights.add_(mean, alpha=LEAST * tiny)  # lost in what is not nothing
+        return weights.div_(weights.sum(-1, keepdim=True).clamp_(min=tiny))
+
+    def shares(self) -> Float[Tensor, "block batch token"]:
+        """The residual shares of the form ``"deviation"``."""
+        made: Tensor = self._once("shares", self._shares)
+        return made
+
+    def _shares(self) -> Tensor:
+        base = self._streams("base")
+        apart = less_the_mean(base.flatten(0, 1)).view_as(base)
+        _, inverse = standardised(apart, centred=self._centred)
+        return share_of_inverses(inverse, self._deviations(True)[3])
+
+    def _carried(self, u: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """``sum_i A^h_ij M_i^T u_i`` for every key and head, image by image; and the maps' constants, token by token.
+
+        Where the tokens of all images have the same, the first dimension of the batch may be one.
+        """
+        pulled, constant = pull_back_stacked(self._path, u, at)
+        attention = self._attention if at is None else self._attention.index_select(3, at)
+        split = self._by_head(pulled) if at is None else self._heads(pulled)
+        return self._by_image(attention).mT @ split.view(len(pulled), pulled.shape[1], -1, *split.shape[2:]), constant
+
+    def contributions(self, u: Cotangent) -> tuple[Float[Tensor, "block group key"], Float[Tensor, "batch score"]]:
+        """``c_j`` of every key for one score, and what the mean values and the maps' constants contributed."""
+        made = self._known.get("contributions")
+        if made is None or made[0] is not u:
+            whole = all(isinstance(layout, WholeImage) for layout in self._layouts)
+            at = u.at if whole and not u.everywhere else None
+            dense = u.everywhere_dense if at is None else u.dense()
+            carried, offset = self._carried(dense[None, :, :, 0], at)
+            apart, common, *_ = self._deviations(True)
+            total = (carried * self._by_image(apart)).sum((3, 5)).flatten(1, 2)
+            constant = (carried.sum((2, 4)) * common).sum((2, 3))
+            constant = constant if offset is None else constant + offset.sum(2)
+            made = self._known["contributions"] = u, total, constant
+        return made[1], made[2]
+
+    def mlp_reads(self, u: Cotangent) -> Float[Tensor, "block batch token"]:
+        """``<u_i, MLP update_i>`` of every token, for one score."""
+        made = self._known.get("mlp")
+        if made is None or made[0] is not u:
+            update = self._streams("after") - self._streams("between")
+            made = self._known["mlp"] = u, (update * u.everywhere_dense[:, :, 0]).sum(3)
+        found: Tensor = made[1]
+        return found
+
+    def compared(self) -> Comparison:
+        """The updates from both sides, as in ``rules.wiring``."""
+        update, base, dtype = self._update, self._streams("base"), self._blocks[0].site.dtype
+        tokens, channels = update.shape[2:]
+        w = _directions(self.names, channels, update.device, update.dtype)
+        z = scattered(tokens, update.device, update.dtype)[:, None]
+        u = (z * w[:, None])[:, None]  # (block, 1, token, channel)
+        carried, offset = self._carried(u)
+        found = (carried * self._by_image(self._values)).sum((2, 3, 4, 5))
+        found = found if offset is None else found + offset.sum(2)
+        terms = (update * u).sum(3)
+        kind, size = torch.finfo(dtype), ROUNDED * length_of(min(PROBED, channels))
+        streams = torch.linalg.vector_norm(base * (z * (size * kind.eps / channels**0.5)), dim=(2, 3))
+        typical, least = torch.linalg.vector_norm(terms, dim=2), size * kind.smallest_normal * length_of(tokens)
+        return Comparison(self.names, found, terms.sum(2), typical, streams, dtype, least)
+
+
+@lru_cache(16)
+@torch.inference_mode(False)
+def _directions(names: tuple[str, ...], channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """In what direction each block's update is looked at: as in ``rules.wiring``, other channels in every block."""
+    w = torch.zeros(len(names), channels, device=device, dtype=dtype)
+    for row, name in zip(w, names, strict=True):
+        some = row[probed(name, channels)]
+        some.copy_(scattered(len(some), device, dtype))
+    return w
+
+
+@dataclass(frozen=True)
+class StackedBlock(Block):
+    """A block of a stack: what is worked out for the stack is its own at ``place``."""
+
+    stack: Stack = None  # type: ignore[assignment]
+    place: int = 0
+
+    def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
+        return self.stack.shares()[self.place] if form == "deviation" else super().residual_share(form)
+
+    def mlp_read(self, u: Cotangent) -> Float[Tensor, "batch token score"]:
+        return self.stack.mlp_reads(u)[self.place][..., None] if u.scores == 1 else super().mlp_read(u)
+
+    def forget(self) -> None:
+        super().forget()
+        if self.place == 0:
+            self.stack.forget()
+
+    def takes(self, u: Cotangent | None, fusion: HeadFusion) -> bool:
+        """Whether ``propagate`` is defined: for one score, and for maps that are not fused head by head."""
+        return fusion in ("deviation", "variance", "mean") and (u is None or u.scores == 1)
+
+    def propagate(
+        self,
+        rows: Float[Tensor, "batch token row"],
+        u: Cotangent | None,
+        fusion: HeadFusion,
+        wiring: Wiring | None,
+        alone: bool,
+    ) -> Propagated:
+        """As ``rules.relation.propagate``, of which it is one form; ``alone``: all rows are those of the cotangent."""
+        stack, place, batch = self.stack, self.place, len(rows)
+        if wiring is not None and place == len(stack.names) - 1:
+            wiring.note(stack.compared())
+        mixed = stack.relation(fusion)[place].mT @ self.layout.gather(rows)
+        if u is None:
+            return Propagated(*self.layout.scatter(mixed, batch))
+        total, constant = stack.contributions(u)
+        own, belongs_to_none = total[place][..., None], constant[place][:, None]
+        if alone and not padded([self.layout]):  # what padded places contribute is told from what they take
+            below, padding = self.layout.scatter(mixed + own, batch)
+            return Propagated(below, padding, constant=belongs_to_none)
+        below, padding = self.layout.scatter(torch.cat([mixed, own], -1), batch)
+        took, gave = (None, None) if padding is None else (padding[:, :-1], padding[:, -1:])
+        return Propagated(below[..., :-1], took, below[..., -1:], gave, belongs_to_none)
+
+
+def room_for_maps(device: torch.device) -> int:
+    """How many entries the maps of a stack may have: a part of what a device has left, or what a CPU's cache takes."""
+    if device.type != "cuda":
+        return ON_DEVICE if has_a_queue(device) else ON_CPU
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free * PART_OF_FREE) // BYTES_PER_ENTRY
+
+
+def stacked(trace: Trace, entries: int) -> Trace:
+    """The trace with blocks of one shape in stacks whose maps have at most so many entries, all heads together."""
+    kinds: dict[Any, list[Block]] = {}
+    for block in trace.blocks:
+        if _plain(block):
+            kinds.setdefault(_kind(block), []).append(block)
+    found: dict[int, Block] = {}
+    for blocks in kinds.values():
+        groups, heads, queries, keys = blocks[0].site.shape
+        at_once = entries // (groups * heads * queries * keys)
+        for some in _runs(blocks, at_once) if at_once else ():
+            path = stacked_path([block.path for block in some], some[0].between.dtype)
+            if path is not None:
+                stack = Stack(some, path)
+                found |= {id(b): _in_stack(b, stack, place) for place, b in enumerate(some)}
+    if not found:
+        return trace
+    steps: tuple[Step, ...] = tuple(
+        found.get(id(step), step) if isinstance(step, Block) else step for step in trace.steps
+    )
+    return replace(trace, steps=steps)
+
+
+def _runs(blocks: Sequence[Block], at_once: int) -> Iterable[Sequence[Block]]:
+    count = -(-len(blocks) // at_once)
+    size = -(-len(blocks) // count)
+    return (blocks[start : start + size] for start in range(0, len(blocks), size))
+
+
+def _in_stack(block: Block, stack: Stack, place: int) -> StackedBlock:
+    own = {field.name: getattr(block, field.name) for field in fields(Block)}
+    return StackedBlock(**own, stack=stack, place=place)
+
+
+def _plain(block: Block) -> bool:
+    """Whether a block attends from token to token among all of its tokens, in place."""
+    whole = block.keys is None and block.carried is None and block.below is None
+    return whole and not block.site.signed and block.layout.covered is None
+
+
+def _kind(block: Block) -> tuple[Any, ...]:
+    """What the blocks of a stack have in common."""
+    layout = block.layout.index.shape if isinstance(block.layout, Groups) else type(block.layout)
+    shapes = block.before.shape, block.between.shape, block.after.shape
+    maps = tuple(type(one) for one in block.path)
+    return layout, shapes, block.site.shape, type(block.site), block.site.dtype, maps, block.centred
