@@ -14,11 +14,15 @@ project = "captum-lnstat"
 copyright = "the captum-lnstat maintainers, BSD-3-Clause"  # noqa: A001  Sphinx reads this name
 version = release = __version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "myst_nb", "sphinx_copybutton"]
 exclude_patterns = ["_build", "package", "**/.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"captum-lnstat {release}"
 html_extra_path = ["llms.txt"]
+html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
+html_css_files = ["site.css"]
+html_js_files = [("rows.js", {"defer": "defer"})]
 html_show_sourcelink = False
 html_math_renderer = "mathml"
 
@@ -32,7 +36,12 @@ nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
-autodoc_typehints = "none"  # shapes are in the docstrings
+autodoc_typehints = "description"
+autodoc_typehints_format = "short"
+autodoc_typehints_description_target = "documented"
+python_use_unqualified_type_names = True
+copybutton_prompt_text = r">>> |\.\.\. |\$ "  # of doctests and sessions: what is copied runs
+copybutton_prompt_is_regexp = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

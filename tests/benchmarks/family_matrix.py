@@ -1,4 +1,4 @@
-"""What holds on which model: the matrix of ``docs/models-table.md`` and the table of fifteen models in the README.
+"""What holds on which model: ``docs/models-table.md``, with the table of fifteen models beside other packages.
 
 ``python tests/benchmarks/family_matrix.py`` examines every model of ``matrix_models.py``, each in a process of its own,
 keeps what it found in ``docs/models.json`` and writes ``docs/models-table.md``. ``--only NAME`` (part of a name, may be
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fuzz_table import boxed
 from fuzz_table import section as fuzz_section
 from matrix_models import FIFTEEN, REFUSED, ROWS, Row
 
@@ -53,7 +54,7 @@ UNDEFINED = "not defined for it; expected one of"
 # Millions of parameters of the largest model that is run at full size.
 LARGEST = 100
 
-# Rival entry points on the fifteen, each called as its README says: run in November 2026 with grad-cam 1.5.5,
+# Rival entry points on the fifteen, each called as its documentation says: run in November 2026 with grad-cam 1.5.5,
 # vit-explain of 2020-12, fast-vit-rollout 0.1.1, timm 1.0.31, torchxai-explain 0.3.0, daam-timm-vit 0.2.1 and
 # torchcam 0.5.0.
 # ok: right shape, finite. -: an exception or an empty result. wrong: a map of a wrong shape, without a word. raw: the
@@ -299,6 +300,7 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
     margin = f"{SPACE}+{found['margin']}" if found.get("margin") else ""
     margin += f" (stimulus {by(found['stimulus'])})" if "stimulus" in found else ""
     cells = [
+        row.library,
         row.name,
         verdict(row, found or None),
         found.get("family", ""),
@@ -311,7 +313,7 @@ def line(row: Row, found: dict[str, Any] | None) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-HEADER = "| model | verdict | family | px | grid | errors | layout | peaks |"
+HEADER = "| library | model | verdict | family | px | grid | errors | layout | peaks |"
 
 
 def sizes(results: dict[str, Any]) -> list[str]:
@@ -322,7 +324,7 @@ def sizes(results: dict[str, Any]) -> list[str]:
         held = [by(size.split(" x ")) for size, what in found.get("sizes", {}).items() if what == "ok"]
         if held:
             taken.setdefault((by(found["size"]), ", ".join(held)), []).append(row.name)
-    return [f"| {size} | {others} | {', '.join(names)} |" for (size, others), names in taken.items()]
+    return [f"- **{size}**, and {others}: {', '.join(names)}." for (size, others), names in taken.items()]
 
 
 LAYOUT = re.compile(
@@ -383,7 +385,7 @@ def exceptions(results: dict[str, Any]) -> list[str]:
 
 
 def covered(results: dict[str, Any]) -> list[str]:
-    """What maps do not tell apart, one line a model that says so."""
+    """What maps do not tell apart: what is below the grid, and what is said besides, one line a model."""
     lines = []
     for row in ROWS:
         found = results.get(key(row)) or {}
@@ -392,37 +394,25 @@ def covered(results: dict[str, Any]) -> list[str]:
             continue
         below = COVERS.match(text)
         names = ", ".join(f"`{name}`" for name in below.group(1).split(", ")) if below else ""
-        rest = COVERS.sub("", text).strip()
-        lines.append(f"| {key(row)} | {names} | {rest} |")
+        rest = COVERS.sub("", text).strip().rstrip(".")
+        lines.append(f"- **{key(row)}**: {'; '.join(filter(None, (names, rest)))}.")
     return lines
 
 
 def fifteen(results: dict[str, Any]) -> list[str]:
-    columns = [*FIELD_COLUMNS, "**this package**"]
-    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row, (name, *field) in zip(FIFTEEN, FIELD, strict=True):
-        lines.append(f"| {name} | " + " | ".join([*field, verdict(row, results.get(key(row)))]) + " |")
+    """The table of the fifteen: this package, then the others."""
+    own = [verdict(row, results.get(key(row))) for row in FIFTEEN]
+    lines = [f"| model | **this package** | {' | '.join(FIELD_COLUMNS)} |", "|---" * (len(FIELD_COLUMNS) + 2) + "|"]
+    lines += [f"| {name} | {here} | {' | '.join(field)} |" for (name, *field), here in zip(FIELD, own, strict=True)]
     totals = [str(sum(row[i] == "ok" for row in FIELD)) for i in range(1, len(FIELD_COLUMNS) + 1)]
-    own = sum(verdict(row, results.get(key(row))) == "ok" for row in FIFTEEN)
-    return [*lines, "| right on | " + " | ".join([*totals, f"**{own}**"]) + " |"]
+    return [*lines, f"| right on | **{own.count('ok')}** | {' | '.join(totals)} |"]
 
 
 def full_size(full: list[tuple[Row, dict[str, Any]]]) -> list[str]:
     """The models as their names give them."""
     many = sum(row.default is not None for row in ROWS)
-    parts = [
-        "",
-        "## At full size",
-        "",
-        f"{len(full)} of {many} models as their names give them, one image of noise: every rule, with weights that",
-        "the library draws. Process time of one core in seconds, on a machine that did other things at once. A",
-        "model that is made with a head of zeros has the same score whatever the image: 0.1 refused it, and now its",
-        "map is zero, with a warning that says why. Written by",
-        "`python tests/benchmarks/family_matrix.py --defaults`; `--missing` goes on where it was stopped.",
-        "",
-        "| model | M parameters | px | grid | seconds: forward, " + ", ".join(rule_names()) + " | mass, complete |",
-        "|---|---|---|---|---|---|",
-    ]
+    timed = f"seconds: forward, {', '.join(rule_names())}"
+    parts = [f"| model | M parameters | px | grid | {timed} | mass, complete |", "|---|---|---|---|---|---|"]
     besides = []
     for row, found in full:
         times = found.get("rules", {})
@@ -445,7 +435,22 @@ def full_size(full: list[tuple[Row, dict[str, Any]]]) -> list[str]:
             joined(*(number(found[name]) if name in found else "" for name in ("mass", "completeness"))),
         ]
         parts.append("| " + " | ".join(cells) + " |")
-    return [*parts, "", *besides]
+    return [
+        "",
+        "## At full size",
+        "",
+        f"{len(full)} of {many} models as their names give them, one image of noise: every rule, with weights that",
+        "the library draws. Process time of one core in seconds, on a machine that did other things at once. A",
+        "model that is made with a head of zeros has the same score whatever the image: 0.1 refused it, and now its",
+        "map is zero, with a warning that says why. Written by",
+        "`python tests/benchmarks/family_matrix.py --defaults`; `--missing` goes on where it was stopped.",
+        *folded(f"{len(full)} models, and {len(besides)} exceptions", [*boxed(parts), "", *besides]),
+    ]
+
+
+def folded(title: str, lines: list[str]) -> list[str]:
+    """Lines that a click unfolds."""
+    return ["", "<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>"]
 
 
 def page(results: dict[str, Any]) -> str:
@@ -464,6 +469,56 @@ def page(results: dict[str, Any]) -> str:
         + ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
         + ". Written by `python tests/benchmarks/family_matrix.py`; made again for one model with `--only NAME`.",
         "",
+        "`ok`: everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",
+        "`RecordingError`, listed below, and no map; `refused, as it must be` where a map would mean nothing.",
+    ]
+    table = [HEADER, "|---" * HEADER.count(" | ") + "|---|"]
+    table += [line(row, results.get(key(row))) for row in ROWS]
+    parts += boxed(table, "library,verdict,family") + folded("What the columns say", columns())
+    parts += [
+        "",
+        "## Beside other packages",
+        "",
+        "Fifteen models that people use, and seven other entry points, each called as its own documentation says.",
+        "`ok` of the others: a map of the right shape, finite. `ok` of this package: all of the table above, on a",
+        "small model of the same class. `-`: an exception or an empty result; `wrong`: a map of a wrong shape, without",
+        "a word; `raw`: windows that are not put on the image; `other`: another method in its place. November 2026,",
+        "with grad-cam 1.5.5, vit-explain of 2020-12, fast-vit-rollout 0.1.1, timm 1.0.31, torchxai-explain 0.3.0,",
+        "daam-timm-vit 0.2.1 and torchcam 0.5.0.",
+        *boxed(fifteen(results)),
+        "",
+        "## Models that must be refused",
+        "",
+    ]
+    for row in REFUSED:
+        found = results.get(key(row)) or {}
+        parts.append(f"- **{row.name}**, {verdict(row, found or None)}: {found.get('refused', '')}.")
+    parts += ["", "## Exceptions", *folded("What does not hold, on which model", exceptions(results) or ["None."])]
+    parts += [
+        "",
+        "## What a map does not tell apart",
+        "",
+        "The grid of these is that of the first attention block: what the convolutions named here, below it, did is",
+        "not told apart. What convolutions between the blocks added is counted at the token that they added it to.",
+        *folded("Which convolutions", covered(results)),
+        "",
+        "## Other sizes",
+        "",
+        "Image sizes besides the first one on which `lnstat`, `rollout` and completeness held: smaller, larger,",
+        "of another shape, and not a multiple of patch or window, as far as the model takes them. It is told to",
+        "take any where its library can be told so (`dynamic_img_size`, `strict_img_size=False`,",
+        "`interpolate_pos_encoding`). Models that are not here take the size that they were built for.",
+        *folded("Which sizes", sizes(results)),
+    ]
+    full = [(row, results[key(row)]["default"]) for row in ROWS if "default" in (results.get(key(row)) or {})]
+    parts += full_size(full) if full else []
+    parts += fuzz_section()
+    return "\n".join(parts) + "\n"
+
+
+def columns() -> list[str]:
+    """What the columns of the table say."""
+    return [
         "Each is the library's own class with few, narrow blocks and random weights, on a small image, so that all of",
         "them can be examined in minutes; what differs between sizes of one family is width and depth, not wiring.",
         "",
@@ -487,51 +542,7 @@ def page(results: dict[str, Any]) -> str:
         "",
         "Regions of more than one training are counted together: six of `swinv2_tiny_window8_256`, three of",
         "`swinv2_cr_tiny_ns_224`, each with other textures and scenes.",
-        "",
-        "`ok`: everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",
-        "`RecordingError`, listed below, and no map; `refused, as it must be` where a map would mean nothing.",
     ]
-    for title, rows in (
-        ("timm", "timm"),
-        ("torchvision", "torchvision"),
-        ("Hugging Face transformers", "transformers"),
-    ):
-        chosen = [row for row in ROWS if row.library == rows and not row.refused]
-        parts += ["", f"## {title}", "", HEADER, "|---" * HEADER.count(" | ") + "|---|"]
-        parts += [line(row, results.get(key(row))) for row in chosen]
-    parts += ["", "## Models that must be refused", "", "| model | verdict | message |", "|---|---|---|"]
-    for row in REFUSED:
-        found = results.get(key(row)) or {}
-        parts.append(f"| {row.name} | {verdict(row, found or None)} | {found.get('refused', '').replace('|', '/')} |")
-    parts += ["", "## Exceptions", "", *(exceptions(results) or ["None."])]
-    parts += [
-        "",
-        "## What a map does not tell apart",
-        "",
-        "The grid of these is that of the first attention block: what the convolutions named here, below it, did is",
-        "not told apart. What convolutions between the blocks added is counted at the token that they added it to.",
-        "",
-        "| model | below the grid | besides |",
-        "|---|---|---|",
-        *covered(results),
-    ]
-    parts += [
-        "",
-        "## Other sizes",
-        "",
-        "Image sizes besides the first one on which `lnstat`, `rollout` and completeness held: smaller, larger,",
-        "of another shape, and not a multiple of patch or window, as far as the model takes them. It is told to",
-        "take any where its library can be told so (`dynamic_img_size`, `strict_img_size=False`,",
-        "`interpolate_pos_encoding`). Models that are not here take the size that they were built for.",
-        "",
-        "| built for | others | models |",
-        "|---|---|---|",
-        *sizes(results),
-    ]
-    full = [(row, results[key(row)]["default"]) for row in ROWS if "default" in (results.get(key(row)) or {})]
-    parts += full_size(full) if full else []
-    parts += fuzz_section()
-    return "\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -566,7 +577,6 @@ def main() -> None:
         print(f"{key(row)}: {verdict(row, found) if not arguments.defaults else found}", flush=True)
         RESULTS.write_text(json.dumps({key(r): results[key(r)] for r in ROWS if key(r) in results}, indent=1) + "\n")
     (DOCS / "models-table.md").write_text(page(results), encoding="utf-8")
-    print("\n" + "\n".join(fifteen(results)))
 
 
 if __name__ == "__main__":

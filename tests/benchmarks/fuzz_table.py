@@ -40,6 +40,12 @@ def short(name: str) -> str:
     return name.partition("_")[0]
 
 
+def boxed(lines: list[str], filters: str = "") -> list[str]:
+    """A table whose rows are single lines, in a box that scrolls, with a menu for each column in ``filters``."""
+    attribute = f' data-filter="{filters}"' if filters else ""
+    return ["", f'<div class="rows"{attribute}>', "", *lines, "", "</div>"]
+
+
 def table(record: dict[str, Any]) -> list[str]:
     """The lines of the section."""
     counts, versions, models = record["counts"], record["versions"], record["models"]
@@ -61,16 +67,14 @@ def table(record: dict[str, Any]) -> list[str]:
         "Transformers and",
         "hybrids come first, then all others. Written by `python tests/benchmarks/fuzz_timm.py`; model by model in",
         "`docs/fuzz.json`.",
-        "",
-        "| refused because of | models | for example |",
-        "|---|---|---|",
     ]
+    rows = ["| refused because of | models | for example |", "|---|---|---|"]
     for why, names in sorted(refused.items(), key=lambda item: -len(item[1])):
         kinds = list(dict.fromkeys(short(name) for name in names))
         more = ", ..." if len(kinds) > EXAMPLES else ""
-        lines.append(f"| {why} | {len(names)} | {', '.join(kinds[:EXAMPLES])}{more} |")
+        rows.append(f"| {why} | {len(names)} | {', '.join(kinds[:EXAMPLES])}{more} |")
     kinds_of = ", ".join(f"{name} {count}" for name, count in sorted(explained.items(), key=lambda item: -item[1]))
-    return [*lines, "", f"Explained, by the beginning of the name: {kinds_of}."]
+    return [*lines, *boxed(rows), "", f"Explained, by the beginning of the name: {kinds_of}."]
 
 
 def section() -> list[str]:

@@ -124,3 +124,10 @@ def test_what_troubleshooting_quotes_is_said() -> None:
                 re.escape(part).replace(r"a\ tuple\ of\ 2", r"a\ tuple\ of\ \{[^}]*\}").replace("rule=", r"rule=\{?")
             )
             assert not part or re.search(wanted, joined), f"no message says {part!r}"
+
+
+@pytest.mark.parametrize("word", ["heatmap", "saliency", "CAM"])
+def test_the_words_of_other_tools_are_headings_of_the_glossary(word: str) -> None:
+    """Headings are what the site's search ranks first."""
+    headings = re.findall(r"^## (.*)$", (DOCS / "glossary.md").read_text(encoding="utf-8"), re.M)
+    assert any(word.lower() in heading.lower().replace(",", "").split() for heading in headings)

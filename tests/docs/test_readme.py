@@ -1,28 +1,100 @@
-"""The README's Python runs as it stands."""
+"""The README: it is short, its Python runs as it stands, and its figures are those of the pages that it links to."""
 
+import json
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Rows of the README: the method's name in the records.
+IN_REAL = {
+    "**lnstat**": "lnstat",
+    "Chefer et al. 2021": "chefer",
+    "Grad-CAM, last block": "gradcam",
+    "attention rollout": "attention-rollout",
+    "*a spot in the centre*": "centre",
+}
+IN_COST = {
+    "torchcam, Grad-CAM": "torchcam GradCAM",
+    "Captum, LayerGradCam": "Captum LayerGradCam",
+    "Chefer et al. 2021": "GenericAttention",
+    "pytorch-grad-cam, Grad-CAM": "pytorch-grad-cam GradCAM",
+}
+OWN_COST = {"**lnstat**": "`lnstat`", "lnstat, 100 classes at once": "100 classes"}
+
+
+def rows(text):
+    """The tables of a text as one: the first cell of a row, and the others."""
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:2] == "| "]
+    return {first: rest for first, *rest in cells}
+
+
+def part(heading, text=README):
+    """What stands below a heading, up to the next of its kind."""
+    mark = re.match("#+ ", heading)[0]
+    return text.split(f"\n{heading}", 1)[1].split(f"\n{mark}", 1)[0]
+
+
+def test_it_is_short():
+    assert len(README.split()) <= 900
+
+
+def test_its_commands_are_those_that_ci_runs():
+    first, second = re.findall(r"^```sh\n(.*?)^```$", README, re.M | re.S)
+    assert first.splitlines()[1:] == ["pip install .", "captum-lnstat explain"]
+    assert second.splitlines()[1:] == ['pip install -e ".[test]"', "pytest"]
 
 
 def test_the_snippets_run_in_order(capsys):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(snippets) >= 2
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert snippets
     names: dict = {}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
-    assert names["by_statistics"].shape == names["by_gradients"].shape == names["image"].shape
+    assert names["attribution"].shape == names["image"].shape
     assert names["grid"].shape == (1, 16, 16)
-    assert abs(float(names["delta"])) < 1e-4
     assert "windowed transformer, 16 x 16 patches" in capsys.readouterr().out
 
 
-def test_every_linked_file_exists():
+def test_the_quality_is_that_of_the_page():
+    page = (ROOT / "docs" / "real.md").read_text(encoding="utf-8")
+    table = rows(part("## How good"))
+    assert IN_REAL.keys() <= table.keys()
+    for place, model in enumerate(("deit_tiny_patch16_224", "vit_tiny_patch16_224", "swin-0")):
+        for column, heading in enumerate(("### Boxes", "### Mosaics")):
+            measured = rows(part(heading, part(f"## {model}", page)))
+            score = 2 if heading == "### Boxes" else 0
+            assert measured["method"][score].split()[0] == ("iou" if score else "grid(size=full,ask=all)")
+            for method, name in IN_REAL.items():
+                found = measured[name][score]
+                expected = found if name == "lnstat" else re.sub(r" \[.*\]", "", found)
+                assert table[method][2 * place + column] == expected, (model, heading, method)
+
+
+def test_the_cost_is_that_of_the_record():
+    times = json.loads((ROOT / "docs" / "cost.json").read_text(encoding="utf-8"))["time"]
+    page = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+    table = rows(part("## What does it cost"))
+    assert table.keys() - {"method", "---"} == IN_COST.keys() | OWN_COST.keys()
+    for method, name in IN_COST.items():
+        settings = ("vit_small_patch16_224@224x4", "swin_tiny_patch4_window7_224@224x4")
+        assert table[method] == [f"{times[setting][name]['median']:.2f}" for setting in settings], method
+    for method, name in OWN_COST.items():
+        assert f"{name} {table[method][0]} and {table[method][1]}" in page, method
+
+
+def anchors(page):
+    """The headings of a page as links name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_linked_file_and_heading_exists():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))
-        assert all((page.parent / link).exists() for link in links), page
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name} links to {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name} links to {link}#{anchor}"
 
 
 def test_the_page_of_a_package_index_runs_and_needs_nothing_beside_it():
