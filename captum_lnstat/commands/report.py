@@ -85,6 +85,15 @@ def report(
         from captum_lnstat.commands.models import ModelOptions
         from captum_lnstat.visualize import Look
 
-    look = Look(colormap, alpha, grey)
-    request = explaining.Request(ModelOptions(**model), targets, top_k, rule, False, None, look, "overlay", None)
+    request = explaining.Request(
+        ModelOptions(**model),
+        targets,
+        top_k,
+        rule,
+        as_json=False,
+        save_map=None,
+        look=Look(colormap, alpha, grey),
+        kind="overlay",
+        against=None,
+    )
     reporting.write_report(paths, output, request, pictures)
