@@ -15,6 +15,9 @@ from captum_lnstat.explanation.subject.images import ImageLike
 from captum_lnstat.recording.modes import in_eval_mode
 from captum_lnstat.training.maps import log_maps, takes_images
 
+# One process would wait for ever for the parts of the weights that others have.
+_SHARDING = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"}
+
 
 def _callback() -> type:
     """The class of callbacks, under either name of the library; without it there is no trainer to take one."""
@@ -29,7 +32,7 @@ class MapCallback(_callback()):  # type: ignore[misc]
     """Explains the same images after every so many epochs, and writes the maps to the trainer's loggers.
 
     The model is explained in eval mode, and trained as if it had not been: modes, gradients and random numbers are
-    those of before. Of several processes the first one explains; weights sharded over processes are refused.
+    those of before. Of several processes the first one explains; strategies that shard weights are refused.
 
     Args:
         images: As for ``explain``: inputs as a floating tensor, or images with the ``transform`` that makes inputs of
@@ -42,7 +45,8 @@ class MapCallback(_callback()):  # type: ignore[misc]
         **options: As for ``explain``: ``rule``, ``transform``, ``class_names``, ...
 
     Raises:
-        ValueError: ``every`` is less than 1; when training begins, the trainer has no logger that takes images.
+        ValueError: ``every`` is less than 1; when training begins, the trainer has no logger that takes images, or
+            shards weights over processes.
 
     Example:
         >>> import torch
@@ -71,6 +75,13 @@ class MapCallback(_callback()):  # type: ignore[misc]
             given = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "none"
             raise ValueError(
                 f"the trainer has no logger that takes images, but {given}; expected TensorBoardLogger or WandbLogger"
+            )
+
+        strategy = type(trainer.strategy)
+        if {each.__name__ for each in strategy.__mro__} & _SHARDING:
+            raise ValueError(
+                f"{strategy.__name__} shards weights over processes, and one process alone cannot run the model; "
+                "expected DDPStrategy, or one device"
             )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

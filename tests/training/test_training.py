@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,17 @@ def test_a_trainer_without_a_logger_of_images_is_refused(tmp_path):
     trained(tmp_path, MapCallback(IMAGES), logger=True, fast_dev_run=True)  # Lightning takes the logger away
     with pytest.raises(ValueError, match="every is 0"):
         MapCallback(IMAGES, every=0)
+
+
+def test_strategies_that_shard_weights_are_refused(tmp_path):
+    pl = lightning()
+    trainer = SimpleNamespace(loggers=[pl.loggers.logger.DummyLogger()], strategy=pl.strategies.FSDPStrategy())
+    with pytest.raises(ValueError, match=r"FSDPStrategy shards weights over processes.* expected DDPStrategy"):
+        MapCallback(IMAGES).on_fit_start(trainer, None)
+    for name in ("DeepSpeedStrategy", "ModelParallelStrategy"):
+        assert hasattr(pl.strategies, name)
+    trainer.strategy = pl.strategies.DDPStrategy()
+    MapCallback(IMAGES).on_fit_start(trainer, None)
 
 
 def test_the_library_under_its_older_name(tmp_path):
