@@ -144,6 +144,7 @@ class LazyGroup(OneLineGroup):
 _COMMANDS = {
     "explain": Entry("captum_lnstat.commands.explain:explain", "Explain an image, or a folder of them."),
     "compare": Entry("captum_lnstat.commands.compare:compare", "Several methods on several images, on one sheet."),
+    "report": Entry("captum_lnstat.commands.report:report", "Many explained images on one page, as one file."),
     "evaluate": Entry(
         "captum_lnstat.commands.evaluate:evaluate", "Measure methods on a data set of images.", "evaluate"
     ),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.browser import chromium
 from helpers.contract import METHODS, swin, vit
 from hypothesis import HealthCheck, Phase, settings
 from torch import nn
@@ -58,3 +60,11 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Any]:
 def model(request: pytest.FixtureRequest) -> nn.Module:
     """A small ViT and a small Swin."""
     return request.param()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A Chromium with nothing open."""
+    driver = chromium(tmp_path / "profile")
+    yield driver
+    driver.quit()

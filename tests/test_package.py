@@ -19,7 +19,8 @@ INIT = ROOT / "captum_lnstat" / "__init__.py"
 # What only an extra brings, or a tool of a user's own. torchvision comes with timm, tqdm with Captum.
 OPTIONAL = (
     "transformers", "gradio", "torchmetrics", "scipy", "sklearn", "pandas", "pyarrow", "h5py", "pycocotools", "quantus",
-    "jaxtyping", "hypothesis", "pytest", "selenium", "sphinx", "IPython", "cv2", "skimage",
+    "jaxtyping", "hypothesis", "pytest", "selenium", "sphinx", "IPython", "cv2", "skimage", "lightning", "tensorboard",
+    "pytorch_lightning", "wandb",
 )  # fmt: skip
 
 
@@ -51,6 +52,7 @@ def test_every_name_without_a_warning_and_without_what_is_optional() -> None:
         import captum_lnstat
         print(*(name for name in captum_lnstat.__all__ if getattr(captum_lnstat, name) is not None))
         import captum_lnstat.metrics, captum_lnstat.testing.family, captum_lnstat.visualize
+        from captum_lnstat.training import MapCallback, log_maps
     """
     assert _python(code, "-W", "error").split() == captum_lnstat.__all__
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, one_line
 from captum_lnstat.layout import Grid
 from captum_lnstat.recording.eager import eager, run_eagerly
+from captum_lnstat.recording.modes import in_eval_mode
 from captum_lnstat.rules.checks import check_seen, size_not_taken
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.anatomy.images import channels
@@ -123,11 +124,8 @@ def _seen_mask(model: nn.Module, size: tuple[int, int]) -> Int[Tensor, "1 1 heig
 def _trace(model: nn.Module, images: Tensor) -> Trace:
     """The trace of a pass in eval mode, whatever the head makes of it; the modes of all modules are put back."""
     topology = find_topology(eager(model))
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in modes:
-            module.training = False
-        with torch.inference_mode(False), torch.no_grad():
+        with in_eval_mode(model), torch.inference_mode(False), torch.no_grad():
             recorder = topology.recorder(images)
             with run_eagerly, recorder:
                 eager(model)(recorder.marked(images))
@@ -138,9 +136,6 @@ def _trace(model: nn.Module, images: Tensor) -> Trace:
         raise ValueError(
             f"image_size is {size}; {type(model).__name__} does not run on images of that size: {one_line(error)}"
         ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
     end = recorder.recording.stream_end
     if end is None:
         raise RecordingError(f"{type(model).__name__} never ran the {type(topology.model).__name__} inside it")

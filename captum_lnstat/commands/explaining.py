@@ -110,29 +110,36 @@ def explain_all(paths: tuple[Path, ...], folder: Path, request: Request) -> None
     skipped = Skipped(len(paths))
     outputs = [folder / f"{name}.png" for name in unique_names([path.stem for path in paths])]
     with ProgressBar(total=len(paths), unit="image", disable=None) as bar:
-        for batch in _batches(explainer, paths, request, skipped, bar):
-            for place, prepared, found in _explained(explainer, batch, wanted, request, paths, skipped):
-                output = outputs[place]
-                try:
-                    write_picture(output, request.kind, explainer, prepared, found, request.against)
-                    maps = _write_maps(output, found, request.save_map)
-                except OSError as error:
-                    fail(f"{error.filename or str(output)!r} cannot be written: {one_line(error.strerror or error)}")
-                except (RecordingError, ValueError) as error:
-                    skipped.add(paths[place], error, as_json=request.as_json)
-                else:
-                    with ProgressBar.external_write_mode():
-                        warn(cautions)
-                        cautions = ()
-                        for each, path in zip(found, _each(maps, found), strict=True):
-                            record = _record(str(paths[place]), explainer.subject, each, output, path)
-                            click.echo(json.dumps(record) if request.as_json else f"{each}, {output}")
-                bar.update()
+        for place, prepared, found in each_image(explainer, paths, wanted, request, skipped, bar):
+            output = outputs[place]
+            try:
+                write_picture(output, request.kind, explainer, prepared, found, request.against)
+                maps = _write_maps(output, found, request.save_map)
+            except OSError as error:
+                fail(f"{error.filename or str(output)!r} cannot be written: {one_line(error.strerror or error)}")
+            except (RecordingError, ValueError) as error:
+                skipped.add(paths[place], error, as_json=request.as_json)
+            else:
+                with ProgressBar.external_write_mode():
+                    warn(cautions)
+                    cautions = ()
+                    for each, path in zip(found, _each(maps, found), strict=True):
+                        record = _record(str(paths[place]), explainer.subject, each, output, path)
+                        click.echo(json.dumps(record) if request.as_json else f"{each}, {output}")
+            bar.update()
     skipped.check()
     skipped.finish()
 
 
 _Batch = list[tuple[int, Prepared]]
+
+
+def each_image(
+    explainer: Explainer, paths: Sequence[Path], wanted: list[int], request: Request, skipped: Skipped, bar: Any
+) -> Iterator[tuple[int, Prepared, list[Explanation]]]:
+    """The place of every image that can be explained, and the explanations of its targets; others are skipped."""
+    for batch in _batches(explainer, paths, request, skipped, bar):
+        yield from _explained(explainer, batch, wanted, request, paths, skipped)
 
 
 def _batches(

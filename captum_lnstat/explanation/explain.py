@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -27,6 +27,7 @@ def explain(
     images: str | Path | Image.Image,
     target: Target = ...,
     *,
+    top_k: None = ...,
     rule: str = ...,
     transform: Any = ...,
     class_names: Sequence[str] | None = ...,
@@ -45,6 +46,7 @@ def explain(
     images: Sequence[ImageLike],
     target: Target | Sequence[Target] = ...,
     *,
+    top_k: None = ...,
     rule: str = ...,
     transform: Any = ...,
     class_names: Sequence[str] | None = ...,
@@ -63,6 +65,7 @@ def explain(
     images: np.ndarray[Any, Any] | Tensor,
     target: Target | Sequence[Target] = ...,
     *,
+    top_k: None = ...,
     rule: str = ...,
     transform: Any = ...,
     class_names: Sequence[str] | None = ...,
@@ -75,11 +78,31 @@ def explain(
 ) -> Any: ...
 
 
+@overload
+def explain(
+    model: nn.Module | ReferenceModel | str,
+    images: ImageLike | Sequence[ImageLike],
+    target: None = ...,
+    *,
+    top_k: int,
+    rule: str = ...,
+    transform: Any = ...,
+    class_names: Sequence[str] | None = ...,
+    whole: bool = ...,
+    pretrained: bool = ...,
+    checkpoint: str | Path | None = ...,
+    batch_size: int = ...,
+    output: Output = ...,
+    **options: Any,
+) -> Explanations: ...
+
+
 def explain(
     model: nn.Module | ReferenceModel | str,
     images: ImageLike | Sequence[ImageLike],
     target: Target | Sequence[Target] = None,
     *,
+    top_k: int | None = None,
     rule: str = "lnstat",
     transform: Any = None,
     class_names: Sequence[str] | None = None,
@@ -100,6 +123,8 @@ def explain(
             of the model and goes to it as it is.
         target: The class, by index or by name; one for all images or a list of one for each. Default: the class that
             the model predicts.
+        top_k: Explain so many classes of each image, the likeliest first, rather than one ``target``; they follow each
+            other, and a notebook shows them as one picture with a menu.
         rule: The rule of ``LNStatAttribution``.
         transform: From a Pillow image to ``(3, height, width)``, in the place of the model's own preprocessing.
         class_names: In the place of the names that the model knows.
@@ -113,7 +138,7 @@ def explain(
         **options: Further options of ``LNStatAttribution``: ``contrastive``, ``residual``, ...
 
     Returns:
-        An ``Explanation``, or for several images an ``Explanations``, a tuple of them.
+        An ``Explanation``, or for several images or ``top_k`` an ``Explanations``, a tuple of them.
 
     Raises:
         SourceError: Model, image or class cannot be had; a subclass of ValueError.
@@ -125,6 +150,8 @@ def explain(
         >>> explanation.label(explanation.target), explanation.grid.shape, explanation.overlay.size
         ('dress (3)', (16, 16), (64, 64))
     """
+    if top_k is not None and (target is not None or not isinstance(top_k, int) or top_k < 1):
+        raise SourceError(f"top_k is {top_k!r}, target {target!r}; expected one of the two, top_k a number from 1")
     if isinstance(model, str):
         subject = read_subject(model, pretrained, None if checkpoint is None else Path(checkpoint))
     elif pretrained or checkpoint is not None:
@@ -137,14 +164,14 @@ def explain(
         warn_caller(caution)
     if subject.model.training:
         warn_caller("the model is in train mode, in which dropout changes its scores; call model.eval() first")
-    found = list(
-        Explainer(subject, rule=rule, output=output, **options).stream(
-            items, _targets(target, items, single), batch_size
-        )
-    )
+    explainer = Explainer(subject, rule=rule, output=output, **options)
+    if top_k is None:
+        found = list(explainer.stream(items, _targets(target, items, single), batch_size))
+    else:
+        found = [each for item in items for each in _likeliest(explainer, item, top_k, batch_size)]
     if class_names is not None and not found[0].class_names:
         raise SourceError(f"class_names holds {len(class_names)} names, which are not as many as the model has scores")
-    return found[0] if single else Explanations(found)
+    return found[0] if single and top_k is None else Explanations(found)
 
 
 def _adjusted(subject: Subject, transform: Any, class_names: Sequence[str] | None, whole: bool) -> Subject:
@@ -159,6 +186,16 @@ def _adjusted(subject: Subject, transform: Any, class_names: Sequence[str] | Non
     if class_names is not None:
         subject = replace(subject, class_names=tuple(class_names))
     return subject
+
+
+def _likeliest(explainer: Explainer, item: Item, count: int, batch_size: int) -> Iterator[Explanation]:
+    """The likeliest classes of one image, so many of them in one pass."""
+    prepared = explainer.prepare(item)
+    (prediction,) = explainer.predict(prepared.inputs[None])
+    classes = prediction.ranked(count)
+    for begin in range(0, len(classes), batch_size):
+        part = classes[begin : begin + batch_size]
+        yield from explainer.explain([prepared] * len(part), part, [prediction] * len(part))
 
 
 def _targets(target: Target | Sequence[Target], items: Sequence[Item], single: bool) -> list[Target]:

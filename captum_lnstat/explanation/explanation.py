@@ -13,6 +13,7 @@ from PIL import Image
 
 from captum_lnstat.attribution.methods import method_of_rule
 from captum_lnstat.errors import SourceError
+from captum_lnstat.explanation.markup import viewer
 from captum_lnstat.explanation.prediction import Prediction, percent
 from captum_lnstat.explanation.provenance import Provenance
 from captum_lnstat.explanation.subject.crop import Box, on_image
@@ -198,6 +199,9 @@ class Explanation(Prediction):
             f"{self.label(self.target)}, {likely[1]}, rule {self.rule}"
         )
 
+    def _repr_html_(self) -> str:
+        return viewer([self])
+
     def _repr_png_(self) -> bytes:
         return _png(self.overlay)
 
@@ -225,6 +229,16 @@ class Explanations(tuple[Explanation, ...]):
             each.save(folder / f"{name}{suffix}", original=original, raw=raw)
             for each, name in zip(self, names, strict=True)
         )
+
+    def _repr_html_(self) -> str:
+        """The first images, each with a menu of its classes."""
+        images: dict[int, list[Explanation]] = {}
+        for each in self:
+            images.setdefault(id(each.image), []).append(each)
+        shown = [viewer(of_image) for of_image in [*images.values()][:_SHOWN]]
+        more = f"<p>and {len(images) - _SHOWN} more</p>" if len(images) > _SHOWN else ""
+        columns = "display:grid;gap:0 16px;align-items:start;grid-template-columns:repeat(auto-fit,minmax(224px,1fr))"
+        return f'<div style="{columns}">{"".join(shown)}</div>{more}'
 
     def _repr_png_(self) -> bytes:
         """The first overlays beside each other."""

@@ -14,6 +14,8 @@ import matplotlib
 import numpy as np
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from captum_lnstat.visualize.maps import Map, Picture
 
 SEQUENTIAL, DIVERGING, STATISTIC = "inferno", "RdBu_r", "cividis"
@@ -186,16 +188,37 @@ def overlay(
             f"image has shape {image.shape} and relevance {relevance.shape}; expected (height, width, 3) and (height, "
             "width) of one size"
         )
+    laid = rgba(relevance, signed=signed, scale=scale, look=look)
+    base = faded(image, signed=signed if scale is None else scale.signed) if look.grey else image
+    weight = look.cover * laid[..., 3:]
+    return np.asarray(base * (1 - weight) + laid[..., :3] * weight)
+
+
+def rgba(
+    relevance: Map, *, signed: bool = False, scale: Scale | None = None, look: Look = GREY
+) -> Float[np.ndarray, "height width 4"]:
+    """Relevance as colours that an image shows through: laid over it at the opacity ``look.cover``, it is ``overlay``.
+
+    Args:
+        relevance: ``(height, width)``.
+        signed: As for ``scaled``.
+        scale: As for ``colored``.
+        look: The colours.
+
+    Returns:
+        Red, green, blue and opacity, ``(height, width, 4)``, values from 0 to 1.
+
+    Example:
+        >>> rgba(np.array([[0.0, 1.0]]), look=Look("gray")).tolist()
+        [[[0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]]
+    """
     scale = scale or Scale.of([relevance], signed=signed)
     values = scale(relevance)
-    base = faded(image, signed=scale.signed) if look.grey else image
-    weight = look.cover * (np.abs(values) ** 0.7)[..., None]
+    weight = (np.abs(values) ** 0.7)[..., None]
     if scale.signed:
         # The pale middle of the diverging colours would outline every change of sign.
         values = np.sign(values) * (0.4 + 0.6 * np.abs(values))
-    return np.asarray(
-        base * (1 - weight) + paint(values, look.colors(signed=scale.signed), signed=scale.signed) * weight
-    )
+    return np.concatenate([paint(values, look.colors(signed=scale.signed), signed=scale.signed), weight], -1)
 
 
 def faded(image: Picture, *, signed: bool = False) -> Picture:

@@ -52,6 +52,11 @@ _LINES = {
     "explain --alpha 2": (2, "2.0 is not in the range"),
     "compare --methods lnstat,chefr": (2, "unknown method 'chefr'; did you mean 'chefer'?"),
     "compare --target 1 --target 2": (2, "compare shows one target, 2 are given"),
+    "report --help": (0, "Usage: captum-lnstat report"),
+    "report": (2, "Missing argument"),
+    "report nowhere": (2, "there is no file 'nowhere'"),
+    "report nowhere --output report.pdf": (2, "the page cannot be written as 'report.pdf'; expected a name that ends"),
+    "report nowhere --target troser": (2, "unknown class 'troser'; did you mean 'trouser'?"),
     "doctor vit_tiny --checkpoint nowhere.pth": (2, "there is no checkpoint file 'nowhere.pth'"),
 }
 

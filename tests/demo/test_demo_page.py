@@ -4,43 +4,22 @@ import http.client
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from helpers.browser import PATIENCE, until
 
 from captum_lnstat import zoo
 from captum_lnstat.demo.photo import MAX_BYTES
 
-PATIENCE = 180  # seconds; all of it together takes ten on a machine that does nothing else
-
 GRADIO = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason='gradio is not installed: pip install ".[demo]"'
 )
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1400,1300"
-)
-
-
-def until(condition, what):
-    """The first value of ``condition`` that counts as true; the page redraws itself meanwhile."""
-    end, last = time.monotonic() + PATIENCE, None
-    while time.monotonic() < end:
-        try:
-            if value := condition():
-                return value
-        except Exception as error:  # an element that was just replaced
-            last = error
-        time.sleep(0.1)
-    raise AssertionError(f"{what}: not after {PATIENCE} s ({last})")
 
 
 @pytest.fixture
@@ -129,23 +108,6 @@ def test_the_server_gives_away_nothing_and_leaves_nothing(server, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "temporary"]
 
 
-@pytest.fixture
-def browser(tmp_path):
-    """A Chromium that looks up no name, so that a page which asks another host is found out."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS.split(), "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"):
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.set_page_load_timeout(PATIENCE)
-    yield driver
-    driver.quit()
-
-
 class Page:
     """What a visitor sees and does."""
 
@@ -187,9 +149,7 @@ class Page:
 
 
 @GRADIO
-@pytest.mark.skipif(not CHROMIUM or not DRIVER, reason="chromium or chromedriver is not installed")
-@pytest.mark.skipif(importlib.util.find_spec("selenium") is None, reason="selenium is not installed")
-def test_the_page_in_a_browser(server, browser, tmp_path):
+def test_the_page_in_a_browser(browser, server, tmp_path):
     _, address, temporary, log = server
     browser.get(address)
     page = Page(browser)
