@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def attcat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     """``sum_l a_j^l sum_c x_jc^l dy/dx_jc^l``, ``a_j`` the mean over heads and queries of attention to token ``j``."""
     check_graph(outcome)
+    # Not in the walk: an error of a user's backward hook could become another one in a generator.
     places = [tokens_in_graph(outcome, block) for block in outcome.trace.blocks]
     found = slopes(outcome, [tokens for tokens, _ in places])
     tokens = [as_tokens(slope) for slope, (_, as_tokens) in zip(found, places, strict=True)]
