@@ -11,7 +11,9 @@ SCALES: tuple[ScaleOf, ...] = get_args(ScaleOf)
 RULES = ("lnstat", "evidence", "rollout", "gradient")
 METHODS = (
     *("lnstat", "lnstat-contrastive", "evidence", "rollout", "gradient", "chefer", "attention-rollout"),
-    *("raw-attention", "frozen-layernorm", "gradcam", "ig", "inputxgradient", "saliency", "occlusion"),
+    *("raw-attention", "frozen-layernorm", "gradcam"),
+    *("hirescam", "legrad", "agcam", "attcat", "beyond-intuition", "beyond-intuition-heads"),
+    *("ig", "inputxgradient", "saliency", "occlusion"),
 )
 # The models that come with the package, and what they tell apart.
 ZOO = ("swin-mini", "vit-mini")

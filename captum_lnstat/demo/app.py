@@ -179,7 +179,7 @@ def build(studio: Studio, folder: Path) -> Any:
                         )
                         beside = gr.CheckboxGroup(
                             [(METHODS[name].title, name) for name in BESIDE],
-                            value=list(BESIDE),
+                            value=list(BESIDE[:3]),
                             label="Beside it",
                             container=False,
                             elem_id="beside",

@@ -106,7 +106,7 @@ class Shown(Panel):
 
 
 # The methods that can be set beside a map.
-BESIDE = ("attention-rollout", "chefer", "ig")
+BESIDE = ("attention-rollout", "chefer", "ig", "legrad", "beyond-intuition", "agcam", "attcat", "hirescam")
 
 
 class Studio:

@@ -22,7 +22,7 @@ from torch import Tensor
 from captum_lnstat.layout import Groups, WholeImage, gather_stacked, padded, real_places
 from captum_lnstat.recording.devices import has_a_queue
 from captum_lnstat.recording.fusion import HeadFusion
-from captum_lnstat.recording.sites import stacked_probabilities, stacked_values
+from captum_lnstat.recording.stacked_sites import stacked_probabilities, stacked_values
 from captum_lnstat.recording.statistics import ResidualShare, share_of_inverses, standardised
 from captum_lnstat.rules.relation import Propagated
 from captum_lnstat.rules.variance import LEAST
