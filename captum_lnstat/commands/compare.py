@@ -86,6 +86,7 @@ def compare(
     colormap: str | None,
     alpha: float | None,
     grey: bool,
+    contour: bool,
     **model: Any,
 ) -> None:
     """Compare methods on images: methods by rows, images by columns, with the scale of every row beside it.
@@ -115,7 +116,9 @@ def compare(
 
     sources: Sequence[Path | int] = paths or scenes or DEFAULT_SCENES
     target = targets[0] if targets else None
-    compare_all(sources, ModelOptions(**model), target, names, scale, Look(colormap, alpha, grey), output, as_json)
+    compare_all(
+        sources, ModelOptions(**model), target, names, scale, Look(colormap, alpha, grey, contour), output, as_json
+    )
 
 
 def _methods(text: str) -> list[str]:

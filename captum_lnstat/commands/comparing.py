@@ -122,7 +122,7 @@ def _made(
             own.append(each)
         bar.update(len(prepared))
     return [
-        (ComparedImage(_title(one), each.pixels, tuple(own)), one)
+        (ComparedImage(_title(one), each.pixels, tuple(own), one.framed), one)
         for one, each, own in zip(explained, prepared, maps, strict=True)
     ]
 

@@ -102,6 +102,7 @@ def explain(
     colormap: str | None,
     alpha: float | None,
     grey: bool,
+    contour: bool,
     **model: Any,
 ) -> None:
     """Explain images: draw what counted for a class, or what the model looked at.
@@ -144,7 +145,15 @@ def explain(
         from captum_lnstat.visualize import Look
 
     request = explaining.Request(
-        ModelOptions(**model), targets, top_k, rule, as_json, save_map, Look(colormap, alpha, grey), drawn, against
+        ModelOptions(**model),
+        targets,
+        top_k,
+        rule,
+        as_json,
+        save_map,
+        Look(colormap, alpha, grey, contour),
+        drawn,
+        against,
     )
     if several:
         explaining.explain_all(paths, output, request)

@@ -101,8 +101,9 @@ def model_options(command: Command) -> Command:
 
 
 def look_options(command: Command) -> Command:
-    """``--colormap``, ``--alpha``, ``--grey``."""
+    """``--colormap``, ``--alpha``, ``--grey``, ``--contour``."""
     for option in (
+        click.option("--contour", is_flag=True, help="A line around the fifth of the pixels that is most relevant."),
         click.option("--grey", is_flag=True, help="The photograph in grey below the map, so that colour is the map's."),
         click.option(
             "--alpha",

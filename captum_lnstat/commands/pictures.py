@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -13,6 +14,7 @@ from captum_lnstat.commands.options import FILES
 from captum_lnstat.errors import SourceError, UnsupportedModelError
 from captum_lnstat.explanation.explainer import Explainer, Prepared
 from captum_lnstat.explanation.explanation import Explanation, pixels_of
+from captum_lnstat.explanation.prediction import percent
 from captum_lnstat.explanation.subject.names import find_class
 from captum_lnstat.explanation.subject.progress import progress
 from captum_lnstat.explanation.writing import about
@@ -50,7 +52,14 @@ def _panels(explainer: Explainer, found: Sequence[Explanation]) -> Figure:
     first = found[0]
     panels = [Panel(each.likely(each.target), each.relevance, each.signed) for each in found]
     title = f"predicted {first.likely(first.prediction)}  |  rule {first.rule}"
-    return draw_targets(pixels_of(first.image), panels, f"{explainer.subject.title}\n{title}", look=first.look)
+    title = f"{explainer.subject.title}\n{title}"
+    return draw_targets(pixels_of(first.image), panels, title, look=first.look, **_whole(first))
+
+
+def _whole(explained: Explanation) -> dict[str, Any]:
+    """The photograph that was given, and the likeliest classes, for the sides of a sheet."""
+    top = [(name.rpartition(" (")[0] or name, percent(share), share) for name, share in explained.top()]
+    return {"photo": explained.framed, "beside": top}
 
 
 def _figure(
@@ -64,7 +73,7 @@ def _figure(
     title = f"{above}predicted {explained.likely(explained.prediction)}  |  target {likely}  |  rule {rule}"
     if kind == "sheet":
         panels = comparison(model, inputs, explained.target, rule=rule, output=output, during=progress)
-        return draw_sheet(image, panels, title, look=explained.look)
+        return draw_sheet(image, panels, title, look=explained.look, **_whole(explained))
     if kind == "layers":
         if rule not in layer_rule_names():
             raise UnsupportedModelError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.recording.forward import Output
 from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
-from captum_lnstat.visualize.colors import GREY, Look, Scale, overlay
+from captum_lnstat.visualize.colors import PLAIN, Look, Scale, overlay
 from captum_lnstat.visualize.maps import to_map
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def class_sheet(
     title: str,
     *,
     output: Output = None,
-    look: Look = GREY,
+    look: Look = PLAIN,
 ) -> Figure:
     """The contrast of two classes.
 

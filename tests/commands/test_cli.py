@@ -40,7 +40,7 @@ def _folder(tmp_path, monkeypatch):
 def drawn(monkeypatch):
     """Path, image, panels and title of every sheet that the command writes."""
     calls = []
-    monkeypatch.setattr(pictures, "draw_sheet", lambda *arguments, look: arguments)
+    monkeypatch.setattr(pictures, "draw_sheet", lambda *arguments, **looks: arguments)
     monkeypatch.setattr(pictures, "write_figure", lambda path, sheet, about: calls.append((path, *sheet)))
     return calls
 

@@ -26,7 +26,9 @@ from captum_lnstat.visualize import (
     overlay,
     to_map,
 )
+from captum_lnstat.visualize.canvas import DIFFER
 from captum_lnstat.visualize.colors import DIVERGING, SEQUENTIAL, STATISTIC
+from captum_lnstat.visualize.layers import span
 
 GREY = np.full((20, 30, 3), 0.5)
 RAMP = np.linspace(0, 1, 600).reshape(20, 30)
@@ -69,9 +71,12 @@ def test_every_map_on_its_own_scale_has_its_own_numbers():
     shown = pictures(figure)
     np.testing.assert_allclose(shown[2], shown[3])
     said = words(figure)
-    assert {"every map on a scale of its own", "least", "most", "against", "for"} <= set(said)
+    assert {"least", "most", "against", "for"} <= set(said)
+    assert said[-1] == f"every map on a scale of its own; {DIFFER}"
     numbers = [text for text in said if text.strip("-").replace(".", "").isdigit()]
-    assert numbers == ["0", "0.99", "0", "9.9", *["-0.5", "0.5"] * 2]
+    assert numbers == ["0", "0", *["-0.5", "0.5"] * 2]
+    # The scales of the first row differ, and are marked; those of the second are one.
+    assert {"0.99 \N{NOT EQUAL TO}", "9.9 \N{NOT EQUAL TO}"} <= set(said)
 
 
 def test_a_shared_scale_compares_what_has_no_common_unit():
@@ -134,7 +139,7 @@ def test_layers_are_read_from_the_head_to_the_image_and_lie_on_their_pixels():
     figure = layer_sheet(blocks, GREY, "title")
     said = words(figure)
     assert said.index("last") < said.index("first")
-    assert {"from the head (left) to the image (right)", "mean 0.25", "1 to 1e+02"} <= set(said)
+    assert {f"from the head (left) to the image (right); {DIFFER}", "mean 0.25", "1 to 100"} <= set(said)
     last, first, share, *_ = pictures(figure)
     hot = np.ptp(last, axis=2) > 0.2
     assert hot[10:20, 0:10].all()
@@ -143,6 +148,15 @@ def test_layers_are_read_from_the_head_to_the_image_and_lie_on_their_pixels():
     assert hot[5:10, 20:25].all()
     assert hot.sum() == 25
     np.testing.assert_allclose(share, np.broadcast_to(matplotlib.colormaps[STATISTIC](0.25)[:3], (2, 3, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(0.98, 1.02, "0.98 to 1.02"), (0.9999, 1.0001, "0.9999 to 1.0001"), (1, 1, "1"), (1, 1 + 1e-9, "1"),
+     (0.0123, 45.6, "0.0123 to 45.6"), (3e-7, 1234.5, "3e-07 to 1234")],
+)  # fmt: skip
+def test_ends_are_written_so_that_they_differ(low, high, words):
+    assert span(low, high) == words
 
 
 def test_tokens_of_an_odd_grid_are_as_wide_as_two():
