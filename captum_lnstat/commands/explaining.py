@@ -79,8 +79,9 @@ def explain_one(source: Path | int, output: Path, request: Request) -> None:
             _line("prediction", found[0].outcome(found[0].prediction))
             for heading, each in zip(["target"] + [""] * len(found), found, strict=False):
                 _line(heading, each.outcome(each.target))
-            for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
-                _line(heading, line)
+            _line("recognised", f"{description.patches}; the head reads: {description.pooling}")
+            if description.covers:
+                _line("covers", description.covers)
         write_picture(output, request.kind, explainer, prepared, found, request.against)
         maps = _write_maps(output, found, request.save_map)
     except (UnsupportedModelError, RecordingError) as error:

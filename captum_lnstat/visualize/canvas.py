@@ -189,9 +189,21 @@ def _wrapped(texts: Sequence[str], cell: float) -> list[str]:
     letters = max(int(cell * _LETTERS), 8)
     found = []
     for text in texts:
-        lines = [line for part in text.splitlines() for line in textwrap.wrap(part, letters) or [""]]
+        lines = [line for part in text.splitlines() for line in _lines(part, letters)]
         found.append("\n".join([*lines[:2], textwrap.shorten(" ".join(lines[2:]), letters, placeholder="...")])
                      if len(lines) > 3 else "\n".join(lines))  # fmt: skip
+    return found
+
+
+def _lines(text: str, letters: int) -> list[str]:
+    """Lines of so many letters: words, and of a word that is longer the parts between dots and underscores."""
+    found = []
+    for line in textwrap.wrap(text, letters, break_long_words=False) or [""]:
+        while len(line) > letters:
+            cut = max(line.rfind(mark, 0, letters) for mark in "._-/") + 1 or letters
+            found.append(line[:cut])
+            line = line[cut:]
+        found.append(line)
     return found
 
 
@@ -231,9 +243,9 @@ def _draw_bar(figure: Figure, bar: Bar, left: float, middle: float, height: floa
 
 def _draw_under(figure: Figure, bar: Bar, left: float, middle: float, cell: float) -> None:
     """A lying bar below a cell, with its numbers at both ends."""
-    axes_at(figure, left + 0.3 * cell, middle - 0.04, 0.4 * cell, 0.08).imshow(bar.ramp, aspect="auto")
+    axes_at(figure, left + 0.3 * cell, middle - 0.04, 0.3 * cell, 0.08).imshow(bar.ramp, aspect="auto")
     write(figure, left + 0.27 * cell, middle, bar.low, 7.5, ha="right", color=FAINT)
-    write(figure, left + 0.73 * cell, middle, bar.high, 7.5, ha="left", color=FAINT)
+    write(figure, left + 0.63 * cell, middle, bar.high, 7.5, ha="left", color=FAINT)
 
 
 def _draw_legend(figure: Figure, bar: Bar, middle: float, y: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from captum_lnstat.visualize.maps import Map, Picture
 
 # More columns than these are too small to read: every second, third, ... block is shown, always the last.
-_BLOCKS, _HEAD_BLOCKS = 12, 6
+_BLOCKS, _HEAD_BLOCKS, _HEADS = 12, 6, 8
 
 _Record = TypeVar("_Record")
 
@@ -87,7 +88,7 @@ def layer_sheet(
 def head_sheet(
     blocks: Sequence[HeadRelevance], image: Picture, title: str, *, most: int = _HEAD_BLOCKS, look: Look = PLAIN
 ) -> Figure:
-    """What every attention head hands down: blocks by rows, heads by columns, one scale a row.
+    """What every attention head hands down: blocks below each other, one scale a block.
 
     Args:
         blocks: From ``descend_heads``, the image's end first.
@@ -101,11 +102,16 @@ def head_sheet(
     for block in shown:
         maps = [_array(head) for head in block.heads]
         scale = Scale.of(maps)
-        cells = tuple(overlay(image, _enlarged(each, block.cell, image), scale=scale, look=look) for each in maps)
-        rows.append(Row(block.name, cells, Bar.of(scale, look=look), "share, a token"))
-    note = "from the head of the model (above) to the image (below), one scale a row" + _left_out(blocks, shown)
-    count = max(len(row.cells) for row in rows)
-    return draw_rows(rows, title, titles=[f"head {number}" for number in range(count)], note=note)
+        cells = [overlay(image, _enlarged(each, block.cell, image), scale=scale, look=look) for each in maps]
+        lines = math.ceil(len(cells) / _HEADS)
+        wide = math.ceil(len(cells) / lines)
+        for start in range(0, len(cells), wide):
+            titles = tuple(f"head {number}" for number in range(start, min(start + wide, len(cells))))
+            words = ("", "") if start else (block.name, "share, a token")
+            row = tuple(cells[start : start + wide])
+            rows.append(Row(words[0], row, Bar.of(scale, look=look), words[1], titles))
+    note = "from the head of the model (above) to the image (below), one scale a block" + _left_out(blocks, shown)
+    return draw_rows(rows, title, note=notes([], look, note))
 
 
 def _spaced(blocks: Sequence[_Record], most: int) -> list[_Record]:

@@ -187,6 +187,26 @@ def test_heads_share_the_scale_of_their_row():
     assert np.ptp(weak[5, 5]) < 1e-9
 
 
+def test_many_heads_are_on_several_rows_that_can_be_read():
+    heads = {"layers.2.blocks.5": 12, "layers.3.blocks.1": 24}
+    blocks = [HeadRelevance(name, torch.rand(count, 2, 3), (10, 10)) for name, count in heads.items()]
+    figure = head_sheet(blocks, GREY, "title")
+    titles = [text for text in figure.texts if text.get_text().startswith("head ")]
+    assert [text.get_text() for text in titles] == [f"head {n}" for n in (*range(24), *range(12))]
+    rows = [sum(text.get_position()[1] == y for text in titles) for y in {t.get_position()[1]: 0 for t in titles}]
+    assert rows == [8, 8, 8, 6, 6]
+    assert figure.get_size_inches()[0] < 16
+    cells = [axes for axes in figure.axes if axes.images[0].get_array().shape[:2] == GREY.shape[:2]]
+    assert min(axes.get_window_extent().width for axes in cells) > 150
+    assert words(figure).count("layers.3.blocks.1") == 1
+
+
+def test_names_of_layers_break_at_their_dots():
+    blocks = [block(f"encoder.layers.{n}.blocks.1", 2, 3, (10, 10)) for n in range(12)]
+    titles = [text for text in words(layer_sheet(blocks, GREY, "title")) if text.startswith("encoder")]
+    assert titles[0] == "encoder.\nlayers.11.\nblocks.1"
+
+
 def test_two_classes_share_a_scale_and_the_difference_is_theirs():
     reference = zoo.load("swin-mini")
     inputs = reference.transform(zoo.scenes()[264].image)[None]
@@ -200,6 +220,10 @@ def test_two_classes_share_a_scale_and_the_difference_is_theirs():
     for drawn, pixels in zip(pictures(figure)[4:], expected, strict=True):
         np.testing.assert_allclose(drawn, pixels, atol=1e-4)
     assert {"sandal", "trouser", "sandal\nminus trouser"} <= set(words(figure))
+    # Numbers below every map: of the difference, too, which has a sign in both rows.
+    numbers = [text for text in words(figure) if text.strip("-").replace(".", "").isdigit()]
+    assert numbers[4] == f"-{numbers[5]}"
+    assert numbers[6:] == [f"{-scale.high:.2g}", f"{scale.high:.2g}"] * 3
     with pytest.raises(ValueError, match="both classes are 1"):
         class_sheet(reference.model, inputs, image, (1, 1), ("a", "b"), "title")
 
