@@ -107,7 +107,7 @@ def test_without_arguments_a_bundled_scene_is_explained():
         "the head reads: mean of the tokens",
         "picture": "lnstat.png",
     }
-    assert len(result.stdout.splitlines()) == 7
+    assert len(result.stdout.splitlines()) == 6
     assert [path.name for path in Path.cwd().iterdir()] == ["lnstat.png"]
     with Image.open("lnstat.png") as sheet:
         assert sheet.format == "PNG"
