@@ -27,7 +27,7 @@ class ModelOptions:
     class_names: Path | None
     whole: bool
     device: str
-    batch_size: int | None
+    batch_size: int | None = None
 
     def read(self) -> Subject:
         """The model, where it is to compute."""

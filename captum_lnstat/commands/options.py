@@ -30,14 +30,19 @@ FILES: tuple[Kind, ...] = ("overlay", "original")
 
 
 def model_options(command: Command) -> Command:
-    """Which model: ``--model``, ``--pretrained``, ``--checkpoint``, ``--class-names``, and how it is run."""
+    """Which model: ``subject_options``, and ``--batch-size``."""
+    batch = click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Images in the model at a time.  [default: 1; on a GPU 8]",
+    )
+    return subject_options(batch(command))
+
+
+def subject_options(command: Command) -> Command:
+    """``--model``, ``--pretrained``, ``--checkpoint``, ``--class-names``, and how it is run."""
     for option in (
-        click.option(
-            "--batch-size",
-            type=click.IntRange(1),
-            metavar="N",
-            help="Images in the model at a time.  [default: 1; on a GPU 8]",
-        ),
         click.option(
             "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto: a GPU if there is one."
         ),

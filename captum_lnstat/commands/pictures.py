@@ -14,7 +14,6 @@ from captum_lnstat.commands.options import FILES
 from captum_lnstat.errors import SourceError, UnsupportedModelError
 from captum_lnstat.explanation.explainer import Explainer, Prepared
 from captum_lnstat.explanation.explanation import Explanation, pixels_of
-from captum_lnstat.explanation.prediction import percent
 from captum_lnstat.explanation.subject.names import find_class
 from captum_lnstat.explanation.subject.progress import progress
 from captum_lnstat.explanation.writing import about
@@ -58,8 +57,7 @@ def _panels(explainer: Explainer, found: Sequence[Explanation]) -> Figure:
 
 def _whole(explained: Explanation) -> dict[str, Any]:
     """The photograph that was given, and the likeliest classes, for the sides of a sheet."""
-    top = [(name.rpartition(" (")[0] or name, percent(share), share) for name, share in explained.top()]
-    return {"photo": explained.framed, "beside": top}
+    return {"photo": explained.framed, "beside": explained.likeliest()}
 
 
 def _figure(

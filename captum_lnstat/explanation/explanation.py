@@ -96,6 +96,17 @@ class Explanation(Prediction):
         """
         return replace(self, look=Look(colormap, alpha, grey, contour))
 
+    def smaller(self, longer: int) -> Explanation:
+        """The same with an original whose longer side is at most so many pixels."""
+        if self.original is None or self.box is None or max(self.original.size) <= longer:
+            return self
+        wide, high = self.original.size
+        factor = longer / max(wide, high)
+        small = self.original.resize((max(round(wide * factor), 1), max(round(high * factor), 1)))
+        across, down = small.width / wide, small.height / high
+        left, top, right, bottom = self.box
+        return replace(self, original=small, box=(left * across, top * down, right * across, bottom * down))
+
     @cached_property
     def values_on_original(self) -> Float[np.ndarray, "height width"]:
         """The map on the image that was given, of its size: relevance of the patches, between them interpolated.
