@@ -51,7 +51,7 @@ def results(case: Case, question: Question, shown: Sequence[Shown], pending: Seq
         cells.append(_figure(f"{own.title}: overlay", caption, _overlay(case, own, scale), main=True))
         if own.whole is not None:
             cells.append(
-                _figure("on the whole photograph", "darker: cut off by the model", np.asarray(own.whole) / 255)
+                _figure("on the whole photograph", "dark: not seen by the model", np.asarray(own.whole) / 255)
             )
     else:
         cells += [_waiting("map"), _waiting("overlay")]
@@ -124,7 +124,8 @@ def sheet(case: Case, question: Question, shown: Sequence[Shown]) -> bytes:
     panels: list[Panel] = list(shown)
     if question.two:
         assert question.other is not None
-        panels[1] = replace(shown[1], title=f"{shown[1].title}, {case.likely(question.other)}")
+        for place, index in enumerate((question.target, question.other)):
+            panels[place] = replace(shown[place], title=f"{shown[place].title}, {case.likely(index)}")
     figure = draw_sheet(case.prepared.pixels, panels, words, photo=_framed(case), beside=case.likeliest())
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DPI)
