@@ -50,9 +50,7 @@ def results(case: Case, question: Question, shown: Sequence[Shown], pending: Seq
         caption = f"{_explained(case, question, own)}, {_ends(scale)}"
         cells.append(_figure(f"{own.title}: overlay", caption, _overlay(case, own, scale), main=True))
         if own.whole is not None:
-            cells.append(
-                _figure("on the whole photograph", "dark: not seen by the model", np.asarray(own.whole) / 255)
-            )
+            cells.append(_figure("on the whole photograph", "dark: not seen by the model", np.asarray(own.whole) / 255))
     else:
         cells += [_waiting("map"), _waiting("overlay")]
     parts.append(f'<div class="figures {"four" if len(cells) == 4 else ""}">{"".join(cells)}</div>')

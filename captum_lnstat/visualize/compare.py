@@ -136,5 +136,8 @@ def compare_sheet(
         bar = Bar.of(None if scale == "map" else shown[0], signed=method.signed, look=look)
         bars = told_apart([Bar.of(one, look=look) for one in shown]) if scale == "map" else ()
         rows.append(Row(method.title, cells, bar, unit, bars=bars))
+    if scale == "method":
+        marked = told_apart([row.bar for row in rows])
+        rows = [replace(row, bar=bar) for row, bar in zip(rows, marked, strict=True)]
     note = notes([bar for row in rows for bar in (row.bar, *row.bars)], look, _NOTES[scale])
     return draw_rows(rows, title, titles=[image.title for image in images], note=note)

@@ -26,7 +26,7 @@ from captum_lnstat.visualize import (
     overlay,
     to_map,
 )
-from captum_lnstat.visualize.canvas import DIFFER
+from captum_lnstat.visualize.canvas import DIFFER, DIFFERS
 from captum_lnstat.visualize.colors import DIVERGING, SEQUENTIAL, STATISTIC
 from captum_lnstat.visualize.layers import span
 
@@ -61,8 +61,8 @@ def test_one_scale_for_each_method():
     for drawn, pixels in zip(shown, expected, strict=True):
         np.testing.assert_allclose(drawn, pixels)
     said = words(figure)
-    assert {"title", "weak $1", "strong", "image", "a", "b", "units", "one scale a row"} <= set(said)
-    assert {f"{rows[0].high:.2g}", f"{rows[1].high:.2g}", f"{-rows[1].high:.2g}"} <= set(said)
+    assert {"title", "weak $1", "strong", "image", "a", "b", "units", f"one scale a row; {DIFFER}"} <= set(said)
+    assert {f"{rows[0].high:.2g} {DIFFERS}", f"{rows[1].high:.2g} {DIFFERS}", f"{-rows[1].high:.2g}"} <= set(said)
     assert plt.get_fignums() == []
 
 
