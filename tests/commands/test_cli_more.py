@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from safetensors.numpy import load_file
 
 from captum_lnstat import LNStatAttribution, cli, zoo
 from captum_lnstat.attribution.methods import METHODS
-from captum_lnstat.commands import comparing, explaining, options, pictures
+from captum_lnstat.commands import comparing, explaining, pictures
 from captum_lnstat.explanation.provenance import digest
 from captum_lnstat.explanation.subject import progress
 from captum_lnstat.visualize import PLAIN, Look, overlay
@@ -193,50 +191,6 @@ def test_looks(vit, monkeypatch):
     run("compare", "a.png", "--methods", "lnstat", "--colormap", "magma", "--grey")
     assert asked == [Look("magma", None, True)]
     assert "unknown colormap 'infern'; did you mean 'inferno'" in run("explain", "--colormap", "infern").stderr
-
-
-def test_standard_input_and_output_are_a_dash():
-    photo = Path("a.png").read_bytes()
-    result = run("explain", "a.png", "--picture", "overlay")
-    assert result.exit_code == 0, result.stderr
-    expected = Path("lnstat.png").read_bytes()
-    result = CliRunner().invoke(cli.main, ["explain", "-", "--picture", "overlay", "--output", "-"], input=photo)
-    assert result.exit_code == 0, result.stderr
-    with Image.open(io.BytesIO(result.stdout_bytes)) as drawn, Image.open(io.BytesIO(expected)) as file:
-        np.testing.assert_array_equal(np.asarray(drawn), np.asarray(file))
-        assert json.loads(drawn.text["captum-lnstat"])["image"] == "stdin"
-    assert "image       standard input\n" in result.stderr
-    assert files() == ["a.png", "b.png", "c.png", "lnstat.png"]
-    result = CliRunner().invoke(cli.main, ["compare", "-", "--methods", "lnstat", "--output", "-"], input=photo)
-    assert result.stdout_bytes.startswith(b"\x89PNG")
-    assert "-: predicted" in result.stderr
-    result = CliRunner().invoke(cli.main, ["explain", "-", "--json"], input=photo)
-    assert json.loads(result.stdout)["image"] == "standard input"
-    result = CliRunner().invoke(cli.main, ["explain", "-"], input=b"no image")
-    says = "Error: 'standard input' cannot be read as an image: cannot identify image file\n"
-    assert (result.exit_code, result.stderr) == (2, says)
-
-
-@pytest.mark.parametrize(
-    ("command", "says"),
-    [
-        ("explain - a.png", "- is one image, from standard input; give it alone"),
-        ("explain a.png -", "- is one image, from standard input; give it alone"),
-        ("explain a.png --output - --json", "--json and --output - both go to standard output"),
-        ("explain a.png --output - --save-map npy", "give a name that ends in .npy"),
-        ("compare --output - --json", "--json and --output - both go to standard output"),
-    ],
-)
-def test_a_dash_that_makes_no_sense_is_refused(command, says):
-    result = run(*command.split())
-    assert result.exit_code == 2
-    assert says in result.stderr
-
-
-def test_a_picture_is_not_written_to_a_terminal(monkeypatch):
-    monkeypatch.setattr(options.sys, "stdout", SimpleNamespace(isatty=lambda: True))
-    with pytest.raises(cli.Failure, match="which is a terminal"):
-        options.check_stream(as_json=False)
 
 
 def test_batches_are_made_and_what_breaks_is_named_all_the_same(monkeypatch):
