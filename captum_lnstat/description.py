@@ -70,11 +70,18 @@ class Description:
                 step["residual"] = dict(zip(("mean", "min", "max"), step["residual"], strict=True))
         return _plain(record)  # type: ignore[no-any-return]
 
-    def __str__(self) -> str:
+    @property
+    def patches(self) -> str:
+        """The model and its patches in words."""
         frames = f"{self.patch[0]} frames x " if len(self.patch) > 2 else ""
-        head = (
+        return (
             f"{self.model}: {self.family} transformer, {' x '.join(map(str, self.grid))} patches of "
-            f"{frames}{self.patch[-2]} x {self.patch[-1]} px, {self.prefix_tokens} prefix tokens\n"
+            f"{frames}{self.patch[-2]} x {self.patch[-1]} px"
+        )
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.patches}, {self.prefix_tokens} prefix tokens\n"
             f"head: {self.pooling}, output {self.outputs}; {self.norms} norm calls; residual share {self.residual!r}"
         )
         rule = [f"rule {self.rule}: {self.formula}"] if self.rule else []

@@ -9,12 +9,14 @@ from typing import Any
 import click
 
 from captum_lnstat.cli import fail
-from captum_lnstat.commands.known import FIGURES, METHODS, SCALES, ScaleOf
+from captum_lnstat.commands.known import FIGURES, METHODS, SCALES, STREAM, ScaleOf
+from captum_lnstat.commands.names import ClassName, Names
 from captum_lnstat.commands.options import (
     EXIT_CODES,
     check_look,
     check_model,
     check_output,
+    check_stream,
     check_there,
     find_images,
     look_options,
@@ -44,12 +46,14 @@ Examples:
 @click.option(
     "--target",
     "targets",
+    type=ClassName(),
     multiple=True,
     metavar="CLASS",
     help="Class to explain, by index or name.  [default: the predicted one]",
 )
 @click.option(
     "--methods",
+    type=Names(METHODS),
     default=DEFAULT_METHODS,
     show_default=True,
     metavar="A,B,...",
@@ -86,6 +90,7 @@ def compare(
     colormap: str | None,
     alpha: float | None,
     grey: bool,
+    contour: bool,
     **model: Any,
 ) -> None:
     """Compare methods on images: methods by rows, images by columns, with the scale of every row beside it.
@@ -99,6 +104,8 @@ def compare(
         fail(f"compare shows one target, {len(targets)} are given; explain shows several, a panel each")
     names = _methods(methods)
     check_output(output, FIGURES)
+    if output == STREAM:
+        check_stream(as_json)
     if len(images) > MOST:
         fail(f"{len(images)} images are too many for one sheet; expected at most {MOST}")
     paths, _ = find_images(images)
@@ -115,7 +122,9 @@ def compare(
 
     sources: Sequence[Path | int] = paths or scenes or DEFAULT_SCENES
     target = targets[0] if targets else None
-    compare_all(sources, ModelOptions(**model), target, names, scale, Look(colormap, alpha, grey), output, as_json)
+    compare_all(
+        sources, ModelOptions(**model), target, names, scale, Look(colormap, alpha, grey, contour), output, as_json
+    )
 
 
 def _methods(text: str) -> list[str]:

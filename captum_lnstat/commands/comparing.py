@@ -11,13 +11,12 @@ import click
 import torch
 
 from captum_lnstat.cli import fail
-from captum_lnstat.commands.known import ScaleOf
-from captum_lnstat.commands.models import ModelOptions, bundled_scene
-from captum_lnstat.commands.options import Skipped, warn
+from captum_lnstat.commands.known import STREAM, ScaleOf
+from captum_lnstat.commands.models import ModelOptions, read_source
+from captum_lnstat.commands.options import Skipped, to_stream, warn
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, one_line
 from captum_lnstat.explanation.explainer import Explainer, Prepared
 from captum_lnstat.explanation.explanation import Explanation
-from captum_lnstat.explanation.subject.images import read_item
 from captum_lnstat.explanation.subject.progress import ProgressBar
 from captum_lnstat.visualize import METHODS, ComparedImage, Look, Method, compare_sheet, to_map, write_figure
 
@@ -49,8 +48,7 @@ def compare_all(
         waiting: list[tuple[Path | int, Prepared]] = []
         for place, source in enumerate(sources):
             try:
-                item = read_item(source) if isinstance(source, Path) else bundled_scene(source)[1]
-                waiting.append((source, explainer.prepare(item)))
+                waiting.append((source, explainer.prepare(read_source(source)[1])))
             except (RecordingError, ValueError) as error:
                 skipped.add(source, error)
             sizes = {prepared.inputs.shape for _, prepared in waiting}
@@ -68,7 +66,8 @@ def compare_all(
         warn(options.cautions)
     try:
         sheet = compare_sheet([c for c, _ in columns], list(methods.values()), subject.title, scale=scale, look=look)
-        write_figure(output, sheet)
+        with to_stream(output) as file:
+            write_figure(file, sheet)
     except OSError as error:
         fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
     records = [{"image": str(source), **_record(found)} for source, (_, found) in zip(kept, columns, strict=True)]
@@ -78,8 +77,9 @@ def compare_all(
         click.echo(json.dumps({**about, "images": records, "skipped": skipped.records, "picture": str(output)}))
     else:
         for each in records:
-            click.echo(f"{each['image']}: predicted {each['prediction']}, explained {each['target']}")
-        click.echo(f"picture: {output}")
+            words = f"{each['image']}: predicted {each['prediction']}, explained {each['target']}"
+            click.echo(words, err=output == STREAM)
+        click.echo(f"picture: {output}", err=output == STREAM)
     skipped.finish()
 
 
@@ -122,7 +122,7 @@ def _made(
             own.append(each)
         bar.update(len(prepared))
     return [
-        (ComparedImage(_title(one), each.pixels, tuple(own)), one)
+        (ComparedImage(_title(one), each.pixels, tuple(own), one.framed), one)
         for one, each, own in zip(explained, prepared, maps, strict=True)
     ]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
+from captum_lnstat.commands.names import ModelName
 from captum_lnstat.commands.options import check_model
 
 
 @click.command()
-@click.argument("name", metavar="MODEL")
+@click.argument("name", type=ModelName(), metavar="MODEL")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @click.option("--image-size", nargs=2, type=click.IntRange(1), metavar="H W", help="[default: the model's own]")
 @click.option("--pretrained", is_flag=True, help="Take the library's weights; they are downloaded.")

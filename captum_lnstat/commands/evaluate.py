@@ -9,10 +9,15 @@ from typing import Any, Literal
 import click
 
 from captum_lnstat.cli import INCOMPLETE, fail
-from captum_lnstat.errors import one_line
+from captum_lnstat.commands import known
+from captum_lnstat.commands.names import ModelName, Names
+from captum_lnstat.commands.options import check_model
+from captum_lnstat.errors import near, one_line
+from captum_lnstat.evaluation.specs import parse
 
 METHODS = "lnstat,lnstat-contrastive,chefer,attention-rollout,gradcam,frozen-layernorm,ig,saliency"
 METRICS = "pointing,energy,iou,ap,positive,negative,two"
+EVALUATED = (*known.METHODS, *known.BLIND)
 FORMS = ("csv", "parquet")
 
 _EXAMPLES = """\b
@@ -39,7 +44,9 @@ Examples:
     metavar="FILE",
     help="Of the data, the samples that the file names, one a line.",
 )
-@click.option("--model", "name", default="swin-mini", show_default=True, metavar="MODEL", help="As for doctor.")
+@click.option(
+    "--model", "name", type=ModelName(), default="swin-mini", show_default=True, metavar="MODEL", help="As for doctor."
+)
 @click.option("--pretrained", is_flag=True, help="Take the library's weights; they are downloaded.")
 @click.option(
     "--checkpoint",
@@ -47,8 +54,15 @@ Examples:
     metavar="FILE",
     help="Weights for a model of the zoo or of timm.",
 )
-@click.option("--methods", default=METHODS, show_default=True, metavar="A,B", help="The first one is compared with.")
-@click.option("--metrics", default=METRICS, show_default=True, metavar="A,B")
+@click.option(
+    "--methods",
+    type=Names(EVALUATED),
+    default=METHODS,
+    show_default=True,
+    metavar="A,B",
+    help="The first one is compared with.",
+)
+@click.option("--metrics", type=Names(known.METRICS), default=METRICS, show_default=True, metavar="A,B")
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New, or to go on with.")
 @click.option(
     "--class",
@@ -93,6 +107,8 @@ def evaluate(
     same command is given again. Under torchrun the work is shared. The exit code is 0, 1 if images were left out under
     --skip-broken, 2 if it cannot go on.
     """
+    _check(data, rest["methods"], rest["metrics"])
+    check_model(name, pretrained, checkpoint, None)
     from captum_lnstat.evaluation import subject as subjects
     from captum_lnstat.evaluation.datasets import Only, open_dataset, read_names
     from captum_lnstat.evaluation.run import Settings
@@ -132,3 +148,22 @@ def evaluate(
     # torchrun would take another code for a crash, and start the run again.
     if left_out and team.size == 1:
         click.get_current_context().exit(INCOMPLETE)
+
+
+def _check(data: str, methods: str, metrics: str) -> None:
+    """Names that can be told to be wrong without torch."""
+    kind, _, path = data.partition(":")
+    if path and not Path(path).exists():
+        fail(f"there is no folder {path!r}")
+    try:
+        asked = [
+            ("data", kind, known.DATA),
+            *(("metric", spec.name, known.METRICS) for spec in parse(metrics, "metric")),
+            # A class goes by its import path, and a layer by its name in the model.
+            *(("method", spec.name, EVALUATED) for spec in parse(methods, "method") if ":" not in spec.name),
+        ]
+    except ValueError as error:
+        fail(one_line(error))
+    for what, name, names in asked:
+        if name not in names:
+            fail(f"unknown {what} {name!r}; {near(name, names, 'expected one of ' + ', '.join(names))}")

@@ -8,14 +8,15 @@ from typing import Any
 import click
 
 from captum_lnstat.cli import fail
-from captum_lnstat.commands.known import KINDS, MAPS, Kind
+from captum_lnstat.commands.known import KINDS, MAPS, STREAM, Kind
+from captum_lnstat.commands.names import ClassName, RuleName
 from captum_lnstat.commands.options import (
     EXIT_CODES,
-    RuleName,
     check_folder,
     check_look,
     check_model,
     check_output,
+    check_stream,
     check_there,
     find_images,
     look_options,
@@ -34,6 +35,7 @@ Examples:
   captum-lnstat explain --target trouser --picture classes --against "t-shirt"
   captum-lnstat explain cat.jpg --model vit_small_patch16_224 --pretrained --output cat.png
   captum-lnstat explain cat.jpg --model mine:model --checkpoint last.ckpt --class-names names.txt --top-k 3
+  curl -s https://example.org/cat.jpg | captum-lnstat explain - --picture overlay --output - > cat.png
   captum-lnstat explain photos/ --model torchvision:swin_t --pretrained --json > maps.jsonl
 
 {EXIT_CODES}
@@ -46,6 +48,7 @@ Examples:
 @click.option(
     "--target",
     "targets",
+    type=ClassName(),
     multiple=True,
     metavar="CLASS",
     help="Class to explain, by index or name; several make a panel each.  [default: the predicted one]",
@@ -67,7 +70,12 @@ Examples:
     "saw. original: on the image itself, at its size. layers: how relevance descends block by block. heads: what "
     "every attention head hands down. classes: two classes.  [default: sheet, of several images overlay]",
 )
-@click.option("--against", metavar="CLASS", help="The other class of --picture classes.  [default: the likeliest]")
+@click.option(
+    "--against",
+    type=ClassName(),
+    metavar="CLASS",
+    help="The other class of --picture classes.  [default: the likeliest]",
+)
 @look_options
 @click.option(
     "--save-map",
@@ -102,11 +110,13 @@ def explain(
     colormap: str | None,
     alpha: float | None,
     grey: bool,
+    contour: bool,
     **model: Any,
 ) -> None:
     """Explain images: draw what counted for a class, or what the model looked at.
 
-    Without IMAGE, a scene that comes with the package is explained. Of a FOLDER every image in it is, and every file
+    Without IMAGE, a scene that comes with the package is explained; - is standard input, and --output - standard
+    output. Of a FOLDER every image in it is, and every file
     that a PATTERN such as 'photos/**/*.jpg' matches; one that cannot be read is named, skipped and counted.
     """
     if images and scene is not None:
@@ -130,7 +140,11 @@ def explain(
     else:
         output = output or Path("lnstat.png")
         check_output(output, suffixes_of(drawn))
-        if paths and output.resolve() == paths[0].resolve():
+        if output == STREAM:
+            check_stream(as_json)
+            if save_map in MAPS:
+                fail(f"with --output - --save-map needs a file; give a name that ends in .{save_map}")
+        elif paths and output.resolve() == paths[0].resolve():
             fail("--output is IMAGE itself; expected another file")
         if save_map is not None and save_map not in MAPS:
             check_output(Path(save_map), frozenset(MAPS), "the map")
@@ -144,7 +158,15 @@ def explain(
         from captum_lnstat.visualize import Look
 
     request = explaining.Request(
-        ModelOptions(**model), targets, top_k, rule, as_json, save_map, Look(colormap, alpha, grey), drawn, against
+        ModelOptions(**model),
+        targets,
+        top_k,
+        rule,
+        as_json,
+        save_map,
+        Look(colormap, alpha, grey, contour),
+        drawn,
+        against,
     )
     if several:
         explaining.explain_all(paths, output, request)

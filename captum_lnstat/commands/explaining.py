@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,9 +13,9 @@ import click
 import torch
 
 from captum_lnstat.cli import fail
-from captum_lnstat.commands.known import MAPS, Kind
-from captum_lnstat.commands.models import ModelOptions, bundled_scene
-from captum_lnstat.commands.options import Skipped, warn
+from captum_lnstat.commands.known import MAPS, STREAM, Kind
+from captum_lnstat.commands.models import ModelOptions, read_source
+from captum_lnstat.commands.options import Skipped, to_stream, warn
 from captum_lnstat.commands.pictures import write_picture
 from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError, one_line
 from captum_lnstat.explanation.explainer import Explainer, Prepared
@@ -61,7 +62,8 @@ class Request:
 
 def explain_one(source: Path | int, output: Path, request: Request) -> None:
     """One image or, by its number, one scene of the package."""
-    words, item = bundled_scene(source) if isinstance(source, int) else (str(source), read_item(source))
+    words, item = read_source(source)
+    say = partial(_line, err=output == STREAM)
     explainer, wanted = request.explainer()
     subject = explainer.subject
     own = request.model.cautions if isinstance(source, Path) else ()
@@ -72,16 +74,18 @@ def explain_one(source: Path | int, output: Path, request: Request) -> None:
             description = explainer.lnstat.describe(explainer.placed(prepared.inputs[None]))
         warn([*own, *dict.fromkeys(caution for each in found for caution in each.cautions)])
         if not request.as_json:
-            _line("image", words)
-            _line("model", subject.name)
+            say("image", words)
+            say("model", subject.name)
             if subject.weights:
-                _line("weights", subject.weights)
-            _line("prediction", found[0].outcome(found[0].prediction))
+                say("weights", subject.weights)
+            say("prediction", found[0].outcome(found[0].prediction))
             for heading, each in zip(["target"] + [""] * len(found), found, strict=False):
-                _line(heading, each.outcome(each.target))
-            for heading, line in zip(("recognised", ""), str(description).splitlines(), strict=False):
-                _line(heading, line)
-        write_picture(output, request.kind, explainer, prepared, found, request.against)
+                say(heading, each.outcome(each.target))
+            say("recognised", f"{description.patches}; the head reads: {description.pooling}")
+            if description.covers:
+                say("covers", description.covers)
+        with to_stream(output) as file:
+            write_picture(file, request.kind, explainer, prepared, found, request.against)
         maps = _write_maps(output, found, request.save_map)
     except (UnsupportedModelError, RecordingError) as error:
         _refuse(subject.name, error)
@@ -95,9 +99,9 @@ def explain_one(source: Path | int, output: Path, request: Request) -> None:
         for each, path in zip(found, _each(maps, found), strict=True):
             click.echo(json.dumps(_record(words, subject, each, output, path)))
     else:
-        _line("picture", str(output))
+        say("picture", str(output))
         for heading, path in zip(["map"] + [""] * len(maps), maps, strict=False):
-            _line(heading, str(path))
+            say(heading, str(path))
 
 
 def explain_all(paths: tuple[Path, ...], folder: Path, request: Request) -> None:
@@ -209,5 +213,5 @@ def _record(source: str, subject: Subject, explained: Explanation, output: Path,
     return {"image": source, "model": subject.name, **weights, "picture": str(output), **maps, **explained.to_dict()}
 
 
-def _line(heading: str, text: str) -> None:
-    click.echo(f"{heading:<12}{text}")
+def _line(heading: str, text: str, *, err: bool = False) -> None:
+    click.echo(f"{heading:<12}{text}", err=err)

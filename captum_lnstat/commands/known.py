@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args
 
 Kind = Literal["sheet", "overlay", "original", "layers", "heads", "classes"]
@@ -15,6 +16,19 @@ METHODS = (
     *("hirescam", "legrad", "agcam", "attcat", "beyond-intuition", "beyond-intuition-heads"),
     *("ig", "inputxgradient", "saliency", "occlusion"),
 )
+# What ``evaluate`` has besides, and its data.
+BLIND = ("random", "centre")
+METRICS = (
+    *("pointing", "energy", "iou", "ap", "f1", "accuracy", "positive", "negative", "insertion", "deletion", "corners"),
+    *("two", "grid", "randomisation", "segmentation", "box", "spearman", "infidelity", "sensitivity"),
+)
+DATA = ("scenes", "imagenet", "tiny-imagenet", "imagenet-segmentation", "voc", "coco", "folder", "human")
+# What names of timm's and torchvision's transformers begin with.
+FAMILIES = (
+    *("vit", "deit", "deit3", "swin", "swinv2", "beit", "beitv2", "eva", "eva02", "cait", "flexivit", "naflexvit"),
+    *("gcvit", "samvit", "maxvit", "maxxvit", "maxxvitv2", "coatnet", "pvt", "twins", "nest", "mvitv2", "hiera"),
+    *("tiny", "efficientvit"),
+)
 # The models that come with the package, and what they tell apart.
 ZOO = ("swin-mini", "vit-mini")
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "sandal", "bag", "ankle boot")
@@ -22,4 +36,6 @@ CLASSES = ("t-shirt", "trouser", "pullover", "dress", "sandal", "bag", "ankle bo
 FIGURES = frozenset(
     ("eps", "jpeg", "jpg", "pdf", "pgf", "png", "ps", "raw", "rgba", "svg", "svgz", "tif", "tiff", "webp")
 )
+# In the place of a file: standard input, standard output.
+STREAM = Path("-")
 MAPS = ("npy", "npz", "safetensors", "png")

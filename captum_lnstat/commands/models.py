@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from captum_lnstat import zoo
-from captum_lnstat.commands.known import CLASSES, ZOO
+from captum_lnstat.commands.known import CLASSES, STREAM, ZOO
 from captum_lnstat.errors import SourceError
 from captum_lnstat.explanation.subject.device import find_device
-from captum_lnstat.explanation.subject.images import Item
+from captum_lnstat.explanation.subject.images import Item, read_image, read_item
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
 
 _GPU_BATCH = 8
@@ -25,7 +27,7 @@ class ModelOptions:
     class_names: Path | None
     whole: bool
     device: str
-    batch_size: int | None
+    batch_size: int | None = None
 
     def read(self) -> Subject:
         """The model, where it is to compute."""
@@ -50,6 +52,16 @@ class ModelOptions:
             f"{self.name} knows {', '.join(CLASSES[:-1])} and {CLASSES[-1]}, and nothing else: whatever an image shows "
             "is called one of these. --model vit_small_patch16_224 --pretrained knows a thousand kinds of things",
         )
+
+
+def read_source(source: Path | int) -> tuple[str, Item]:
+    """What is to be explained, in words and as an image: a file, ``-`` for standard input, or the number of a scene."""
+    if isinstance(source, int):
+        return bundled_scene(source)
+    if source == STREAM:
+        data = io.BytesIO(sys.stdin.buffer.read())
+        return "standard input", Item("stdin", read_image("standard input", data))
+    return str(source), read_item(source)
 
 
 def bundled_scene(number: int) -> tuple[str, Item]:

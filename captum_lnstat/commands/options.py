@@ -7,15 +7,18 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from captum_lnstat.cli import INCOMPLETE, fail
-from captum_lnstat.commands.known import CLASSES, FIGURES, RULES, ZOO, Kind
+from captum_lnstat.commands.known import CLASSES, FIGURES, STREAM, ZOO, Kind
+from captum_lnstat.commands.names import ModelName, check_timm
 from captum_lnstat.errors import near, one_line
 from captum_lnstat.explanation.subject.names import find_class
 
@@ -26,45 +29,20 @@ EXIT_CODES = "Exit codes: 0 done; 1 done, but some images were skipped; 2 nothin
 FILES: tuple[Kind, ...] = ("overlay", "original")
 
 
-class RuleName(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """A registered rule, or ``package.module:NAME``, whose module registers it."""
-
-    name = "rule"
-
-    def get_metavar(self, *args: Any, **kwargs: Any) -> str:
-        return f"[{'|'.join(RULES)}]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value in RULES:
-            return str(value)
-        if ":" not in value:
-            hint = near(value, RULES, "")
-            self.fail(
-                f"rule is {value!r}; expected one of {', '.join(map(repr, RULES))}, or the module that registers "
-                f"another, package.module:NAME{f'; {hint}' if hint else ''}",
-                param,
-                ctx,
-            )
-        from captum_lnstat.rules import find_rule
-
-        try:
-            return find_rule(value).name
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in RULES if name.startswith(incomplete)]
-
-
 def model_options(command: Command) -> Command:
-    """Which model: ``--model``, ``--pretrained``, ``--checkpoint``, ``--class-names``, and how it is run."""
+    """Which model: ``subject_options``, and ``--batch-size``."""
+    batch = click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Images in the model at a time.  [default: 1; on a GPU 8]",
+    )
+    return subject_options(batch(command))
+
+
+def subject_options(command: Command) -> Command:
+    """``--model``, ``--pretrained``, ``--checkpoint``, ``--class-names``, and how it is run."""
     for option in (
-        click.option(
-            "--batch-size",
-            type=click.IntRange(1),
-            metavar="N",
-            help="Images in the model at a time.  [default: 1; on a GPU 8]",
-        ),
         click.option(
             "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto: a GPU if there is one."
         ),
@@ -88,6 +66,7 @@ def model_options(command: Command) -> Command:
         click.option(
             "--model",
             "name",
+            type=ModelName(),
             default="swin-mini",
             show_default=True,
             metavar="NAME",
@@ -101,8 +80,9 @@ def model_options(command: Command) -> Command:
 
 
 def look_options(command: Command) -> Command:
-    """``--colormap``, ``--alpha``, ``--grey``."""
+    """``--colormap``, ``--alpha``, ``--grey``, ``--contour``."""
     for option in (
+        click.option("--contour", is_flag=True, help="A line around the fifth of the pixels that is most relevant."),
         click.option("--grey", is_flag=True, help="The photograph in grey below the map, so that colour is the map's."),
         click.option(
             "--alpha",
@@ -129,14 +109,13 @@ def check_model(
             f"{name} comes with its weights, so --pretrained says nothing; leave it out, or give the --model it is for"
         )
     library, colon, _ = name.partition(":")
-    if not colon and "-" in name and name not in ZOO:  # timm's names have none
-        fail(f"unknown model {name!r}; {near(name, ZOO, 'expected swin-mini, vit-mini or a name that timm knows')}")
     if library == "hf" and colon and importlib.util.find_spec("transformers") is None:
         fail(f"{name} needs transformers, which is not installed; pip install 'captum-lnstat[hf]' brings it")
     if checkpoint is not None and not checkpoint.is_file():
         fail(f"there is no checkpoint file {str(checkpoint)!r}")
     if class_names is not None and not class_names.is_file():
         fail(f"there is no file of class names {str(class_names)!r}")
+    check_timm(name)
     if name in ZOO and checkpoint is None and class_names is None:
         for target in targets:
             find_class(target, CLASSES, len(CLASSES))
@@ -167,6 +146,8 @@ def find_images(given: Sequence[str]) -> tuple[tuple[Path, ...], bool]:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
             fail(f"{text!r} is an address; expected a file. Download it first, and give its name here")
         path = Path(text)
+        if path == STREAM and several:
+            fail("- is one image, from standard input; give it alone")
         if path.is_dir():
             from captum_lnstat.explanation.subject.files import image_files
 
@@ -186,7 +167,7 @@ def find_images(given: Sequence[str]) -> tuple[tuple[Path, ...], bool]:
 
 def check_there(images: Sequence[Path]) -> None:
     """Some image has to be there."""
-    if images and not any(path.is_file() for path in images):
+    if images and not any(path.is_file() or path == STREAM for path in images):
         fail(
             f"there is no file {str(images[0])!r}"
             if len(images) == 1
@@ -216,6 +197,8 @@ def suffixes_of(kind: Kind) -> frozenset[str]:
 
 def check_output(path: Path, suffixes: frozenset[str], what: str = "the picture") -> None:
     """Refuse a file that cannot be written before anything is computed."""
+    if path == STREAM:
+        return
     if path.exists() and not path.is_file():
         fail(f"{str(path)!r} exists and is no file; expected a file to write {what} to")
     if path.suffix[1:].lower() not in suffixes:
@@ -225,6 +208,26 @@ def check_output(path: Path, suffixes: frozenset[str], what: str = "the picture"
         fail(f"there is no folder {str(path.parent)!r} to write {what} to")
     if not os.access(path.parent, os.W_OK):
         fail(f"the folder {str(path.parent)!r} cannot be written to")
+
+
+@contextmanager
+def to_stream(output: Path) -> Iterator[Path]:
+    """The file to write a picture to: for ``-`` one that goes to standard output once it is whole."""
+    if output != STREAM:
+        yield output
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "picture.png")
+        yield file
+        sys.stdout.buffer.write(file.read_bytes())
+
+
+def check_stream(as_json: bool) -> None:
+    """Refuse to write a picture where nobody can see it."""
+    if as_json:
+        fail("--json and --output - both go to standard output; give --output a file")
+    if sys.stdout.isatty():
+        fail("--output - writes a picture to standard output, which is a terminal; add > FILE or | another command")
 
 
 def check_folder(path: Path, images: tuple[Path, ...]) -> None:

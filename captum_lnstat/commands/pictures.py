@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -50,7 +51,13 @@ def _panels(explainer: Explainer, found: Sequence[Explanation]) -> Figure:
     first = found[0]
     panels = [Panel(each.likely(each.target), each.relevance, each.signed) for each in found]
     title = f"predicted {first.likely(first.prediction)}  |  rule {first.rule}"
-    return draw_targets(pixels_of(first.image), panels, f"{explainer.subject.title}\n{title}", look=first.look)
+    title = f"{explainer.subject.title}\n{title}"
+    return draw_targets(pixels_of(first.image), panels, title, look=first.look, **_whole(first))
+
+
+def _whole(explained: Explanation) -> dict[str, Any]:
+    """The photograph that was given, and the likeliest classes, for the sides of a sheet."""
+    return {"photo": explained.framed, "beside": explained.likeliest()}
 
 
 def _figure(
@@ -64,7 +71,7 @@ def _figure(
     title = f"{above}predicted {explained.likely(explained.prediction)}  |  target {likely}  |  rule {rule}"
     if kind == "sheet":
         panels = comparison(model, inputs, explained.target, rule=rule, output=output, during=progress)
-        return draw_sheet(image, panels, title, look=explained.look)
+        return draw_sheet(image, panels, title, look=explained.look, **_whole(explained))
     if kind == "layers":
         if rule not in layer_rule_names():
             raise UnsupportedModelError(

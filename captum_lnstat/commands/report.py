@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from captum_lnstat.cli import fail
+from captum_lnstat.commands.names import ClassName, RuleName
 from captum_lnstat.commands.options import (
     EXIT_CODES,
-    RuleName,
     check_look,
     check_model,
     check_output,
@@ -40,6 +40,7 @@ Examples:
 @click.option(
     "--target",
     "targets",
+    type=ClassName(),
     multiple=True,
     metavar="CLASS",
     help="Class to explain, by index or name; of several, each image has a menu.  [default: the predicted one]",
@@ -63,6 +64,7 @@ def report(
     colormap: str | None,
     alpha: float | None,
     grey: bool,
+    contour: bool,
     output: Path,
     **model: Any,
 ) -> None:
@@ -92,7 +94,7 @@ def report(
         rule,
         as_json=False,
         save_map=None,
-        look=Look(colormap, alpha, grey),
+        look=Look(colormap, alpha, grey, contour),
         kind="overlay",
         against=None,
     )

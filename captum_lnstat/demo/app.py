@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from captum_lnstat import zoo
 from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.demo import report
 from captum_lnstat.demo.photo import DemoError, Photo, from_upload
@@ -18,6 +17,7 @@ from captum_lnstat.rules import layer_rule_names, rule_names
 _SWEEP, _AGE = 60, 600  # seconds: how often uploaded files are looked through, and how old they get
 _SESSION = 3600  # seconds that the image of a visitor is kept
 _TOP, _LISTED = 5, 1000
+_NO_OTHER = "none", -1  # in the menu of the second class
 _HEADER = """
 <header><h1>captum-lnstat</h1>
 <p>What of an image counted for a class in a vision transformer? Attribution from attention and the statistics of tokens
@@ -26,7 +26,7 @@ at the LayerNorms, beside other methods.</p></header>
 
 
 def style() -> dict[str, Any]:
-    """Theme and style sheet, as Gradio's ``launch`` takes them: no font or file from another host."""
+    """Theme, style sheet and script, as Gradio's ``launch`` takes them: no font or file from another host."""
     import gradio as gr
 
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Helvetica", "Arial", "sans-serif"]
@@ -35,7 +35,8 @@ def style() -> dict[str, Any]:
     )
     # Its own grey for what is said on the side is too faint to read.
     theme = theme.set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
-    return {"theme": theme, "css": files(__package__).joinpath("page.css").read_text("utf-8")}
+    css, js = (files(__package__).joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    return {"theme": theme, "css": css, "js": js}
 
 
 def build(studio: Studio, folder: Path) -> Any:
@@ -52,12 +53,13 @@ def build(studio: Studio, folder: Path) -> Any:
         yield report.results(case, question, shown, question.beside)
         for one in studio.maps(case, question):
             shown.append(one)
-            yield report.results(case, question, shown, question.beside[len(shown) - 1 :])
+            yield report.results(case, question, shown, question.beside[max(len(shown) - 1 - question.two, 0) :])
 
     def start(photo: Photo | None, name: str, weights: str, rule: Any, contrastive: bool, beside: list[str]) -> Any:
         """Another image or model: all there is to choose from changes."""
-        ours = gr.update(visible=str(name).strip() not in zoo.names())
-        changes: tuple[Any, ...] = None, gr.update(choices=[], value=None), _slider(gr, rule, 1), ours
+        ours = gr.update(visible=str(name).strip() not in studio.trained)
+        none = gr.update(choices=[], value=None)
+        changes: tuple[Any, ...] = None, none, none, _slider(gr, rule, 1), ours
         if photo is None:
             yield *changes, report.idle()
             return
@@ -65,10 +67,12 @@ def build(studio: Studio, folder: Path) -> Any:
             case = studio.case(photo, str(name), pretrained=weights == "pretrained")
             choices = [(f"{case.label(index)}  {case.percent(index)}", index) for index in case.ranked(_LISTED)]
             best = case.prediction
-            changes = dict(case.top(_TOP)), gr.update(choices=choices, value=best), _slider(gr, rule, case.depths), ours
+            second = gr.update(choices=[_NO_OTHER, *choices], value=_NO_OTHER[1])
+            first = gr.update(choices=choices, value=best)
+            changes = dict(case.top(_TOP)), first, second, _slider(gr, rule, case.depths), ours
             for html in explain(case, Question(best, rule, 0, contrastive, tuple(beside))):
                 yield *changes, html
-                changes = gr.skip(), gr.skip(), gr.skip(), gr.skip()
+                changes = (gr.skip(),) * len(changes)
         except DemoError as error:
             yield *changes, report.failure(str(error))
 
@@ -77,6 +81,7 @@ def build(studio: Studio, folder: Path) -> Any:
         name: str,
         weights: str,
         target: int | None,
+        other: int | None,
         rule: Any,
         depth: float,
         contrastive: bool,
@@ -91,7 +96,8 @@ def build(studio: Studio, folder: Path) -> Any:
             depth = 0 if rule not in layer_rule_names() else int(depth)
             target = case.prediction if target is None else int(target)
             slider = _slider(gr, rule, case.depths, depth)
-            for html in explain(case, Question(target, rule, depth, contrastive, tuple(beside))):
+            second = None if other in (None, _NO_OTHER[1]) else int(other)
+            for html in explain(case, Question(target, rule, depth, contrastive, tuple(beside), second)):
                 yield slider, html
                 slider = gr.skip()
         except DemoError as error:
@@ -103,11 +109,14 @@ def build(studio: Studio, folder: Path) -> Any:
             raise gr.Error("There is no such sample.", print_exception=False)
         return samples()[index], samples()[index].image()
 
-    def take(upload: dict[str, Any] | None) -> Any:
+    def take(upload: dict[str, Any] | None, before: Photo | None) -> Any:
+        """An upload; what is no image leaves the one before in its place."""
         try:
-            return None if not upload else from_upload(str(upload.get("path")), folder)
+            photo = None if not upload else from_upload(str(upload.get("path")), folder)
         except DemoError as error:
+            yield gr.skip(), None if before is None else before.image()
             raise gr.Error(str(error), print_exception=False, title="No image") from None
+        yield photo, gr.skip()
 
     def pick(event: gr.SelectData, photo: Photo | None, name: str, weights: str) -> Any:
         """A class, by a click on one of the predictions."""
@@ -147,8 +156,8 @@ def build(studio: Studio, folder: Path) -> Any:
                     elem_id="samples",
                 )
                 name = gr.Dropdown(
-                    [*zoo.names(), *SUGGESTED],
-                    value=zoo.names()[0],
+                    [*studio.trained, *SUGGESTED],
+                    value=studio.trained[0],
                     allow_custom_value=True,
                     label="Model",
                     info="The two minis come with the package, trained. Any other name of timm's can be typed.",
@@ -167,23 +176,24 @@ def build(studio: Studio, folder: Path) -> Any:
                 predictions = gr.Label(num_top_classes=_TOP, label="Predictions", show_heading=False, elem_id="top")
             with gr.Column(scale=5, min_width=320):
                 with gr.Row(elem_id="question"):
-                    target = gr.Dropdown([], label="Class to explain", filterable=True, min_width=220, elem_id="target")
-                    rule = gr.Radio(
-                        list(rule_names()), value="lnstat", label="Rule", scale=2, min_width=300, elem_id="rule"
-                    )
+                    target = gr.Dropdown([], label="Class to explain", filterable=True, min_width=200, elem_id="target")
+                    other = gr.Dropdown([], label="Second class", filterable=True, min_width=200, elem_id="other")
+                    depth = gr.Slider(0, 1, 0, step=1, label="Read after block", min_width=200, elem_id="depth")
                 with gr.Row(elem_id="options"):
-                    depth = gr.Slider(0, 1, 0, step=1, label="Read after block", min_width=220, elem_id="depth")
-                    with gr.Column(scale=2, min_width=300):
+                    rule = gr.Radio(
+                        list(rule_names()), value="lnstat", label="Rule", scale=3, min_width=420, elem_id="rule"
+                    )
+                    with gr.Column(scale=2, min_width=240):
                         contrastive = gr.Checkbox(
                             label="contrastive: against the other classes", container=False, elem_id="contrastive"
                         )
-                        beside = gr.CheckboxGroup(
-                            [(METHODS[name].title, name) for name in BESIDE],
-                            value=list(BESIDE[:3]),
-                            label="Beside it",
-                            container=False,
-                            elem_id="beside",
-                        )
+                beside = gr.CheckboxGroup(
+                    [(METHODS[name].title, name) for name in BESIDE],
+                    value=list(BESIDE[:3]),
+                    label="Beside it",
+                    container=False,
+                    elem_id="beside",
+                )
                 results = gr.HTML(report.idle(), elem_id="results")
 
         # One computation at a time; of what is asked for meanwhile, the last.
@@ -196,13 +206,15 @@ def build(studio: Studio, folder: Path) -> Any:
             "trigger_mode": "always_last",
         }
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        first = [photo, name, weights, rule, contrastive, beside], [predictions, target, depth, weights, results]
-        more = [photo, name, weights, target, rule, depth, contrastive, beside], [depth, results]
+        first = [photo, name, weights, rule, contrastive, beside], [predictions, target, other, depth, weights, results]
+        more = [photo, name, weights, target, other, rule, depth, contrastive, beside], [depth, results]
         gr.on([page.load, name.input, weights.input], start, *first, **shared)
         gallery.select(choose, None, [photo, image], **quick).then(start, *first, **shared)
-        image.upload(take, image, photo, preprocess=False, **quick).success(start, *first, **shared)
+        uploaded = image.upload(take, [image, photo], [photo, image], preprocess=False, **quick)
+        uploaded.success(start, *first, **shared)
         image.clear(lambda: None, None, photo, **quick).then(start, *first, **shared)
-        gr.on([target.input, rule.input, depth.input, contrastive.input, beside.input], again, *more, **shared)
+        asked = (target, other, rule, depth, contrastive, beside)
+        gr.on([each.input for each in asked], again, *more, **shared)
         predictions.select(pick, [photo, name, weights], target, **quick).then(again, *more, **shared)
     return page.queue(max_size=32)
 

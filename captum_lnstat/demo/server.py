@@ -13,6 +13,7 @@ from typing import Any
 
 from captum_lnstat.demo.guard import Guard
 from captum_lnstat.demo.photo import MAX_BYTES
+from captum_lnstat.explanation.subject.subject import Subject
 
 LOOPBACK = ("127.0.0.1", "localhost")
 _SESSIONS = 16  # visitors whose image is kept at a time
@@ -30,7 +31,7 @@ def free_port(host: str, port: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(host: str, port: int, ready: Callable[[str], None]) -> None:
+def serve(host: str, port: int, ready: Callable[[str], None], own: Subject | None = None) -> None:
     """Serve the page until the process is told to stop (Ctrl-C or SIGTERM).
 
     All that is written while it runs, uploads included, lies in one temporary folder, which is removed at the end.
@@ -39,6 +40,7 @@ def serve(host: str, port: int, ready: Callable[[str], None]) -> None:
         host: Address to listen on.
         port: Port to listen on; 0 for any that is free.
         ready: Called with the page's address once it is there.
+        own: A model to begin with.
 
     Raises:
         OSError: The port cannot be listened on.
@@ -48,7 +50,7 @@ def serve(host: str, port: int, ready: Callable[[str], None]) -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
         with tempfile.TemporaryDirectory(prefix="captum-lnstat-demo-") as folder:
-            page = _launch(host, port, Path(folder))
+            page = _launch(host, port, Path(folder), own)
             try:
                 ready(page.local_url)
                 while not stop.wait(3600):
@@ -61,7 +63,7 @@ def serve(host: str, port: int, ready: Callable[[str], None]) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _launch(host: str, port: int, folder: Path) -> Any:
+def _launch(host: str, port: int, folder: Path, own: Subject | None) -> Any:
     _settle(host, folder)
     from starlette.middleware import Middleware
 
@@ -70,7 +72,7 @@ def _launch(host: str, port: int, folder: Path) -> Any:
 
     hosts = LOOPBACK if host in LOOPBACK else None
     guard = Middleware(Guard, folder=folder, hosts=hosts, max_upload=MAX_BYTES)
-    page = build(Studio(), folder)
+    page = build(Studio(own), folder)
     page.launch(
         server_name=host,
         server_port=port,

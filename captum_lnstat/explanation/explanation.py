@@ -18,7 +18,8 @@ from captum_lnstat.explanation.prediction import Prediction, percent
 from captum_lnstat.explanation.provenance import Provenance
 from captum_lnstat.explanation.subject.crop import Box, on_image
 from captum_lnstat.explanation.writing import SUFFIXES, about, write_map
-from captum_lnstat.visualize.colors import PLAIN, Look, Scale, faded, overlay
+from captum_lnstat.visualize.colors import PLAIN, Look, Scale, faded, outlined, overlay
+from captum_lnstat.visualize.photograph import framed
 from captum_lnstat.visualize.writing import write_image
 
 if TYPE_CHECKING:
@@ -83,15 +84,29 @@ class Explanation(Prediction):
         drawn = overlay(pixels_of(self.image), self.relevance, signed=self.signed, look=self.look)
         return Image.fromarray(_eight_bits(drawn))
 
-    def with_look(self, colormap: str | None = None, alpha: float | None = None, *, grey: bool = False) -> Explanation:
+    def with_look(
+        self, colormap: str | None = None, alpha: float | None = None, *, grey: bool = False, contour: bool = False
+    ) -> Explanation:
         """The same explanation, drawn in another way.
 
         Args:
             colormap: A colormap of matplotlib, in the place of inferno or, for signed maps, of red and blue.
             alpha: How much the strongest relevance covers of the image, 0 to 1.
             grey: The image in grey, so that colour means relevance alone.
+            contour: A line around the fifth of the pixels that is most relevant.
         """
-        return replace(self, look=Look(colormap, alpha, grey))
+        return replace(self, look=Look(colormap, alpha, grey, contour))
+
+    def smaller(self, longer: int) -> Explanation:
+        """The same with an original whose longer side is at most so many pixels."""
+        if self.original is None or self.box is None or max(self.original.size) <= longer:
+            return self
+        wide, high = self.original.size
+        factor = longer / max(wide, high)
+        small = self.original.resize((max(round(wide * factor), 1), max(round(high * factor), 1)))
+        across, down = small.width / wide, small.height / high
+        left, top, right, bottom = self.box
+        return replace(self, original=small, box=(left * across, top * down, right * across, bottom * down))
 
     @cached_property
     def values_on_original(self) -> Float[np.ndarray, "height width"]:
@@ -133,14 +148,25 @@ class Explanation(Prediction):
         scale = Scale.of([values[seen]], signed=self.signed)
         photo = np.asarray(self.original.convert("RGB"))
         drawn = np.empty_like(photo)
+        look = replace(self.look, contour=False)
         # A photograph in floating colours takes gigabytes: some rows at a time.
         rows = max(_PIXELS // photo.shape[1], 1)
         for top_row in range(0, len(photo), rows):
             part = slice(top_row, top_row + rows)
             pixels, inside = photo[part] / 255, seen[part]
-            laid = overlay(pixels, np.where(inside, values[part], scale.low), scale=scale, look=self.look)
+            laid = overlay(pixels, np.where(inside, values[part], scale.low), scale=scale, look=look)
             drawn[part] = _eight_bits(np.where(inside[..., None], laid, 0.6 * faded(pixels)))
+        if self.look.contour:
+            black, white = outlined(values)
+            drawn[black], drawn[white] = 0, 255
         return Image.fromarray(drawn)
+
+    @property
+    def framed(self) -> Float[np.ndarray, "y x 3"] | None:
+        """The photograph that was given, with a frame around what the model saw; nothing if that is all, or unknown."""
+        if self.original is None or self.box is None:
+            return None
+        return framed(self.original.convert("RGB"), self.box, (self.image.height, self.image.width))
 
     def save(self, path: str | Path, *, original: bool = False, raw: bool = False) -> Path:
         """Write the overlay, or the map itself; what was there is replaced in one step, no half is ever left.

@@ -74,6 +74,11 @@ class Prediction:
             return ()
         return tuple((self.label(index), float(self.probabilities[index])) for index in self.ranked(count))
 
+    def likeliest(self, count: int = 5) -> tuple[tuple[str, str, float], ...]:
+        """The likeliest classes for a picture: names without their indices, probabilities in words and as numbers."""
+        top = self.top(count)
+        return tuple((name.rpartition(" (")[0] or name, percent(share), share) for name, share in top)
+
     def faint(self, target: int) -> tuple[str, ...]:
         """What has to be known of the map of a class that the model all but rules out; nothing of others."""
         if self.probabilities is None or self.probabilities[target] >= FAINT_TARGET:

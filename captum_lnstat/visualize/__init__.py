@@ -12,6 +12,7 @@ from captum_lnstat.visualize.compare import ComparedImage, compare_sheet, compar
 from captum_lnstat.visualize.frames import frame_sheet
 from captum_lnstat.visualize.layers import head_sheet, layer_sheet
 from captum_lnstat.visualize.maps import to_map, to_picture
+from captum_lnstat.visualize.photograph import framed
 from captum_lnstat.visualize.sheet import Panel, draw_sheet, draw_targets
 from captum_lnstat.visualize.writing import write_figure, write_sheet
 
@@ -36,6 +37,7 @@ __all__ = [
     "draw_sheet",
     "draw_targets",
     "frame_sheet",
+    "framed",
     "head_sheet",
     "layer_sheet",
     "overlay",

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from captum_lnstat.visualize.colors import DIVERGING, GREY, Look, Scale, paint
+from captum_lnstat.visualize.colors import DIVERGING, PLAIN, Look, Scale, paint
 
 if TYPE_CHECKING:
     from captum_lnstat.visualize.maps import Picture
 
 DPI = 120
-INK, FAINT = "#222222", "#666666"
+INK, FAINT, RULE = "#222222", "#666666", "#e4e4e4"
+# The name of a class, its probability in words and as a number.
+Likely = tuple[str, str, float]
 # Inches. Cells shrink until they fit the width of a page, then the sheet becomes wider.
 _PAGE, _LARGEST, _SMALLEST, _GAP = 12.0, 2.9, 1.05, 0.08
 _LABEL, _BAR, _LINE, _HEAD, _FOOT, _MARGIN = 1.5, 0.95, 0.16, 0.45, 0.32, 0.12
+# Behind the numbers of scales that are not one, and what it means.
+DIFFERS = "\N{NOT EQUAL TO}"
+DIFFER = f"{DIFFERS} scales differ: the same colour is not the same relevance"
+# To the right of all: the likeliest classes.
+_CLASSES = 2.3
 # Below a cell that has a bar of its own.
 _UNDER, _TITLE_LINE = 0.22, 0.2
 # Characters that fit on an inch of the two sizes of text.
@@ -53,7 +61,7 @@ class Bar:
         return paint(np.linspace(-1.0 if signed else 0.0, 1.0, 256)[None], self.colormap, signed=signed)
 
     @classmethod
-    def of(cls, scale: Scale | None, *, signed: bool = False, look: Look = GREY) -> Bar:
+    def of(cls, scale: Scale | None, *, signed: bool = False, look: Look = PLAIN) -> Bar:
         """The bar of a scale, with its numbers; without a scale, of maps that each have their own."""
         colormap = look.colors(signed=signed if scale is None else scale.signed)
         if scale is None:
@@ -62,6 +70,20 @@ class Bar:
         if scale.signed:
             return cls(colormap, f"{-scale.high:.2g}", f"{scale.high:.2g}", "0", signed=True)
         return cls(colormap, f"{scale.low:.2g}", f"{scale.high:.2g}", signed=False)
+
+
+def told_apart(bars: Sequence[Bar | None]) -> tuple[Bar | None, ...]:
+    """The same, each with a mark if their ends differ: one colour is not one relevance."""
+    if len({(bar.low, bar.high) for bar in bars if bar is not None}) < 2:
+        return tuple(bars)
+    return tuple(bar and replace(bar, high=f"{bar.high} {DIFFERS}") for bar in bars)
+
+
+def notes(bars: Sequence[Bar | None], look: Look, *others: str) -> str:
+    """What has to be known to read a sheet, in words."""
+    differ = any(bar is not None and bar.high.endswith(DIFFERS) for bar in bars)
+    line = "line: the fifth of the pixels with the most relevance" if look.contour else ""
+    return "; ".join(filter(None, (*others, DIFFER if differ else "", line)))
 
 
 @dataclass(frozen=True)
@@ -85,14 +107,19 @@ class Row:
     bars: tuple[Bar | None, ...] = ()
 
 
-def draw_rows(rows: Sequence[Row], title: str, *, titles: Sequence[str] = (), note: str | Sequence[Bar] = "") -> Figure:
+def draw_rows(
+    rows: Sequence[Row], title: str, *, titles: Sequence[str] = (), note: str = "", legends: Sequence[Bar] = (),
+    beside: Sequence[Likely] = (),
+) -> Figure:  # fmt: skip
     """Draw rows of pictures below each other.
 
     Args:
         rows: At least one, with at least one cell.
         title: Shown above them all; its lines are kept.
         titles: Shown above the columns; lines are kept, long ones are broken.
-        note: Shown below them all: words, or what the colours mean.
+        note: Shown below them all, in words.
+        legends: Shown below them all: what the colours mean.
+        beside: Shown to their right: classes, and how likely each is.
 
     Returns:
         A figure that belongs to no pyplot state.
@@ -113,10 +140,18 @@ def draw_rows(rows: Sequence[Row], title: str, *, titles: Sequence[str] = (), no
     above = [_wrapped(titles, cell), *(_wrapped(row.titles, cell) for row in rows)]
     lines = [max((text.count("\n") + 1 for text in texts), default=0) * _LINE for texts in above]
     begin = _MARGIN + (_LABEL if any(row.label for row in rows) else 0)
-    width = begin + columns * (cell + _GAP) + (_BAR if any(row.bar for row in rows) else _MARGIN - _GAP)
+    right = begin + columns * (cell + _GAP) + (_BAR if any(row.bar for row in rows) else _MARGIN - _GAP)
+    width = right + (_CLASSES if beside else 0)
+    feet = [bool(legends), bool(note)]
     head = _HEAD + _TITLE_LINE * title.count("\n")
     height = (
-        head + lines[0] + sum(heights) + sum(under) + sum(lines[1:]) + _GAP * len(rows) + (_FOOT if note else _MARGIN)
+        head
+        + lines[0]
+        + sum(heights)
+        + sum(under)
+        + sum(lines[1:])
+        + _GAP * len(rows)
+        + max(_FOOT * sum(feet), _MARGIN)
     )
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -130,12 +165,23 @@ def draw_rows(rows: Sequence[Row], title: str, *, titles: Sequence[str] = (), no
         _write_above(figure, above[place + 1], top, lefts, cell)
         _draw_row(figure, row, top, lefts, cell, heights[place])
         top -= heights[place] + under[place] + _GAP
-    if isinstance(note, str):
-        write(figure, 0.5 * width, 0.5 * _FOOT, note, 9, color=FAINT)
-        return figure
-    for place, bar in enumerate(note):
-        _draw_legend(figure, bar, width * (place + 0.5) / len(note))
+    write(figure, 0.5 * right, 0.5 * _FOOT, note, 9, color=FAINT)
+    for place, bar in enumerate(legends):
+        _draw_legend(figure, bar, right * (place + 0.5) / len(legends), _FOOT * (0.5 + bool(note)))
+    _draw_classes(figure, beside, right, height - head - lines[0] - lines[1])
     return figure
+
+
+def _draw_classes(figure: Figure, classes: Sequence[Likely], left: float, top: float) -> None:
+    """The likeliest classes: below each name a bar, as long as it is likely."""
+    length = _CLASSES - 2 * _MARGIN
+    for place, (name, words, share) in enumerate(classes):
+        y = top - 0.1 - 0.42 * place
+        write(figure, left, y, textwrap.shorten(name, int(0.8 * length * _LETTERS), placeholder="..."), 9, ha="left")
+        write(figure, left + length, y, words, 9, ha="right", color=FAINT)
+        for color, part in ((RULE, 1.0), (INK, share)):
+            axes = axes_at(figure, left, y - 0.2, max(part * length, 0.01), 0.06)
+            axes.add_patch(Rectangle((0, 0), 1, 1, color=color, linewidth=0))
 
 
 def _wrapped(texts: Sequence[str], cell: float) -> list[str]:
@@ -143,9 +189,21 @@ def _wrapped(texts: Sequence[str], cell: float) -> list[str]:
     letters = max(int(cell * _LETTERS), 8)
     found = []
     for text in texts:
-        lines = [line for part in text.splitlines() for line in textwrap.wrap(part, letters) or [""]]
+        lines = [line for part in text.splitlines() for line in _lines(part, letters)]
         found.append("\n".join([*lines[:2], textwrap.shorten(" ".join(lines[2:]), letters, placeholder="...")])
                      if len(lines) > 3 else "\n".join(lines))  # fmt: skip
+    return found
+
+
+def _lines(text: str, letters: int) -> list[str]:
+    """Lines of so many letters: words, and of a word that is longer the parts between dots and underscores."""
+    found = []
+    for line in textwrap.wrap(text, letters, break_long_words=False) or [""]:
+        while len(line) > letters:
+            cut = max(line.rfind(mark, 0, letters) for mark in "._-/") + 1 or letters
+            found.append(line[:cut])
+            line = line[cut:]
+        found.append(line)
     return found
 
 
@@ -185,17 +243,16 @@ def _draw_bar(figure: Figure, bar: Bar, left: float, middle: float, height: floa
 
 def _draw_under(figure: Figure, bar: Bar, left: float, middle: float, cell: float) -> None:
     """A lying bar below a cell, with its numbers at both ends."""
-    axes_at(figure, left + 0.3 * cell, middle - 0.04, 0.4 * cell, 0.08).imshow(bar.ramp, aspect="auto")
+    axes_at(figure, left + 0.3 * cell, middle - 0.04, 0.3 * cell, 0.08).imshow(bar.ramp, aspect="auto")
     write(figure, left + 0.27 * cell, middle, bar.low, 7.5, ha="right", color=FAINT)
-    write(figure, left + 0.73 * cell, middle, bar.high, 7.5, ha="left", color=FAINT)
+    write(figure, left + 0.63 * cell, middle, bar.high, 7.5, ha="left", color=FAINT)
 
 
-def _draw_legend(figure: Figure, bar: Bar, middle: float) -> None:
+def _draw_legend(figure: Figure, bar: Bar, middle: float, y: float) -> None:
     """A lying bar in the foot, with its ends in words."""
-    axes = axes_at(figure, middle - 0.7, 0.5 * _FOOT - 0.06, 1.4, 0.12)
-    axes.imshow(bar.ramp, aspect="auto")
-    write(figure, middle - 0.76, 0.5 * _FOOT, bar.low, 9, ha="right", color=FAINT)
-    write(figure, middle + 0.76, 0.5 * _FOOT, bar.high, 9, ha="left", color=FAINT)
+    axes_at(figure, middle - 0.7, y - 0.06, 1.4, 0.12).imshow(bar.ramp, aspect="auto")
+    write(figure, middle - 0.76, y, bar.low, 9, ha="right", color=FAINT)
+    write(figure, middle + 0.76, y, bar.high, 9, ha="left", color=FAINT)
 
 
 def draw_pixels(axes: Axes, pixels: Picture, width: float) -> None:

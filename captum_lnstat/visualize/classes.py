@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.recording.forward import Output
-from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
-from captum_lnstat.visualize.colors import GREY, Look, Scale, overlay
+from captum_lnstat.visualize.canvas import Bar, Row, draw_rows, notes
+from captum_lnstat.visualize.colors import PLAIN, Look, Scale, overlay
 from captum_lnstat.visualize.maps import to_map
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def class_sheet(
     title: str,
     *,
     output: Output = None,
-    look: Look = GREY,
+    look: Look = PLAIN,
 ) -> Figure:
     """The contrast of two classes.
 
@@ -57,16 +57,17 @@ def class_sheet(
         method = LNStatAttribution(model, rule=rule, output=output)
         one, other = (to_map(method.attribute(inputs, target)[0]) for target in targets)
         scale = Scale.of([one, other], signed=rule == "evidence")
-        apart = one - other
+        apart, differ = one - other, Scale(0.0, scale.high - scale.low, signed=True)
         cells = (
             image if not rows else None,
             overlay(image, one, scale=scale, look=look),
             overlay(image, other, scale=scale, look=look),
-            overlay(image, apart, scale=Scale(0.0, scale.high - scale.low, signed=True), look=look),
+            overlay(image, apart, scale=differ, look=look),
         )
-        rows.append(Row(label, cells, Bar.of(scale, look=look), "of the score, a pixel; both classes on one scale"))
+        bars = (None, *(Bar.of(each, look=look) for each in (scale, scale, differ)))
+        rows.append(Row(label, cells, None, "of the score, a pixel; both classes on one scale", bars=bars))
     heads = ["image", names[0], names[1], f"{names[0]}\nminus {names[1]}"]
     note = "last column: red for the first class, blue for the second"
     if look.colormap is not None:
         note = "last column: upper end of the colours for the first class, lower end for the second"
-    return draw_rows(rows, title, titles=heads, note=note)
+    return draw_rows(rows, title, titles=heads, note=notes([], look, note))

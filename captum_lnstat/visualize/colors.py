@@ -22,6 +22,10 @@ SEQUENTIAL, DIVERGING, STATISTIC = "inferno", "RdBu_r", "cividis"
 _GREY = np.array([0.299, 0.587, 0.114])
 # A map that varies by less than float error of its size is flat; stretched to full contrast it would show only noise.
 _FLAT = 1e-5
+# Share of the pixels that a contour is drawn around.
+_OUTLINED = 0.2
+# Where more than this share of them lies at its edge, they are specks.
+_SCATTERED = 0.85
 # Per cent of the pixels that may saturate: one hot patch, or one hot pixel of a gradient method, would hide all others.
 _SATURATED = 1.0
 
@@ -86,6 +90,7 @@ class Look:
         colormap: A colormap of matplotlib, in the place of inferno or, for signed maps, of red and blue.
         alpha: How much the strongest relevance covers of the image, 0 to 1; None for what suits the image's colours.
         grey: The image in grey, lifted and flattened, so that colour means relevance alone; else as it is.
+        contour: A line around the fifth of the pixels that is most relevant.
 
     Example:
         >>> overlay(np.zeros((1, 2, 3)), np.array([[0.0, 1.0]]), look=Look("viridis", 1.0)).round(2).tolist()
@@ -95,6 +100,7 @@ class Look:
     colormap: str | None = None
     alpha: float | None = None
     grey: bool = False
+    contour: bool = False
 
     def colors(self, *, signed: bool) -> str:
         """The colormap of a map."""
@@ -134,7 +140,7 @@ def scaled(relevance: Map, *, signed: bool = False) -> Map:
     return Scale.of([relevance], signed=signed)(relevance)
 
 
-def colored(relevance: Map, *, signed: bool = False, scale: Scale | None = None, look: Look = GREY) -> Picture:
+def colored(relevance: Map, *, signed: bool = False, scale: Scale | None = None, look: Look = PLAIN) -> Picture:
     """Relevance as colours: dark to bright if it is not signed; red for, blue against, white for neither if it is.
 
     Args:
@@ -162,7 +168,7 @@ def paint(values: Map, colormap: str, *, signed: bool | None = None) -> Picture:
 
 
 def overlay(
-    image: Picture, relevance: Map, *, signed: bool = False, scale: Scale | None = None, look: Look = GREY
+    image: Picture, relevance: Map, *, signed: bool = False, scale: Scale | None = None, look: Look = PLAIN
 ) -> Picture:
     """Relevance laid over the image: the more relevant a pixel the more of its colour.
 
@@ -191,11 +197,15 @@ def overlay(
     laid = rgba(relevance, signed=signed, scale=scale, look=look)
     base = faded(image, signed=signed if scale is None else scale.signed) if look.grey else image
     weight = look.cover * laid[..., 3:]
-    return np.asarray(base * (1 - weight) + laid[..., :3] * weight)
+    drawn = np.asarray(base * (1 - weight) + laid[..., :3] * weight)
+    if look.contour:
+        black, white = outlined(relevance)
+        drawn[black], drawn[white] = 0, 1
+    return drawn
 
 
 def rgba(
-    relevance: Map, *, signed: bool = False, scale: Scale | None = None, look: Look = GREY
+    relevance: Map, *, signed: bool = False, scale: Scale | None = None, look: Look = PLAIN
 ) -> Float[np.ndarray, "height width 4"]:
     """Relevance as colours that an image shows through: laid over it at the opacity ``look.cover``, it is ``overlay``.
 
@@ -218,7 +228,37 @@ def rgba(
     if scale.signed:
         # The pale middle of the diverging colours would outline every change of sign.
         values = np.sign(values) * (0.4 + 0.6 * np.abs(values))
-    return np.concatenate([paint(values, look.colors(signed=scale.signed), signed=scale.signed), weight], -1)
+    laid = np.concatenate([paint(values, look.colors(signed=scale.signed), signed=scale.signed), weight], -1)
+    if look.contour:
+        black, white = outlined(relevance)
+        laid[black], laid[white] = (0, 0, 0, 1), 1
+    return laid
+
+
+def outlined(relevance: Map) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The contour of what is most relevant: its black pixels, and within them its white ones.
+
+    It is drawn around a fifth of the pixels, or around all relevant ones if they are fewer. NaN lies outside. Around
+    single pixels, as gradients scatter them, there is none: it would hide the picture.
+
+    Example:
+        >>> black, white = outlined(np.array([[-1.0, 0.0, 0.0, 2.0, 2.0, 2.0]]))
+        >>> black.astype(int).tolist(), white.astype(int).tolist()
+        ([[0, 0, 1, 0, 0, 0]], [[0, 0, 0, 1, 0, 0]])
+    """
+    inside = relevance >= max(float(np.nanquantile(relevance, 1 - _OUTLINED)), np.finfo(float).tiny)
+    width = max(round(max(inside.shape) / 400), 1)
+    black, white = _grown(inside, width) & ~inside, _grown(~inside, width) & inside
+    scattered = white.sum() > _SCATTERED * inside.sum()
+    return black & ~scattered, white & ~scattered
+
+
+def _grown(region: np.ndarray[Any, Any], steps: int) -> np.ndarray[Any, Any]:
+    """A region with the pixels that are at most so many steps beside it."""
+    for _ in range(steps):
+        padded = np.pad(region, 1)
+        region = region | padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2]
+    return region
 
 
 def faded(image: Picture, *, signed: bool = False) -> Picture:

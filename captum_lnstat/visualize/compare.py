@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from captum_lnstat.attribution.methods import METHODS, Method, method_of_rule
 from captum_lnstat.recording.forward import Output
-from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
-from captum_lnstat.visualize.colors import GREY, Look, Scale, overlay
+from captum_lnstat.visualize.canvas import Bar, Row, draw_rows, notes, told_apart
+from captum_lnstat.visualize.colors import PLAIN, Look, Scale, overlay
 from captum_lnstat.visualize.maps import to_map
 from captum_lnstat.visualize.sheet import Panel
 
@@ -71,11 +71,13 @@ class ComparedImage:
         title: What is shown above it; lines are kept.
         image: ``(height, width, 3)``, as the model saw it.
         maps: One for every method, as large as the image.
+        photo: Shown in the place of the image, as from ``framed``.
     """
 
     title: str
     image: Picture
     maps: tuple[Map, ...]
+    photo: Picture | None = None
 
 
 def compare_sheet(
@@ -84,7 +86,7 @@ def compare_sheet(
     title: str,
     *,
     scale: ScaleOf = "method",
-    look: Look = GREY,
+    look: Look = PLAIN,
 ) -> Figure:
     """Several methods on several images.
 
@@ -115,7 +117,9 @@ def compare_sheet(
     if scale == "shared":
         columns = [tuple(each / (np.abs(each).mean() or 1.0) for each in maps) for maps in columns]
     top = Scale.of([np.abs(each) for maps in columns for each in maps]).high if scale == "shared" else 0.0
-    rows = [Row("image", tuple(image.image for image in images))]
+    photos = [image.image if image.photo is None else image.photo for image in images]
+    seen = "" if all(image.photo is None for image in images) else "the frame is what the model saw"
+    rows = [Row("image", tuple(photos), note=seen)]
     for place, method in enumerate(methods):
         maps = [column[place] for column in columns]
         if scale == "shared":
@@ -130,6 +134,10 @@ def compare_sheet(
         )
         unit = method.unit if scale == "method" else ""
         bar = Bar.of(None if scale == "map" else shown[0], signed=method.signed, look=look)
-        bars = tuple(Bar.of(one, look=look) for one in shown) if scale == "map" else ()
+        bars = told_apart([Bar.of(one, look=look) for one in shown]) if scale == "map" else ()
         rows.append(Row(method.title, cells, bar, unit, bars=bars))
-    return draw_rows(rows, title, titles=[image.title for image in images], note=_NOTES[scale])
+    if scale == "method":
+        marked = told_apart([row.bar for row in rows])
+        rows = [replace(row, bar=bar) for row, bar in zip(rows, marked, strict=True)]
+    note = notes([bar for row in rows for bar in (row.bar, *row.bars)], look, _NOTES[scale])
+    return draw_rows(rows, title, titles=[image.title for image in images], note=note)

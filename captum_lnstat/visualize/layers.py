@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -10,14 +11,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from captum_lnstat.attribution.descent import BlockRelevance, HeadRelevance
-from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
-from captum_lnstat.visualize.colors import GREY, STATISTIC, Look, Scale, overlay, paint
+from captum_lnstat.visualize.canvas import Bar, Row, draw_rows, notes, told_apart
+from captum_lnstat.visualize.colors import PLAIN, STATISTIC, Look, Scale, overlay, paint
 
 if TYPE_CHECKING:
     from captum_lnstat.visualize.maps import Map, Picture
 
 # More columns than these are too small to read: every second, third, ... block is shown, always the last.
-_BLOCKS, _HEAD_BLOCKS = 12, 6
+_BLOCKS, _HEAD_BLOCKS, _HEADS = 12, 6, 8
 
 _Record = TypeVar("_Record")
 
@@ -29,7 +30,7 @@ def layer_sheet(
     *,
     signed: bool = False,
     most: int = _BLOCKS,
-    look: Look = GREY,
+    look: Look = PLAIN,
 ) -> Figure:
     """Relevance on its way down, with the residual shares and token variances that steer it.
 
@@ -52,6 +53,7 @@ def layer_sheet(
         overlay(image, _enlarged(each, block.cell, image), scale=scale, look=look)
         for each, block, scale in zip(maps, shown, scales, strict=True)
     ]
+    bars = told_apart([Bar.of(scale, look=look) for scale in scales])
     shares = [paint(_array(block.residual), STATISTIC) for block in shown]
     # Outlier tokens have a hundred times the variance of the others: a scale of powers shows both.
     spread = [np.log10(np.maximum(_array(block.variance), 1e-12)) for block in shown]
@@ -62,7 +64,7 @@ def layer_sheet(
             tuple(cells),
             Bar.of(None, signed=signed, look=look),
             "own scale each",
-            bars=tuple(Bar.of(scale, look=look) for scale in scales),
+            bars=bars,
         ),
         Row(
             "residual share",
@@ -76,17 +78,17 @@ def layer_sheet(
             tuple(variances),
             Bar(STATISTIC, "least", "most"),
             "at the first LayerNorm, powers of ten",
-            tuple(f"{10 ** each.min():.2g} to {10 ** each.max():.2g}" for each in spread),
+            tuple(span(10 ** each.min(), 10 ** each.max()) for each in spread),
         ),
     ]
-    note = "from the head (left) to the image (right)" + _left_out(blocks, shown)
+    note = notes(bars, look, "from the head (left) to the image (right)" + _left_out(blocks, shown))
     return draw_rows(rows, title, titles=[block.name for block in shown], note=note)
 
 
 def head_sheet(
-    blocks: Sequence[HeadRelevance], image: Picture, title: str, *, most: int = _HEAD_BLOCKS, look: Look = GREY
+    blocks: Sequence[HeadRelevance], image: Picture, title: str, *, most: int = _HEAD_BLOCKS, look: Look = PLAIN
 ) -> Figure:
-    """What every attention head hands down: blocks by rows, heads by columns, one scale a row.
+    """What every attention head hands down: blocks below each other, one scale a block.
 
     Args:
         blocks: From ``descend_heads``, the image's end first.
@@ -100,11 +102,16 @@ def head_sheet(
     for block in shown:
         maps = [_array(head) for head in block.heads]
         scale = Scale.of(maps)
-        cells = tuple(overlay(image, _enlarged(each, block.cell, image), scale=scale, look=look) for each in maps)
-        rows.append(Row(block.name, cells, Bar.of(scale, look=look), "share, a token"))
-    note = "from the head of the model (above) to the image (below), one scale a row" + _left_out(blocks, shown)
-    count = max(len(row.cells) for row in rows)
-    return draw_rows(rows, title, titles=[f"head {number}" for number in range(count)], note=note)
+        cells = [overlay(image, _enlarged(each, block.cell, image), scale=scale, look=look) for each in maps]
+        lines = math.ceil(len(cells) / _HEADS)
+        wide = math.ceil(len(cells) / lines)
+        for start in range(0, len(cells), wide):
+            titles = tuple(f"head {number}" for number in range(start, min(start + wide, len(cells))))
+            words = ("", "") if start else (block.name, "share, a token")
+            row = tuple(cells[start : start + wide])
+            rows.append(Row(words[0], row, Bar.of(scale, look=look), words[1], titles))
+    note = "from the head of the model (above) to the image (below), one scale a block" + _left_out(blocks, shown)
+    return draw_rows(rows, title, note=notes([], look, note))
 
 
 def _spaced(blocks: Sequence[_Record], most: int) -> list[_Record]:
@@ -115,6 +122,24 @@ def _spaced(blocks: Sequence[_Record], most: int) -> list[_Record]:
         return list(blocks)
     places = np.linspace(len(blocks) - 1, 0, most).round().astype(int)[::-1]
     return [blocks[place] for place in places]
+
+
+def span(low: float, high: float) -> str:
+    """Both ends in words, with a digit more than tells them apart, and one alone where none does.
+
+    Example:
+        >>> span(0.5, 120.0), span(0.999, 1.001), span(1.0, 1.0)
+        ('0.5 to 120', '0.999 to 1.001', '1')
+    """
+    for digits in range(2, 7):
+        if f"{low:.{digits}g}" != f"{high:.{digits}g}":
+            return f"{_short(low, digits + 1)} to {_short(high, digits + 1)}"
+    return _short(low, 2)
+
+
+def _short(value: float, digits: int) -> str:
+    """So many digits, or the whole ones of a large number."""
+    return f"{value:.{max(digits, len(str(int(value))))}g}" if value < 1e5 else f"{value:.{digits}g}"
 
 
 def _left_out(blocks: Sequence[_Record], shown: Sequence[_Record]) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from captum_lnstat.visualize.canvas import Bar, Row, draw_rows
-from captum_lnstat.visualize.colors import DIVERGING, GREY, SEQUENTIAL, Look, Scale, colored, overlay
+from captum_lnstat.visualize.canvas import Bar, Likely, Row, draw_rows, notes, told_apart
+from captum_lnstat.visualize.colors import DIVERGING, PLAIN, SEQUENTIAL, Look, Scale, colored, overlay
 
 if TYPE_CHECKING:
     from captum_lnstat.visualize.maps import Map, Picture
@@ -36,7 +36,10 @@ class Panel:
     signed: bool = False
 
 
-def draw_sheet(image: Picture, panels: Sequence[Panel], title: str, *, look: Look = GREY) -> Figure:
+def draw_sheet(
+    image: Picture, panels: Sequence[Panel], title: str, *, look: Look = PLAIN, photo: Picture | None = None,
+    beside: Sequence[Likely] = (),
+) -> Figure:  # fmt: skip
     """One sheet: image, map and overlay of the first panel, then the overlays of the others, three to a row.
 
     Args:
@@ -44,6 +47,8 @@ def draw_sheet(image: Picture, panels: Sequence[Panel], title: str, *, look: Loo
         panels: At least one.
         title: Shown above them all, on one line.
         look: How maps are laid over the image.
+        photo: Shown in the place of the image, as from ``framed``.
+        beside: As for ``draw_rows``.
 
     Returns:
         A figure that belongs to no pyplot state; ``write_sheet`` saves one.
@@ -53,20 +58,16 @@ def draw_sheet(image: Picture, panels: Sequence[Panel], title: str, *, look: Loo
     """
     if not panels:
         raise ValueError("panels is empty; expected at least one")
-    scales = [Scale.of([panel.relevance], signed=panel.signed) for panel in panels]
     first = panels[0]
-    cells: list[tuple[str, Picture, Bar | None]] = [("image", image, None)]
-    own = Bar.of(scales[0], look=look)
-    cells.append((first.title, colored(first.relevance, scale=scales[0], look=look), own))
-    cells.append((f"{first.title}, overlay", overlay(image, first.relevance, scale=scales[0], look=look), own))
-    cells += [
-        (panel.title, overlay(image, panel.relevance, scale=scale, look=look), Bar.of(scale, look=look))
-        for panel, scale in zip(panels[1:], scales[1:], strict=True)
-    ]
-    return _sheet(cells, title, {panel.signed for panel in panels}, look)
+    scale = Scale.of([first.relevance], signed=first.signed)
+    alone = f"{first.title}, map", colored(first.relevance, scale=scale, look=look), Bar.of(scale, look=look)
+    return _sheet(image, panels, title, look, photo, beside, alone=[alone])
 
 
-def draw_targets(image: Picture, panels: Sequence[Panel], title: str, *, look: Look = GREY) -> Figure:
+def draw_targets(
+    image: Picture, panels: Sequence[Panel], title: str, *, look: Look = PLAIN, photo: Picture | None = None,
+    beside: Sequence[Likely] = (),
+) -> Figure:  # fmt: skip
     """One sheet: the image, then the overlays of several maps, such as those of several targets.
 
     Args:
@@ -74,20 +75,31 @@ def draw_targets(image: Picture, panels: Sequence[Panel], title: str, *, look: L
         panels: At least one.
         title: Shown above them all, on one line.
         look: How maps are laid over the image.
+        photo: As for ``draw_sheet``.
+        beside: As for ``draw_rows``.
     """
-    scales = [Scale.of([panel.relevance], signed=panel.signed) for panel in panels]
-    cells: list[tuple[str, Picture, Bar | None]] = [("image", image, None)]
-    cells += [
-        (panel.title, overlay(image, panel.relevance, scale=scale, look=look), Bar.of(scale, look=look))
-        for panel, scale in zip(panels, scales, strict=True)
+    return _sheet(image, panels, title, look, photo, beside)
+
+
+_Cell = tuple[str, "Picture", Bar | None]
+
+
+def _sheet(
+    image: Picture, panels: Sequence[Panel], title: str, look: Look, photo: Picture | None, beside: Sequence[Likely],
+    *, alone: Sequence[_Cell] = (),
+) -> Figure:  # fmt: skip
+    seen = ("image", image, None) if photo is None else ("image (frame: what the model saw)", photo, None)
+    cells: list[_Cell] = [seen, *alone]
+    for panel in panels:
+        scale = Scale.of([panel.relevance], signed=panel.signed)
+        drawn = overlay(image, panel.relevance, scale=scale, look=look)
+        cells.append((panel.title, drawn, Bar.of(scale, look=look)))
+    titles, pictures, bars = zip(*cells, strict=True)
+    bars = told_apart(bars)
+    rows = [
+        Row("", pictures[start:end], titles=titles[start:end], bars=bars[start:end])
+        for start, end in ((start, start + _COLUMNS) for start in range(0, len(cells), _COLUMNS))
     ]
-    return _sheet(cells, title, {panel.signed for panel in panels}, look)
-
-
-def _sheet(cells: Sequence[tuple[str, Picture, Bar | None]], title: str, signed: set[bool], look: Look) -> Figure:
-    rows = []
-    for start in range(0, len(cells), _COLUMNS):
-        titles, pictures, bars = zip(*cells[start : start + _COLUMNS], strict=True)
-        rows.append(Row("", pictures, titles=titles, bars=bars))
-    legends = [replace(BARS[each], colormap=look.colors(signed=each), signed=each) for each in sorted(signed)]
-    return draw_rows(rows, title, note=legends)
+    signed = sorted({panel.signed for panel in panels})
+    legends = [replace(BARS[each], colormap=look.colors(signed=each), signed=each) for each in signed]
+    return draw_rows(rows, title, note=notes(bars, look), legends=legends, beside=beside)

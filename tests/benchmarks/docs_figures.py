@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from captum_lnstat import AttentionRollout, LNStatAttribution, zoo
@@ -31,7 +30,7 @@ from captum_lnstat.visualize import overlay, to_map
 PICTURES = Path(__file__).parents[2] / "docs" / "pictures"
 SCENE = 264  # two objects well apart: a sandal and trousers
 SINGLE = (0, 27, 54, 135, 162)
-CELL, DPI, INK = 1.5, 90, "#222222"
+CELL, DPI, INK = 1.5, 110, "#222222"
 Descent = Iterator[tuple[Block, Tensor]]
 
 
@@ -77,7 +76,7 @@ def on_grid(values: Tensor, prefix: int) -> np.ndarray:
 
 
 class Sheet:
-    """A grid of small pictures with a word above each; at ``dpi`` and in flat colours it stays a small file."""
+    """A grid of small pictures with a word above each; in flat colours it stays a small file."""
 
     def __init__(self, rows: int, columns: int, *, left: float = 0.0, above: float = 0.26) -> None:
         self._rows, self._left, self._above = rows, left, above
@@ -91,7 +90,8 @@ class Sheet:
         axes.set_axis_off()
         axes.set_title(title, fontsize=7.5, color=INK, pad=2.5)
         if values is not None:
-            axes.imshow(values, interpolation="nearest", **{"cmap": "inferno", **options})
+            smooth = "bicubic" if values.ndim == 3 else "nearest"  # a photograph; tokens
+            axes.imshow(values, interpolation=smooth, **{"cmap": "inferno", **options})
         return axes
 
     def row(self, row: int, name: str) -> None:
@@ -108,9 +108,7 @@ class Sheet:
 
     def save(self, name: str) -> None:
         path = PICTURES / name
-        self.figure.savefig(path)
-        # A palette is enough for flat fields and dark photographs, and a third of the bytes.
-        Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+        self.figure.savefig(path, pil_kwargs={"optimize": True})
         print(f"{path.name}: {path.stat().st_size // 1000} kB")
 
 
@@ -186,7 +184,7 @@ def swin_windows() -> None:
     """Which tokens attend to each other: one colour a window, a white line where the mask parts a window."""
     swin, scene = zoo.load("swin-mini"), zoo.scenes()[SCENE]
     trace = traced(swin.model, swin.transform(scene.image)[None])
-    sheet = Sheet(1, 5, above=0.3)
+    sheet = Sheet(1, 5, above=0.4)
     sheet.cell(0, 0, "image, 16 x 16 tokens", picture(scene))
     chosen = [trace.blocks[0], trace.blocks[1], trace.blocks[3], trace.blocks[5]]
     words = ("windows of 4 x 4", "shifted by 2", "8 x 8 tokens, shifted", "4 x 4 tokens, one window")
@@ -196,9 +194,8 @@ def swin_windows() -> None:
         window = torch.empty(index.numel(), dtype=torch.long)
         window[index.flatten()] = torch.arange(len(index)).repeat_interleave(index.shape[1])
         axes = sheet.cell(
-            0, column, f"{block.name}: {word}", window.reshape(size, size).numpy(), cmap="tab20", alpha=0.75
+            0, column, f"{block.name}\n{word}", window.reshape(size, size).numpy(), cmap="tab20", alpha=0.75
         )
-        axes.title.set_fontsize(5.6)
         _lines(axes, index, fuse(block.site, "mean"), size)
     sheet.save("swin-windows.png")
 

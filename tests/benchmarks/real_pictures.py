@@ -22,7 +22,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.evaluation.frame import Frame
 from captum_lnstat.explanation.subject.subject import Subject
-from captum_lnstat.visualize import overlay, to_map, to_picture
+from captum_lnstat.visualize import GREY, overlay, to_map, to_picture
 from captum_lnstat.visualize.canvas import Row, draw_rows
 from captum_lnstat.visualize.writing import write_figure, write_image
 
@@ -40,7 +40,7 @@ def maps(model: nn.Module, inputs: Tensor, image: np.ndarray, target: int, metho
     found = []
     for key in methods:
         attribution = METHODS[key].make(model, None)(inputs, target)
-        found.append(overlay(image, to_map(attribution[0]), signed=METHODS[key].signed))
+        found.append(overlay(image, to_map(attribution[0]), signed=METHODS[key].signed, look=GREY))
     return found
 
 
@@ -77,9 +77,7 @@ def draw_readme(folder: Path) -> None:
     write_figure(PAGE, figure)
     small = Image.open(PAGE).convert("RGB")
     small = small.resize((WIDTH, WIDTH * small.height // small.width), Image.Resampling.LANCZOS)
-    # A palette is a third of the bytes. This way of choosing it keeps the small green of the eyes.
-    palette = {"method": Image.Quantize.MAXCOVERAGE, "kmeans": 10, "dither": Image.Dither.NONE}
-    small.quantize(256, **palette).save(PAGE, optimize=True)
+    small.save(PAGE, optimize=True)
     print(f"{PAGE.name}: {PAGE.stat().st_size // 1000} kB")
 
 

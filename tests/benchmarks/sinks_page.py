@@ -13,7 +13,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, FOUND, PICTURES = DOCS / "sinks.md", DOCS / "sinks.json", DOCS / "pictures"
@@ -224,8 +223,7 @@ def draw_value(found: Found) -> None:
 
 def save(figure: Figure, name: str) -> None:
     path = PICTURES / name
-    figure.savefig(path, dpi=110)
-    Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    figure.savefig(path, dpi=110, pil_kwargs={"optimize": True})
     print(f"{name}: {path.stat().st_size // 1000} kB")
 
 

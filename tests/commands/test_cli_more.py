@@ -56,18 +56,23 @@ def files(folder: str = ".") -> list[str]:
 def test_several_targets_are_a_panel_each(vit, monkeypatch):
     reference, inputs = vit
     drawn = []
-    monkeypatch.setattr(pictures, "draw_targets", lambda *arguments, look: drawn.append((*arguments, look)))
+    monkeypatch.setattr(pictures, "draw_targets", lambda *arguments, **looks: drawn.append((*arguments, looks)))
     monkeypatch.setattr(pictures, "write_figure", lambda path, figure, about: None)
     asked = ("--model", "vit-mini", "--target", "bag", "--target", "trouser", "--target", "5")
     result = run("explain", "a.png", *asked)
     assert result.exit_code == 0, result.stderr
-    ((_, panels, title, look),) = drawn
+    ((_, panels, title, looks),) = drawn
     assert [panel.title.split(" ")[0] for panel in panels] == ["bag", "trouser"]
     for panel, index in zip(panels, (5, 1), strict=True):
         expected = LNStatAttribution(reference.model).attribute(inputs[:1], index)[0].sum(0).detach()
         np.testing.assert_allclose(panel.relevance, expected, atol=1e-6)
     assert title.startswith("vit-mini\npredicted ")
-    assert look == PLAIN
+    assert looks["look"] == PLAIN
+    name, words, share = looks["beside"][0]
+    assert title.startswith(f"vit-mini\npredicted {name} {words}")
+    assert words == f"{share:.1%}"
+    assert len(looks["beside"]) == 5
+    assert looks["photo"] is None  # the model sees all of it
     lines = result.stdout.splitlines()
     assert lines[3].startswith("target      bag (5), confidence ")
     assert lines[4].startswith("            trouser (1), confidence ")
@@ -169,12 +174,13 @@ def test_looks(vit, monkeypatch):
     relevance = LNStatAttribution(reference.model).attribute(inputs[:1], record["target"])[0].sum(0).detach().numpy()
     with Image.open("a.png") as file:
         photo = np.asarray(file.convert("RGB")) / 255
-    for options, look in (
+    for given, look in (
         ([], PLAIN),
         (["--grey"], Look(grey=True)),
         (["--colormap", "viridis", "--alpha", "0.4"], Look("viridis", 0.4)),
+        (["--contour"], Look(contour=True)),
     ):
-        result = run("explain", "a.png", "--model", "vit-mini", "--picture", "overlay", *options)
+        result = run("explain", "a.png", "--model", "vit-mini", "--picture", "overlay", *given)
         assert result.exit_code == 0, result.stderr
         with Image.open("lnstat.png") as file:
             drawn = np.asarray(file).astype(float) / 255
@@ -270,7 +276,7 @@ def test_pretrained_says_nothing_of_models_that_come_with_their_weights():
         assert result.exit_code == 2
         assert "comes with its weights, so --pretrained says nothing" in result.stderr
     result = run("evaluate", "--pretrained", "--output", "e", "--limit", "1")
-    assert "swin-mini comes with its weights, so pretrained says nothing" in result.stderr
+    assert "swin-mini comes with its weights, so --pretrained says nothing" in result.stderr
 
 
 def test_a_predicted_class_is_not_said_to_be_ruled_out():

@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+from click.shell_completion import ShellComplete
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from torchvision.models._api import BUILTIN_MODELS
 
-from captum_lnstat import zoo
-from captum_lnstat.commands import known
-from captum_lnstat.commands.options import RuleName
+from captum_lnstat import cli, zoo
+from captum_lnstat.commands import evaluate, known
+from captum_lnstat.commands.names import RuleName, imagenet_names, models_of
+from captum_lnstat.evaluation import datasets, measures, methods
+from captum_lnstat.explanation.subject.names import find_class
 from captum_lnstat.rules import rule_names
 from captum_lnstat.visualize import METHODS
 from captum_lnstat.visualize.compare import SCALES
@@ -57,6 +62,16 @@ _LINES = {
     "report nowhere": (2, "there is no file 'nowhere'"),
     "report nowhere --output report.pdf": (2, "the page cannot be written as 'report.pdf'; expected a name that ends"),
     "report nowhere --target troser": (2, "unknown class 'troser'; did you mean 'trouser'?"),
+    "explain --model vit_tiny_patch16_22": (
+        2,
+        "unknown model 'vit_tiny_patch16_22'; did you mean 'vit_tiny_patch16_224'",
+    ),
+    "doctor swin_tny": (2, "unknown model 'swin_tny'"),
+    "evaluate --output out --data scene": (2, "unknown data 'scene'; did you mean 'scenes'?"),
+    "evaluate --output out --data voc:nowhere": (2, "there is no folder 'nowhere'"),
+    "evaluate --output out --methods lnstat,centr": (2, "unknown method 'centr'; did you mean 'centre'?"),
+    "evaluate --output out --metrics iou,pointin": (2, "unknown metric 'pointin'; did you mean 'pointing'?"),
+    "evaluate --output out --model swin-mny": (2, "unknown model 'swin-mny'; did you mean 'swin-mini'"),
     "doctor vit_tiny --checkpoint nowhere.pth": (2, "there is no checkpoint file 'nowhere.pth'"),
 }
 
@@ -82,11 +97,50 @@ def test_what_is_written_down_is_what_there_is():
     assert tuple(METHODS) == known.METHODS
     assert known.SCALES == SCALES
     assert zoo.names() == known.ZOO
+    assert methods.names() == evaluate.EVALUATED
+    assert tuple(measures.MEASURES) == known.METRICS
+    assert tuple(datasets.KINDS) == known.DATA
     assert known.CLASSES == zoo.models.CLASS_NAMES
     assert set(FigureCanvasAgg.get_supported_filetypes()) >= known.FIGURES
     # Other tests register rules of their own.
     assert set(known.RULES) <= set(rule_names())
     assert known.RULES[0] == rule_names()[0]
+
+
+def test_names_are_read_from_the_libraries_as_they_know_them():
+    assert models_of("timm") == set(timm.models._registry._model_entrypoints)
+    assert models_of("torchvision") == {
+        name for name, function in BUILTIN_MODELS.items() if function.__module__.count(".") == 2
+    }
+    assert models_of("no_such_library") == frozenset()
+    info = timm.data.ImageNetInfo("imagenet-1k")
+    assert imagenet_names() == tuple(name.split(", ")[0] for name in info.label_descriptions())
+
+
+def offered(*words: str) -> list[str]:
+    """What the shell is offered for the last of the words, by click's own way to find it."""
+    found = ShellComplete(cli.main, {}, "captum-lnstat", "_C").get_completions(list(words[:-1]), words[-1])
+    return [item.value for item in found]
+
+
+def test_the_shell_completes_models_methods_and_classes(tmp_path):
+    assert offered("explain", "--model", "swin-") == ["swin-mini"]
+    assert {"deit_tiny_patch16_224", "deit_small_patch16_224"} <= set(offered("explain", "--model", "deit_"))
+    assert "resnet50" not in offered("doctor", "")
+    assert "torchvision:swin_t" in offered("doctor", "torchvision:sw")
+    assert offered("compare", "--methods", "lnstat,chef") == ["lnstat,chefer"]
+    assert "lnstat,lnstat" not in offered("compare", "--methods", "lnstat,")
+    assert offered("evaluate", "--methods", "cent") == ["centre"]
+    assert offered("evaluate", "--metrics", "iou,poi") == ["iou,pointing"]
+    assert offered("explain", "--target", "a") == ["ankle_boot"]
+    assert offered("explain", "--model", "deit_tiny_patch16_224", "--target", "PERSIAN") == ["Persian_cat"]
+    (tmp_path / "names.txt").write_text("red wolf\ncat, tomcat\nd'oh\n")
+    own = ("explain", "--model", "mine:model", "--class-names", str(tmp_path / "names.txt"), "--target", "")
+    assert offered(*own) == ["red_wolf", "cat"]
+    assert offered(*own[:4], str(tmp_path / "nothing.txt"), "--target", "") == []
+    # What is offered is understood.
+    assert find_class("ankle_boot", known.CLASSES, 7) == 6
+    assert find_class("Persian_cat", imagenet_names(), 1000) == find_class("persian cat", imagenet_names(), 1000)
 
 
 def test_the_package_s_own_rules_are_all_written_down():

@@ -290,7 +290,8 @@ def test_one_computation_at_a_time(monkeypatch):
             most.append(len(running))
             threading.Event().wait(0.05)
             running.pop()
-            return [SimpleNamespace(relevance=np.zeros((64, 64)))]
+            small = SimpleNamespace(framed=None)
+            return [SimpleNamespace(relevance=np.zeros((64, 64)), smaller=lambda longer: small)]
 
     monkeypatch.setattr(studio, "Explainer", Slow)
     threads = [threading.Thread(target=lambda c=c: list(made.maps(case, Question(c)))) for c in range(4)]
@@ -422,13 +423,16 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
 @pytest.fixture
 def served(monkeypatch):
     """Stands in for Gradio and for the server: what ``serve`` was called with."""
-    calls = []
+    calls, models = [], []
+    monkeypatch.setattr(server, "models", models, raising=False)
 
-    def serve(host, port, ready):
+    def serve(host, port, ready, own):
         calls.append((host, port))
+        models.append(own)
         ready("http://there/")
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "gradio" else found(name))
     monkeypatch.setattr(server, "serve", serve)
     return calls
 
@@ -440,6 +444,22 @@ def test_the_page_is_served_on_the_loopback_address(served):
     assert result.output == "the page is at http://there/ (Ctrl-C stops it)\nstopped\n"
 
 
+def test_the_page_begins_with_the_model_that_is_chosen(served, tmp_path):
+    assert run().exit_code == 0
+    model = zoo.load("vit-mini").model
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "last.ckpt")
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne\nf\ng\n")
+    chosen = ["--model", "vit-mini", "--checkpoint", str(tmp_path / "last.ckpt")]
+    assert run(*chosen, "--class-names", str(tmp_path / "names.txt")).exit_code == 0
+    none, own = server.models
+    assert none is None
+    assert own.title == "vit-mini (last.ckpt)"
+    assert own.class_names == tuple("abcdefg")
+    result = run("--model", "vit-mni")
+    assert (result.exit_code, "did you mean 'vit-mini'" in result.output) == (2, True)
+    assert len(server.models) == 2
+
+
 def test_another_address_is_warned_about(served):
     result = run("--host", "0.0.0.0", "--port", "8080")
     assert served == [("0.0.0.0", 8080)]
@@ -447,7 +467,7 @@ def test_another_address_is_warned_about(served):
 
 
 def test_a_port_that_is_taken_is_one_line(served, monkeypatch):
-    def taken(host, port, ready):
+    def taken(host, port, ready, own):
         raise OSError(98, "Address already in use")
 
     monkeypatch.setattr(server, "serve", taken)

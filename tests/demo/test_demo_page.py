@@ -77,13 +77,13 @@ def check_requests(address, temporary):
     file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
     taking = next(d["id"] for d in config["dependencies"] if d["targets"] and d["targets"][0][1] == "upload")
     plain = {"Content-Type": "application/json"}
-    call = {"data": [file], "fn_index": taking, "session_hash": "s", "event_data": None}
+    call = {"data": [file, None], "fn_index": taking, "session_hash": "s", "event_data": None}
     status, text, _ = ask(address, "POST", "/gradio_api/queue/join", json.dumps(call), **plain)
     assert status == 403
     assert text == "a file that was not uploaded here"
     # The same call with a file that is there gets through, so it is the path that was refused.
     own = next(temporary.rglob("*.webp"))
-    call["data"] = [file | {"path": str(own)}]
+    call["data"] = [file | {"path": str(own)}, None]
     assert ask(address, "POST", "/gradio_api/queue/join", json.dumps(call), **plain)[0] == 200
     form = {"Content-Type": "multipart/form-data; boundary=b", "Content-Length": str(2 * MAX_BYTES)}
     assert ask(address, "POST", "/gradio_api/upload", None, **form)[0] == 413
@@ -174,6 +174,24 @@ def test_the_page_in_a_browser(browser, server, tmp_path):
 
     page.after(choose_class, "a class of the menu")
 
+    # What is typed into a menu looks for it, in the place of what was chosen. A second class is beside the first.
+    def search(menu, text):
+        box = page.one(f"#{menu} input")
+        box.click()
+        until(lambda: box.get_property("selectionStart") == 0 < box.get_property("selectionEnd"), "it is marked")
+        box.send_keys(text)
+        until(lambda: [each.text.split(" (")[0] for each in page.all("ul[role=listbox] li")] == ["ankle boot"], text)
+        box.send_keys(page.keys.ENTER)
+
+    search("other", "ankl")
+    until(lambda: page.state() == "done" and len(page.sources()) == 9, "two classes")
+    assert "Two classes, one scale" in page.one(".results").text
+    search("target", "BOOT")
+    until(lambda: page.state() == "done" and len(page.sources()) == 6, "one class twice is one class")
+    assert "explained ankle boot" in page.chips()
+    groups = [(each.get_attribute("role"), each.get_attribute("aria-label")) for each in page.all("fieldset")]
+    assert {("radiogroup", "Rule"), ("group", "beside")} <= set(groups)
+
     by_rule = page.after(lambda: page.all("#rule label")[1].click(), "another rule")
     assert by_rule[3:] != by_rule[:3]
     assert "evidence: overlay" in page.one(".results").text
@@ -189,11 +207,22 @@ def test_the_page_in_a_browser(browser, server, tmp_path):
         until(lambda: page.state() == "idle", "the image is taken away")
         page.one("#image input[type=file]").send_keys(str(photo))
 
+    # What is no image leaves nothing of it, and a message.
+    photo.write_bytes(photo.read_bytes()[:2000])
+    upload()
+    until(lambda: "cannot be read as an image" in page.one(".toast-body").text, "the message")
+    assert page.state() == "idle"
+    assert page.all("#image img") == []
+    zoo.scenes()[100].image.resize((200, 120)).save(photo)
+    page.one("#image input[type=file]").send_keys(str(photo))
+    until(lambda: page.state() == "done", "the upload")
+
     before = page.sources()[0]
+    zoo.scenes()[101].image.resize((200, 120)).save(photo)
     upload()
     until(lambda: page.state() == "done" and page.sources()[0] != before, "the upload")
     (folder,) = temporary.glob("captum-lnstat-demo-*")
-    assert [path.name for path in folder.rglob("own.png")] == ["own.png"]
+    assert {path.name for path in folder.rglob("own.png")} == {"own.png"}
 
     # A model that is not there is a message.
     box = page.one("#model input")
@@ -206,6 +235,8 @@ def test_the_page_in_a_browser(browser, server, tmp_path):
     # At the width of a telephone nothing sticks out.
     browser.set_window_size(500, 1000)
     until(lambda: browser.execute_script("return document.documentElement.scrollWidth <= innerWidth"), "narrow")
+    tops = [page.one(selector).location["y"] for selector in ("#image", "#samples", "#results", "#model", "#target")]
+    assert tops == sorted(tops)  # the picture before the controls
 
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]

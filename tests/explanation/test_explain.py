@@ -17,6 +17,7 @@ from captum_lnstat import LNStatAttribution, SourceError, explain, zoo
 from captum_lnstat.explanation import explanation
 from captum_lnstat.explanation.explanation import Explanation, Explanations, unique_names
 from captum_lnstat.explanation.prediction import percent
+from captum_lnstat.visualize.colors import outlined
 
 SCENES = [scene.image for scene in zoo.scenes()[:3]]
 
@@ -159,6 +160,28 @@ def test_a_large_original_is_drawn_in_parts_that_do_not_show(vit, photo, monkeyp
     monkeypatch.setattr(explanation, "_PIXELS", 7 * 320 + 5)
     parts = np.asarray(explain(vit, photo, rule="evidence").on_original)
     np.testing.assert_array_equal(parts, whole)
+
+
+def test_the_contour_on_the_original_is_that_of_the_whole_map(vit, photo, monkeypatch):
+    monkeypatch.setattr(explanation, "_PIXELS", 7 * 320 + 5)  # drawn in parts
+    found = explain(vit, photo)
+    black, white = outlined(found.values_on_original)
+    plain, lined = np.asarray(found.on_original), np.asarray(found.with_look(contour=True).on_original)
+    assert (lined[white] == 255).all()
+    assert (lined[black] == 0).all()
+    np.testing.assert_array_equal(lined[~black & ~white], plain[~black & ~white])
+    seen = np.isfinite(found.values_on_original)
+    assert white.any()
+    assert not (white & ~seen).any()
+
+
+def test_a_sheet_shows_what_the_model_saw_of_the_photograph(vit, photo):
+    found = explain(vit, photo)
+    left, top, right, bottom = (round(edge) for edge in found.box)
+    edges = found.framed[(top + bottom) // 2, [left, right - 1]]
+    np.testing.assert_array_equal(edges, 0)
+    assert explain(vit, photo, whole=True).framed is None
+    assert explain(vit, torch.rand(3, 64, 64)).framed is None
 
 
 def test_a_hot_patch_is_hot_at_its_pixels_of_the_original(vit, photo):

@@ -26,7 +26,9 @@ from captum_lnstat.visualize import (
     overlay,
     to_map,
 )
+from captum_lnstat.visualize.canvas import DIFFER, DIFFERS
 from captum_lnstat.visualize.colors import DIVERGING, SEQUENTIAL, STATISTIC
+from captum_lnstat.visualize.layers import span
 
 GREY = np.full((20, 30, 3), 0.5)
 RAMP = np.linspace(0, 1, 600).reshape(20, 30)
@@ -59,8 +61,8 @@ def test_one_scale_for_each_method():
     for drawn, pixels in zip(shown, expected, strict=True):
         np.testing.assert_allclose(drawn, pixels)
     said = words(figure)
-    assert {"title", "weak $1", "strong", "image", "a", "b", "units", "one scale a row"} <= set(said)
-    assert {f"{rows[0].high:.2g}", f"{rows[1].high:.2g}", f"{-rows[1].high:.2g}"} <= set(said)
+    assert {"title", "weak $1", "strong", "image", "a", "b", "units", f"one scale a row; {DIFFER}"} <= set(said)
+    assert {f"{rows[0].high:.2g} {DIFFERS}", f"{rows[1].high:.2g} {DIFFERS}", f"{-rows[1].high:.2g}"} <= set(said)
     assert plt.get_fignums() == []
 
 
@@ -69,9 +71,12 @@ def test_every_map_on_its_own_scale_has_its_own_numbers():
     shown = pictures(figure)
     np.testing.assert_allclose(shown[2], shown[3])
     said = words(figure)
-    assert {"every map on a scale of its own", "least", "most", "against", "for"} <= set(said)
+    assert {"least", "most", "against", "for"} <= set(said)
+    assert said[-1] == f"every map on a scale of its own; {DIFFER}"
     numbers = [text for text in said if text.strip("-").replace(".", "").isdigit()]
-    assert numbers == ["0", "0.99", "0", "9.9", *["-0.5", "0.5"] * 2]
+    assert numbers == ["0", "0", *["-0.5", "0.5"] * 2]
+    # The scales of the first row differ, and are marked; those of the second are one.
+    assert {"0.99 \N{NOT EQUAL TO}", "9.9 \N{NOT EQUAL TO}"} <= set(said)
 
 
 def test_a_shared_scale_compares_what_has_no_common_unit():
@@ -134,7 +139,7 @@ def test_layers_are_read_from_the_head_to_the_image_and_lie_on_their_pixels():
     figure = layer_sheet(blocks, GREY, "title")
     said = words(figure)
     assert said.index("last") < said.index("first")
-    assert {"from the head (left) to the image (right)", "mean 0.25", "1 to 1e+02"} <= set(said)
+    assert {f"from the head (left) to the image (right); {DIFFER}", "mean 0.25", "1 to 100"} <= set(said)
     last, first, share, *_ = pictures(figure)
     hot = np.ptp(last, axis=2) > 0.2
     assert hot[10:20, 0:10].all()
@@ -143,6 +148,15 @@ def test_layers_are_read_from_the_head_to_the_image_and_lie_on_their_pixels():
     assert hot[5:10, 20:25].all()
     assert hot.sum() == 25
     np.testing.assert_allclose(share, np.broadcast_to(matplotlib.colormaps[STATISTIC](0.25)[:3], (2, 3, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(0.98, 1.02, "0.98 to 1.02"), (0.9999, 1.0001, "0.9999 to 1.0001"), (1, 1, "1"), (1, 1 + 1e-9, "1"),
+     (0.0123, 45.6, "0.0123 to 45.6"), (3e-7, 1234.5, "3e-07 to 1234")],
+)  # fmt: skip
+def test_ends_are_written_so_that_they_differ(low, high, words):
+    assert span(low, high) == words
 
 
 def test_tokens_of_an_odd_grid_are_as_wide_as_two():
@@ -173,6 +187,26 @@ def test_heads_share_the_scale_of_their_row():
     assert np.ptp(weak[5, 5]) < 1e-9
 
 
+def test_many_heads_are_on_several_rows_that_can_be_read():
+    heads = {"layers.2.blocks.5": 12, "layers.3.blocks.1": 24}
+    blocks = [HeadRelevance(name, torch.rand(count, 2, 3), (10, 10)) for name, count in heads.items()]
+    figure = head_sheet(blocks, GREY, "title")
+    titles = [text for text in figure.texts if text.get_text().startswith("head ")]
+    assert [text.get_text() for text in titles] == [f"head {n}" for n in (*range(24), *range(12))]
+    rows = [sum(text.get_position()[1] == y for text in titles) for y in {t.get_position()[1]: 0 for t in titles}]
+    assert rows == [8, 8, 8, 6, 6]
+    assert figure.get_size_inches()[0] < 16
+    cells = [axes for axes in figure.axes if axes.images[0].get_array().shape[:2] == GREY.shape[:2]]
+    assert min(axes.get_window_extent().width for axes in cells) > 150
+    assert words(figure).count("layers.3.blocks.1") == 1
+
+
+def test_names_of_layers_break_at_their_dots():
+    blocks = [block(f"encoder.layers.{n}.blocks.1", 2, 3, (10, 10)) for n in range(12)]
+    titles = [text for text in words(layer_sheet(blocks, GREY, "title")) if text.startswith("encoder")]
+    assert titles[0] == "encoder.\nlayers.11.\nblocks.1"
+
+
 def test_two_classes_share_a_scale_and_the_difference_is_theirs():
     reference = zoo.load("swin-mini")
     inputs = reference.transform(zoo.scenes()[264].image)[None]
@@ -186,6 +220,10 @@ def test_two_classes_share_a_scale_and_the_difference_is_theirs():
     for drawn, pixels in zip(pictures(figure)[4:], expected, strict=True):
         np.testing.assert_allclose(drawn, pixels, atol=1e-4)
     assert {"sandal", "trouser", "sandal\nminus trouser"} <= set(words(figure))
+    # Numbers below every map: of the difference, too, which has a sign in both rows.
+    numbers = [text for text in words(figure) if text.strip("-").replace(".", "").isdigit()]
+    assert numbers[4] == f"-{numbers[5]}"
+    assert numbers[6:] == [f"{-scale.high:.2g}", f"{scale.high:.2g}"] * 3
     with pytest.raises(ValueError, match="both classes are 1"):
         class_sheet(reference.model, inputs, image, (1, 1), ("a", "b"), "title")
 

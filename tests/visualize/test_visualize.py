@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import IntegratedGradients
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution, zoo
 from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.visualize import (
+    GREY,
     PLAIN,
     Look,
     Panel,
@@ -21,12 +23,16 @@ from captum_lnstat.visualize import (
     colored,
     comparison,
     draw_sheet,
+    draw_targets,
+    framed,
     overlay,
     scaled,
     to_map,
     to_picture,
 )
 from captum_lnstat.visualize import write_sheet as write
+from captum_lnstat.visualize.canvas import DIFFER, DIFFERS
+from captum_lnstat.visualize.colors import outlined
 
 GREEN = np.tile([0.1, 0.8, 0.1], (40, 60, 1))
 RAMP = np.linspace(0, 1, 2400).reshape(40, 60)
@@ -105,7 +111,7 @@ def test_more_relevant_is_brighter_and_the_signs_are_red_and_blue():
 def test_an_overlay_is_grey_where_nothing_is_relevant_and_coloured_where_it_is():
     relevance = np.zeros((40, 60))
     relevance[10:20, 10:20] = 1
-    pixels = overlay(GREEN, relevance)
+    pixels = overlay(GREEN, relevance, look=GREY)
     assert pixels.shape == (40, 60, 3)
     assert pixels.min() >= 0
     assert pixels.max() <= 1
@@ -185,9 +191,9 @@ LEGENDS = ["least relevant", "most relevant", "against the target", "for the tar
 def test_a_sheet_has_image_map_and_overlay_and_the_others_beside_them():
     panels = [Panel("a", RAMP), Panel("b", RAMP), Panel("c", RAMP - 0.5, signed=True)]
     figure = draw_sheet(GREEN, panels, "a title with $ and $")
-    own = ["0", "0.99"]
-    first_row, second_row = ["image", "a", "a, overlay", *own, *own], ["b", "c", *own, "-0.5", "0.5"]
-    assert words(figure) == ["a title with $ and $", *first_row, *second_row, *LEGENDS]
+    own = ["0", f"0.99 {DIFFERS}"]
+    first_row, second_row = ["image", "a, map", "a", *own, *own], ["b", "c", *own, "-0.5", f"0.5 {DIFFERS}"]
+    assert words(figure) == ["a title with $ and $", *first_row, *second_row, DIFFER, *LEGENDS]
     assert not any(text.get_parse_math() for text in figure.texts)
     arrays = [axes.images[0].get_array() for axes in figure.axes]
     shown, bars = ([array for array in arrays if (len(array) == 1) is flat] for flat in (False, True))
@@ -209,9 +215,65 @@ def test_a_sheet_keeps_the_shape_of_the_image_and_needs_a_panel():
     figure = draw_sheet(GREEN, [Panel("a", RAMP)], "title")
     box = figure.axes[0].get_window_extent()
     assert box.width / box.height == pytest.approx(60 / 40)
-    assert words(figure) == ["title", "image", "a", "a, overlay", *["0", "0.99"] * 2, *LEGENDS[:2]]
+    assert words(figure) == ["title", "image", "a, map", "a", *["0", "0.99"] * 2, *LEGENDS[:2]]
     with pytest.raises(ValueError, match="panels is empty"):
         draw_sheet(GREEN, [], "title")
+
+
+def test_a_sheet_shows_the_whole_photograph_and_the_likeliest_classes_beside():
+    photo = np.zeros((40, 80, 3))
+    top = [
+        ("a name of a class that is far too long for its place", "75.0%", 0.75),
+        ("b", "0.2%", 0.002),
+    ]
+    for figure in (
+        draw_sheet(GREEN, [Panel("a", RAMP)], "title", photo=photo, beside=top),
+        draw_targets(GREEN, [Panel("a", RAMP)], "title", photo=photo, beside=top),
+    ):
+        np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), photo)
+        said = words(figure)
+        assert "image (frame: what the model saw)" in said
+        assert said[-4].endswith("...")
+        assert said[-3:] == ["75.0%", "b", "0.2%"]
+        behind, full, _, tiny = (axes.get_position() for axes in figure.axes[-4:])
+        assert full.width == pytest.approx(0.75 * behind.width)
+        assert tiny.width < 0.02 * behind.width
+        drawn = FigureCanvasAgg(figure).get_renderer()
+        name, share = (text.get_window_extent(drawn) for text in figure.texts[-4:-2])
+        assert name.x1 < share.x0
+
+
+def test_a_frame_is_around_what_the_model_saw():
+    photo = Image.new("RGB", (300, 200), (200, 30, 30))
+    drawn = framed(photo, (50.0, 0.0, 250.0, 200.0), (224, 224))
+    assert drawn.shape == (200, 300, 3)
+    np.testing.assert_allclose(drawn[100, 150], np.array([200, 30, 30]) / 255)
+    assert drawn[100, 20].min() > 0.5  # pale
+    assert drawn[100, 50].max() == 0
+    assert drawn[100, 51].min() == 1
+    assert drawn[100, 249].max() == 0
+    # Beside square pictures a high one gets borders, so that it does not make its row higher; a large one gets smaller.
+    assert framed(photo.rotate(90, expand=True), (0.0, 50.0, 200.0, 250.0), (224, 224)).shape == (300, 300, 3)
+    assert framed(photo.resize((3000, 2000)), (500.0, 0.0, 2500.0, 2000.0), (224, 224)).shape == (480, 720, 3)
+    assert framed(photo, (0.4, 0.0, 299.6, 200.0), (224, 224)) is None
+
+
+def test_a_contour_is_around_the_fifth_that_is_most_relevant():
+    black, white = outlined(RAMP)
+    plain, lined = overlay(GREEN, RAMP), overlay(GREEN, RAMP, look=Look(contour=True))
+    assert (lined[white] == 1).all()
+    assert (lined[black] == 0).all()
+    np.testing.assert_array_equal(lined[~white & ~black], plain[~white & ~black])
+    share = (RAMP[white].min() <= RAMP).mean()
+    assert share == pytest.approx(0.2, abs=0.01)
+    assert RAMP[black].max() < RAMP[white].min()
+    # Not around what argues against, what is not known, or specks.
+    assert not outlined(-RAMP - 1)[0].any()
+    unknown = np.where(RAMP > 0.5, np.nan, RAMP)
+    assert np.nanmax(RAMP[outlined(unknown)[1]]) <= 0.5
+    assert not outlined(np.random.default_rng(0).random((40, 60)))[1].any()
+    said = words(draw_sheet(GREEN, [Panel("a", RAMP)], "title", look=Look(contour=True)))
+    assert "line: the fifth of the pixels with the most relevance" in said
 
 
 def test_small_images_are_smoothed():

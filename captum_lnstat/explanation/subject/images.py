@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import IO, Any, Union
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -109,8 +109,12 @@ def from_array(values: np.ndarray[Any, Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values))
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, file: IO[bytes] | None = None) -> Image.Image:
     """An RGB image the right way up from any file that Pillow reads.
+
+    Args:
+        path: Where it is, and what it is called in messages.
+        file: It is open already.
 
     Raises:
         SourceError: There is no such file, or it is no image.
@@ -120,12 +124,13 @@ def read_image(path: str | Path) -> Image.Image:
         with warnings.catch_warnings():
             # A large photograph is no attack; at twice that size Pillow refuses all the same.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                return to_rgb(file)
+            with Image.open(file or path) as image:
+                return to_rgb(image)
     except FileNotFoundError:
         raise SourceError(f"there is no file {str(path)!r}") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise SourceError(f"{str(path)!r} cannot be read as an image: {error}") from None
+        reason = str(error).partition(" <")[0]  # Pillow says what object it was given, too
+        raise SourceError(f"{str(path)!r} cannot be read as an image: {reason}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -15,7 +15,8 @@ def find_class(wanted: int | str, names: Sequence[str], count: int | None) -> in
     """The class that an index or a name means.
 
     Args:
-        wanted: An index, or a name; a class with several names answers to each of them, in capitals or not.
+        wanted: An index, or a name; a class with several names answers to each of them, in capitals or not, and
+            with underlines in the place of spaces.
         names: The names of all classes, or none.
         count: How many classes there are, if it is known.
 
@@ -37,8 +38,7 @@ def find_class(wanted: int | str, names: Sequence[str], count: int | None) -> in
         raise SourceError(
             f"unknown class {wanted!r}: the names of this model's classes are not known; give an index{until}"
         )
-    folded = wanted.casefold()
-    found = [i for i, name in enumerate(names) if folded in (name.casefold(), *name.casefold().split(", "))]
+    found = [i for i, name in enumerate(names) if _plain(wanted) in (_plain(name), *_plain(name).split(", "))]
     if not found:
         known = [part for name in names for part in name.split(", ")]
         otherwise = f"expected one of {', '.join(names)}" if len(names) <= 20 else f"expected a name or an index{until}"
@@ -48,6 +48,11 @@ def find_class(wanted: int | str, names: Sequence[str], count: int | None) -> in
             f"{wanted!r} is the name of several classes; give one of the indices {', '.join(map(str, found))}"
         )
     return found[0]
+
+
+def _plain(name: str) -> str:
+    """In small letters, with spaces for underlines, which completion in a shell writes in their place."""
+    return name.casefold().replace("_", " ")
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

@@ -166,6 +166,8 @@ def _build(name: str, pretrained: bool) -> tuple[Any, Any]:
     """The model in eval mode, and torchvision's weights if it is one of theirs."""
     library, _, rest = name.partition(":")
     weights = None
+    # The hub would report each of its retries; how it ends is said below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         if name in zoo.names():
             if pretrained:
@@ -196,8 +198,6 @@ def _from_timm(name: str, pretrained: bool) -> Any:
         raise SourceError(
             f"unknown model {name!r}; {near(name, known, 'expected swin-mini, vit-mini or a name that timm knows')}"
         )
-    # The hub would report each of its retries; how it ends is said below.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         with progress(f"downloading {name}" if pretrained else f"building {name}"):
             return timm.create_model(name, pretrained=pretrained)
