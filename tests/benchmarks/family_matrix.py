@@ -4,7 +4,7 @@
 keeps what it found in ``docs/models.json`` and writes ``docs/models-table.md``. ``--only NAME`` (part of a name, may be
 repeated) does so for some of them and leaves the other rows as they are; ``--missing`` takes up where a run was
 stopped; ``--write`` only writes the page again. ``--defaults`` runs each model at its full size, as its name gives it,
-instead.
+instead. ``--quick`` trains nothing and writes nothing: it prints what each row has lost since the record.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def said(error: BaseException) -> str:
     return " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
 
 
-def examine(row: Row) -> dict[str, Any]:
-    """Everything about one row; what fails is recorded in its place and the rest goes on."""
+def examine(row: Row, *, quick: bool = False) -> dict[str, Any]:
+    """Everything about one row; what fails is recorded in its place and the rest goes on. ``quick``: no training."""
     found: dict[str, Any] = {"size": list(row.size), "margin": row.margin, "rules": {}, "failed": {}}
     if row.stimulus is not None:
         found["stimulus"] = list(row.stimulus)
@@ -136,6 +136,8 @@ def examine(row: Row) -> dict[str, Any]:
     measured("batch", lambda: check_batch(model, images, defined))
     measured("untouched", lambda: check_untouched(model, images, defined) is None)
     measured("sizes", lambda: other_sizes(row))
+    if quick:
+        return found
     try:
         place = _ground(row, model)
     except Exception as error:
@@ -236,9 +238,23 @@ def _parameters(build: Callable[[], torch.nn.Module]) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def in_a_process(name: str, default: bool) -> dict[str, Any]:
+def lost(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a row had in the record and has no more; nothing if it could not be run, before or now."""
+    if "unavailable" in before or "unavailable" in now or "refused" in before:
+        return []
+    if "refused" in now:
+        return [f"refused: {now['refused']}"]
+    gone = [f"rule {rule}" for rule in before["rules"] if rule not in now["rules"]]
+    gone += [f"{size}: {now['sizes'].get(size)}" for size, came in before["sizes"].items()
+             if came == "ok" and now["sizes"].get(size) != "ok"]  # fmt: skip
+    same = ("family", "grid", "prefix", "covers", "attentions")
+    gone += [f"{name}: {before.get(name)}, now {now.get(name)}" for name in same if before.get(name) != now.get(name)]
+    return gone + [f"{name}: {why}" for name, why in now["failed"].items() if name not in before["failed"]]
+
+
+def in_a_process(name: str, *kind: str) -> dict[str, Any]:
     """One row in a process of its own, so that a crash or an endless loop costs that row alone."""
-    command = [sys.executable, "-W", "ignore", __file__, "--row", name, *(["--default-row"] if default else [])]
+    command = [sys.executable, "-W", "ignore", __file__, "--row", name, *kind]
     begin = time.monotonic()
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
@@ -551,6 +567,7 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only rows that have no result yet")
     parser.add_argument("--defaults", action="store_true", help="the models at full size, instead")
     parser.add_argument("--write", action="store_true", help="run nothing, write the page")
+    parser.add_argument("--quick", action="store_true", help="without training; print what was lost since the record")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--default-row", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -559,9 +576,10 @@ def main() -> None:
         torch.manual_seed(0)
         warnings.simplefilter("ignore")
         row = next(row for row in ROWS if key(row) == arguments.row)
-        print(json.dumps(examine_default(row) if arguments.default_row else examine(row)))
+        print(json.dumps(examine_default(row) if arguments.default_row else examine(row, quick=arguments.quick)))
         return
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    losses = 0
     for row in ROWS:
         chosen = not arguments.only or any(part in key(row) for part in arguments.only)
         done = key(row) in results and (not arguments.defaults or "default" in results[key(row)])
@@ -570,12 +588,21 @@ def main() -> None:
         if arguments.defaults:
             if row.default is None:
                 continue
-            results.setdefault(key(row), {})["default"] = found = in_a_process(key(row), True)
+            results.setdefault(key(row), {})["default"] = found = in_a_process(key(row), "--default-row")
+        elif arguments.quick:
+            found = in_a_process(key(row), "--quick")
+            gone = lost(results[key(row)], found) if key(row) in results else []
+            print(f"{key(row)}: {'; '.join(gone) or found.get('unavailable') or 'as before'}", flush=True)
+            losses += bool(gone)
+            continue
         else:
             kept = {name: value for name, value in results.get(key(row), {}).items() if name == "default"}
-            results[key(row)] = found = {**in_a_process(key(row), False), **kept}
+            results[key(row)] = found = {**in_a_process(key(row)), **kept}
         print(f"{key(row)}: {verdict(row, found) if not arguments.defaults else found}", flush=True)
         RESULTS.write_text(json.dumps({key(r): results[key(r)] for r in ROWS if key(r) in results}, indent=1) + "\n")
+    if arguments.quick:
+        print(f"{losses} rows lost something")
+        sys.exit(losses > 0)
     (DOCS / "models-table.md").write_text(page(results), encoding="utf-8")
 
 
