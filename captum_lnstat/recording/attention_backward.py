@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_lnstat.recording.constant_weights import either, few_rows, plain, writable
+from captum_lnstat.recording.devices import has_a_queue
 from captum_lnstat.recording.sites import FusedSite, Queries, SoftmaxSite
 
 if TYPE_CHECKING:
@@ -97,12 +98,22 @@ class _Slopes:
     def add(
         self,
         queries: Queries,
-        head: int,
-        attention: Float[Tensor, "group query key"],
-        weighted: Float[Tensor, "group query key"],
-        d_averaged: Float[Tensor, "group query channel"],
+        heads: slice,
+        attention: Float[Tensor, "group head query key"],
+        weighted: Float[Tensor, "group head query key"],
+        d_averaged: Float[Tensor, "group head query channel"],
     ) -> None:
         """With ``weighted = A * dA``."""
+        if attention.shape[1] == 1:
+            self._add_one(queries, heads.start, attention[:, 0], weighted[:, 0], d_averaged[:, 0])
+            return
+        self.value[:, heads] += attention.mT @ d_averaged
+        d_scores = torch.addcmul(weighted, attention, weighted.sum(-1, keepdim=True), value=-1).mul_(self._scale)
+        self.query[:, heads][:, :, queries] = d_scores @ self._k[:, heads]
+        self.key[:, heads] += d_scores.mT @ self._q[:, heads][:, :, queries]
+
+    def _add_one(self, queries: Queries, head: int, attention: Tensor, weighted: Tensor, d_averaged: Tensor) -> None:
+        """A head alone, where it lies in memory."""
         self.value[:, head].baddbmm_(attention.transpose(1, 2), d_averaged)
         d_scores = torch.addcmul(weighted, attention, weighted.sum(-1, keepdim=True), value=-1)
         self.query[:, head][:, queries] = (d_scores @ self._k[:, head]).mul_(self._scale)
@@ -114,17 +125,23 @@ def _feed(site: FusedSite, d_output: Tensor, slopes: _Slopes, observer: Observer
     if observer is not None:
         wanted = either(wanted, observer.wanted)
     values = site.value.read().transpose(-2, -1)
-    for queries, some_heads in site.chunks(wanted, one_head=True):
+    one_head = not has_a_queue(d_output.device)
+    for queries, some_heads in site.chunks(wanted, one_head=one_head):
         for heads, attention in some_heads:
-            d_averaged = d_output[:, heads.start][:, queries]
-            weighted = (d_averaged @ values[:, heads.start])[:, None].mul_(attention)
-            slopes.add(queries, heads.start, attention[:, 0], weighted[:, 0], d_averaged)
+            d_averaged = d_output[:, heads][:, :, queries]
+            weighted = _product(d_averaged, values[:, heads]).mul_(attention)
+            slopes.add(queries, heads, attention, weighted, d_averaged)
             if observer is not None:
                 observer.add(queries, heads, attention, weighted)
         if observer is not None:
             observer.end_chunk(queries)
     if observer is not None:
         observer.finish(wanted)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, head by head; that of a head alone where it lies in memory."""
+    return left @ right if left.shape[1] > 1 else (left[:, 0] @ right[:, 0])[:, None]
 
 
 class ObservedProduct(torch.autograd.Function):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_lnstat.recording.devices import has_a_queue
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -153,7 +155,7 @@ def few_rows(gradient: Float[Tensor, "row *rest"]) -> Int[Tensor, " row"] | None
         >>> few_rows(gradient), few_rows(gradient + 1)
         (tensor([3]), None)
     """
-    if gradient.device.type != "cpu" or gradient.numel() == 0:
+    if has_a_queue(gradient.device) or gradient.numel() == 0:
         return None
     sample = gradient[:: -(-len(gradient) // SAMPLE)].flatten(1)[:, 0]
     if FEW * int(sample.count_nonzero()) > len(sample):

@@ -14,6 +14,11 @@ from captum_lnstat.recording.following import Following
 from captum_lnstat.recording.kept import Kept
 
 
+def over(*_: Any) -> Any:
+    """In the place of a recorder's method, once it has been left."""
+    raise RuntimeError("the pass is over")
+
+
 class Passed(torch.autograd.Function):
     """A tensor in place of the leaf that a gradient is taken at: the same numbers, but the model's own to change."""
 

@@ -175,6 +175,11 @@ class Following:
         """The way of a tensor, if it is followed now."""
         return None if self._follower is None else self._follower.of(tensor)
 
+    @property
+    def is_over(self) -> bool:
+        """Nothing is followed now."""
+        return self._follower is None
+
     def same(self, output: Any, passed_on: Any) -> None:
         """A tensor is passed on as another one, or the first of several."""
         before, after = (one[0] if isinstance(one, tuple) and one else one for one in (output, passed_on))

@@ -40,6 +40,10 @@ class JoinedHeads(AttentionSite):
     def dtype(self) -> torch.dtype:
         return self.heads[0].dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.heads[0].device
+
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
         return torch.cat([site.probabilities(slice(0, 1), queries) for site in self.heads[heads]], 1)
 

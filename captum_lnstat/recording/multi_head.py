@@ -104,6 +104,10 @@ class MultiHeadSite(AttentionSite):
     def dtype(self) -> torch.dtype:
         return self.unpacked.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.unpacked.device
+
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
         return self.unpacked.probabilities(heads, queries)
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from captum_lnstat.recording.attention_backward import ObservedAttention, can_be_observed
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
 from captum_lnstat.recording.eager import recorded_name
-from captum_lnstat.recording.ending import StreamEnd
+from captum_lnstat.recording.ending import StreamEnd, over
 from captum_lnstat.recording.following import Following
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer
 from captum_lnstat.recording.hooks import Hooks, unseen
@@ -40,11 +40,6 @@ from captum_lnstat.recording.watched import LEAVES, WATCHED
 
 # What of a model gets a graph: see ``Recorder``.
 Differentiable = Literal["head", "model", "affine"]
-
-
-def over(*_: Any) -> Any:
-    """In the place of a recorder's method, once it has been left."""
-    raise RuntimeError("the pass is over")
 
 
 class Recorder(TorchFunctionMode):
@@ -259,7 +254,9 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._elsewhere():
+        # In a block of a trunk without a graph few functions are looked at, once tokens are placed.
+        inside = self._places.inside and self.following.is_over and self._end.tensor is None
+        if self._elsewhere() or (inside and function not in WATCHED and not self._softmaxes.reads_one(args)):
             return function(*args, **kwargs)
         if self._beside_the_trunk and function is not torch._C._set_grad_enabled:
             with torch.enable_grad():

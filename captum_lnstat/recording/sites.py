@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # So many (batch, head, query, key) entries stay in the cache while all that needs them reads them. More heads, and in a
 # long sequence more queries, follow in turns.
 CHUNK = 1 << 18
+# On a device, where nothing is too large for a cache and every kernel costs, so many.
+CHUNK_ON_DEVICE = 1 << 27
 # Of fewer queries at a time the products are slow.
 QUERIES = 96
 # Which queries of a site.
@@ -53,6 +55,11 @@ class AttentionSite(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """The dtype in which the model computed it."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it was computed."""
 
     @abstractmethod
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Float[Tensor, "batch head query key"]:
@@ -84,8 +91,9 @@ class AttentionSite(ABC):
         """
         batch, heads, count, keys = self.shape
         wanted = count if queries is None else len(queries)
-        at_once = wanted if whole_maps else min(wanted, max(QUERIES, CHUNK // max(1, batch * keys)))
-        step = 1 if one_head else max(1, CHUNK // max(1, batch * at_once * keys))
+        entries = CHUNK_ON_DEVICE if has_a_queue(self.device) else CHUNK
+        at_once = wanted if whole_maps else min(wanted, max(QUERIES, entries // max(1, batch * keys)))
+        step = 1 if one_head else max(1, entries // max(1, batch * at_once * keys))
         some_heads = [slice(start, min(start + step, heads)) for start in range(0, heads, step)]
         for start in range(0, wanted, max(1, at_once)):
             some: Queries = slice(start, min(start + at_once, wanted))
@@ -156,6 +164,10 @@ class FusedSite(AttentionSite):
     @property
     def dtype(self) -> torch.dtype:
         return self.value.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.value.tensor.device
 
     @property
     def factor(self) -> float:
@@ -243,6 +255,10 @@ class SoftmaxSite(AttentionSite):
     @property
     def dtype(self) -> torch.dtype:
         return (self.value or self.attention).tensor.dtype  # under autocast the softmax itself is in float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.attention.tensor.device
 
     def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
         # A softmax in float32 may multiply float64 values.
