@@ -36,7 +36,7 @@ from captum_lnstat.recording.rms import RMS_NORMS, rms_channels
 from captum_lnstat.recording.sites import AttentionSite, FusedSite
 from captum_lnstat.recording.softmaxes import Softmaxes, SoftmaxEvent
 from captum_lnstat.recording.tape import Tape
-from captum_lnstat.recording.watched import LEAVES, WATCHED
+from captum_lnstat.recording.watched import GRAPHLESS, LEAVES, WATCHED
 
 # What of a model gets a graph: see ``Recorder``.
 Differentiable = Literal["head", "model", "affine"]
@@ -133,10 +133,12 @@ class Recorder(TorchFunctionMode):
         try:
             stamped = self._taps | {self._model, self._head_begins, self._head_follows}
             for dotted, module in self._model.named_modules():
-                if type(module) in LEAVES and module not in stamped:
+                hooked = self._places.is_hooked(module)
+                if type(module) in LEAVES and module not in stamped and not hooked:
                     continue
                 name = recorded_name(dotted)
-                first = self._passing_on(name) if module in self._places or module is self._head_follows else None
+                passing = hooked or module in self._places or module is self._head_follows
+                first = self._passing_on(name, hooked) if passing else None
                 leaving = self._leaving(name, rms_channels(module) is not None)
                 self._hooks.add(module, unseen(self._entering(name)), unseen(leaving), first and unseen(first))
         except BaseException:
@@ -188,11 +190,13 @@ class Recorder(TorchFunctionMode):
 
         return hook
 
-    def _passing_on(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+    def _passing_on(self, name: str, hooked: bool) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             if self._elsewhere():
                 return None
-            marked = self._places.leave(name, module, output)
+            # What somebody's hook takes out of a block may be read by the head.
+            leave = self._places.marked_output if hooked else partial(self._places.leave, module=module)
+            marked = leave(name, output=output)
             self.following.same(output, marked)
             if module is self._head_follows and self._differentiable == "head":
                 return self._head_after(name, output if marked is None else marked)
@@ -258,7 +262,7 @@ class Recorder(TorchFunctionMode):
         inside = self._places.inside and self.following.is_over and self._end.tensor is None
         if self._elsewhere() or (inside and function not in WATCHED and not self._softmaxes.reads_one(args)):
             return function(*args, **kwargs)
-        if self._beside_the_trunk and function is not torch._C._set_grad_enabled:
+        if self._beside_the_trunk and function not in GRAPHLESS:
             with torch.enable_grad():
                 output = self._run(function, args, kwargs)
         else:

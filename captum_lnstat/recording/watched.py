@@ -20,6 +20,8 @@ WATCHED = {
     *RMS_NORMS,
     torch.einsum,
 }
+# What has no graph in any mode, and asks whether gradients are on.
+GRAPHLESS = {torch._C._set_grad_enabled, Tensor.numpy, Tensor.__array__}
 # Modules in which neither attention nor a norm runs: which of them is running need not be known.
 LEAVES = {
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout, nn.Dropout2d),
