@@ -36,9 +36,16 @@ class Layout(Protocol):
 
     def scatter(
         self, groups: Float[Tensor, "batch_groups member rest"], batch: int
-    ) -> tuple[Float[Tensor, "batch token rest"], Float[Tensor, "batch rest"] | None]:
-        """Groups to tokens, and, per image, the sum of what lay on padded places; ``None`` where there are none."""
+    ) -> tuple[Float[Tensor, "batch token rest"], Float[Tensor, "batch rest"]]:
+        """Groups to tokens, and, per image, the sum of what lay on padded places."""
         ...
+
+
+@lru_cache(16)
+@torch.inference_mode(False)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that no kernel has to be launched for."""
+    return torch.zeros(1, 1, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,8 @@ class WholeImage:
     def gather(self, tokens: Tensor) -> Tensor:
         return tokens
 
-    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, None]:
-        return groups, None
+    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        return groups, _nothing(groups.dtype, groups.device).expand(batch, groups.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,14 +130,16 @@ class Groups:
             flat = flat.index_fill(1, self._padded_places, 0)
         return flat.reshape(-1, self.index.shape[1], *tokens.shape[2:])
 
-    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor | None]:
+    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         flat = groups.reshape(batch, self.index.numel(), groups.shape[-1])
         if self.place_of_token is not None:
             tokens = flat.index_select(1, self.place_of_token)
         else:
             tokens = flat.new_zeros(batch, self.count, flat.shape[-1])
             tokens.index_add_(1, self._tokens_of_places, flat[:, self._places])
-        return tokens, flat[:, self._padded_places].sum(1) if self.padded else None
+        if not self.padded:
+            return tokens, _nothing(groups.dtype, groups.device).expand(batch, groups.shape[-1])
+        return tokens, flat[:, self._padded_places].sum(1)
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ class Cells:
         """Not defined: a key is not made of its tokens alone."""
         raise NotImplementedError("keys that stand for several tokens are read by scatter only")
 
-    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor | None]:
+    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         shares = even_shares(self.groups, groups.dtype)
         return self.groups.scatter((groups[:, :, None] * shares[..., None]).flatten(0, 1), batch)
 

@@ -249,15 +249,16 @@ class StackedBlock(Block):
         if wiring is not None and place == len(stack.names) - 1:
             wiring.note(stack.compared())
         mixed = stack.relation(fusion)[place].mT @ self.layout.gather(rows)
+        loses = padded([self.layout])
         if u is None:
-            return Propagated(*self.layout.scatter(mixed, batch))
+            below, lost = self.layout.scatter(mixed, batch)
+            return Propagated(below, lost if loses else None)
         total, constant = stack.contributions(u)
         own, belongs_to_none = total[place][..., None], constant[place][:, None]
-        if alone and not padded([self.layout]):  # what padded places contribute is told from what they take
-            below, padding = self.layout.scatter(mixed + own, batch)
-            return Propagated(below, padding, constant=belongs_to_none)
-        below, padding = self.layout.scatter(torch.cat([mixed, own], -1), batch)
-        took, gave = (None, None) if padding is None else (padding[:, :-1], padding[:, -1:])
+        if alone and not loses:  # what padded places contribute is told from what they take
+            return Propagated(self.layout.scatter(mixed + own, batch)[0], None, constant=belongs_to_none)
+        below, lost = self.layout.scatter(torch.cat([mixed, own], -1), batch)
+        took, gave = (lost[:, :-1], lost[:, -1:]) if loses else (None, None)
         return Propagated(below[..., :-1], took, below[..., -1:], gave, belongs_to_none)
 
 

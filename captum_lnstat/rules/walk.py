@@ -97,7 +97,7 @@ class RowVector:
             return self
         children = (self.tokens[:, :, None] * step.shares(merging)[..., None]).flatten(0, 1)
         tokens, lost = step.below.scatter(children, len(self.tokens))
-        return RowVector(tokens, None, plus(self.padding, lost))
+        return RowVector(tokens, None, self.padding + lost if step.below.padded else self.padding)
 
     def relevance(self, trace: Trace, constant: Tensor | None = None) -> tuple[Relevance, ...]:
         """At the image: one relevance for every row vector."""
