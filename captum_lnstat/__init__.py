@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from captum_lnstat.attribution.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
     from captum_lnstat.attribution.feature_mask import patch_feature_mask
     from captum_lnstat.attribution.layer import LayerLNStat
+    from captum_lnstat.attribution.libragrad import LibraGrad
     from captum_lnstat.attribution.lnstat import LNStatAttribution
     from captum_lnstat.attribution.quantus import quantus_explain_func
+    from captum_lnstat.attribution.rise import RISE
+    from captum_lnstat.attribution.vitcx import ViTCX
     from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError
     from captum_lnstat.explanation.explain import explain
     from captum_lnstat.explanation.explanation import Explanation, Explanations
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from captum_lnstat.topology import Topology, register_topology
 
 __all__ = [
+    "RISE",
     "AttentionRollout",
     "Explanation",
     "Explanations",
@@ -31,6 +35,7 @@ __all__ = [
     "GenericAttention",
     "LNStatAttribution",
     "LayerLNStat",
+    "LibraGrad",
     "RawAttention",
     "Recorder",
     "Recording",
@@ -38,6 +43,7 @@ __all__ = [
     "SourceError",
     "Topology",
     "UnsupportedModelError",
+    "ViTCX",
     "__version__",
     "explain",
     "patch_feature_mask",
@@ -55,6 +61,8 @@ _HOMES = {
     "GenericAttention": "attribution.baselines",
     "LNStatAttribution": "attribution.lnstat",
     "LayerLNStat": "attribution.layer",
+    "LibraGrad": "attribution.libragrad",
+    "RISE": "attribution.rise",
     "RawAttention": "attribution.baselines",
     "Recorder": "recording.recorder",
     "Recording": "recording.recording",
@@ -62,6 +70,7 @@ _HOMES = {
     "SourceError": "errors",
     "Topology": "topology",
     "UnsupportedModelError": "errors",
+    "ViTCX": "attribution.vitcx",
     "explain": "explanation.explain",
     "patch_feature_mask": "attribution.feature_mask",
     "quantus_explain_func": "attribution.quantus",

@@ -11,7 +11,8 @@ SCALES: tuple[ScaleOf, ...] = get_args(ScaleOf)
 RULES = ("lnstat", "evidence", "rollout", "gradient")
 METHODS = (
     *("lnstat", "lnstat-contrastive", "evidence", "rollout", "gradient", "chefer", "attention-rollout"),
-    *("raw-attention", "frozen-layernorm", "gradcam", "ig", "inputxgradient", "saliency", "occlusion"),
+    *("raw-attention", "frozen-layernorm", "libragrad", "libragrad-attcat", "libragrad-tokens", "vitcx", "rise"),
+    *("gradcam", "ig", "inputxgradient", "saliency", "occlusion"),
 )
 # The models that come with the package, and what they tell apart.
 ZOO = ("swin-mini", "vit-mini")

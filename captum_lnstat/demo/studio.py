@@ -105,8 +105,9 @@ class Shown(Panel):
     notes: tuple[str, ...] = ()
 
 
-# The methods that can be set beside a map.
+# The methods that are set beside a map at first, and those that can be.
 BESIDE = ("attention-rollout", "chefer", "ig")
+OFFERED = (*BESIDE, "gradcam", "libragrad", "libragrad-attcat", "vitcx")
 
 
 class Studio:
@@ -162,8 +163,8 @@ class Studio:
         if not 0 <= depth < max(case.depths, 1):
             raise DemoError(f"{name} has no depth {depth}; expected 0 to {case.depths - 1}.")
         for beside in question.beside:
-            if beside not in BESIDE:
-                raise DemoError(f"There is no method {beside!r}; expected one of {', '.join(BESIDE)}.")
+            if beside not in OFFERED:
+                raise DemoError(f"There is no method {beside!r}; expected one of {', '.join(OFFERED)}.")
 
         def target(method: Method) -> int:  # another class changes nothing where no class is explained
             return question.target if method.per_class else case.prediction

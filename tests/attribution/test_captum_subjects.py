@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import captum_lnstat
-from captum_lnstat import FrozenLayerNorm, GenericAttention, LayerLNStat, LNStatAttribution, RecordingError
+from captum_lnstat import FrozenLayerNorm, GenericAttention, LayerLNStat, LibraGrad, LNStatAttribution, RecordingError
 
 Make = Callable[..., Any]
 
@@ -281,7 +281,7 @@ def test_a_backward_hook_on_the_root(model: nn.Module, make: Make) -> None:
         with untouched(hooked):
             attribution = make(hooked).attribute(images(), target=1)
     assert torch.equal(attribution, make(model).attribute(images(), target=1))
-    with_a_graph = isinstance(make(model), FrozenLayerNorm | GenericAttention) or (
+    with_a_graph = isinstance(make(model), FrozenLayerNorm | GenericAttention | LibraGrad) or (
         getattr(make(model), "rule", None) == "gradient"
     )
     texts = [str(warning.message) for warning in caught]

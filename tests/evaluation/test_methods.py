@@ -13,11 +13,14 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from captum_lnstat import (
+    RISE,
     AttentionRollout,
     FrozenLayerNorm,
     GenericAttention,
+    LibraGrad,
     LNStatAttribution,
     RawAttention,
+    ViTCX,
 )
 from captum_lnstat.attribution.gradcam import GradCam, last_first_norm
 from captum_lnstat.evaluation.frame import Frame
@@ -50,6 +53,11 @@ DIRECT = {
     "attention-rollout": lambda model, x, t: AttentionRollout(model).attribute(x, target=t),
     "raw-attention(block=1)": lambda model, x, t: RawAttention(model, block=1).attribute(x, target=t),
     "frozen-layernorm": lambda model, x, t: FrozenLayerNorm(model).attribute(x, target=t),
+    "libragrad": lambda model, x, t: LibraGrad(model).attribute(x, target=t),
+    "libragrad-attcat": lambda model, x, t: LibraGrad(model, form="attcat").attribute(x, target=t),
+    "libragrad-tokens": lambda model, x, t: LibraGrad(model, form="inputxgradient").attribute(x, target=t),
+    "vitcx(distance=0.3)": lambda model, x, t: ViTCX(model, distance=0.3).attribute(x, target=t),
+    "rise(masks=20)": lambda model, x, t: RISE(model, masks=20).attribute(x, target=t),
     "ig(steps=3)": lambda model, x, t: IntegratedGradients(model).attribute(x, target=t, n_steps=3),
     "saliency": lambda model, x, t: Saliency(model).attribute(x, target=t),
     "saliency(abs=False)": lambda model, x, t: Saliency(model).attribute(x, target=t, abs=False),

@@ -24,6 +24,7 @@ from captum_lnstat import (
     FrozenLayerNorm,
     GenericAttention,
     LayerLNStat,
+    LibraGrad,
     LNStatAttribution,
     RawAttention,
 )
@@ -91,11 +92,13 @@ METHODS: dict[str, Method] = {
     "AttentionRollout": AttentionRollout,
     "GenericAttention": GenericAttention,
     "FrozenLayerNorm": FrozenLayerNorm,
+    "LibraGrad": LibraGrad,
 }
 
 CLASS_AGNOSTIC = ("rollout", "RawAttention", "AttentionRollout")
 # Options that take a way of their own through the package.
 VARIANTS: dict[str, Method] = {
+    "LibraGrad attcat": lambda f, model=None: LibraGrad(f, model, form="attcat"),
     "contrastive": lambda f, model=None: LNStatAttribution(f, model, contrastive=True),
     "update": lambda f, model=None: LNStatAttribution(f, model, residual="update", head_fusion="mean"),
 }
