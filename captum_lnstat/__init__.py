@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from captum_lnstat import zoo
     from captum_lnstat.attribution.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
     from captum_lnstat.attribution.feature_mask import patch_feature_mask
+    from captum_lnstat.attribution.gradcam import HiResCAM
+    from captum_lnstat.attribution.gradient_baselines import AGCAM, AttCAT, BeyondIntuition, LeGrad
     from captum_lnstat.attribution.layer import LayerLNStat
     from captum_lnstat.attribution.libragrad import LibraGrad
     from captum_lnstat.attribution.lnstat import LNStatAttribution
@@ -27,14 +29,19 @@ if TYPE_CHECKING:
     from captum_lnstat.topology import Topology, register_topology
 
 __all__ = [
+    "AGCAM",
     "RISE",
+    "AttCAT",
     "AttentionRollout",
+    "BeyondIntuition",
     "Explanation",
     "Explanations",
     "FrozenLayerNorm",
     "GenericAttention",
+    "HiResCAM",
     "LNStatAttribution",
     "LayerLNStat",
+    "LeGrad",
     "LibraGrad",
     "RawAttention",
     "Recorder",
@@ -54,15 +61,20 @@ __all__ = [
 
 # The module that each name is defined in, or the module itself.
 _HOMES = {
+    "AGCAM": "attribution.gradient_baselines",
+    "AttCAT": "attribution.gradient_baselines",
     "AttentionRollout": "attribution.baselines",
+    "BeyondIntuition": "attribution.gradient_baselines",
     "Explanation": "explanation.explanation",
     "Explanations": "explanation.explanation",
     "FrozenLayerNorm": "attribution.baselines",
     "GenericAttention": "attribution.baselines",
+    "HiResCAM": "attribution.gradcam",
     "LNStatAttribution": "attribution.lnstat",
     "LayerLNStat": "attribution.layer",
     "LibraGrad": "attribution.libragrad",
     "RISE": "attribution.rise",
+    "LeGrad": "attribution.gradient_baselines",
     "RawAttention": "attribution.baselines",
     "Recorder": "recording.recorder",
     "Recording": "recording.recording",

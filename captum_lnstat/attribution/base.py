@@ -225,6 +225,7 @@ def record(
         contrastive=method.contrast,
         differentiable=rule.differentiable,
         starts=rule.starts,
+        detailed=rule.detailed,
         output=method.output,
     )
 

@@ -123,7 +123,22 @@ class AttentionRollout(GridAttribution):
         return Rule(self.get_name(), "r <- r (A + I) / 2", rollout, ("head_fusion",), class_specific=False)
 
 
-class GenericAttention(GridAttribution):
+class OfGradients(GridAttribution):
+    """What the baselines share that are made of gradients in the whole model: Captum's surface without options."""
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        model: nn.Module | None = None,
+        *,
+        interpolation: Interpolation = "bilinear",
+        output: Output = None,
+    ) -> None:
+        settings = Settings(head_fusion="mean", merging="uniform", normalized=False)
+        super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
+
+
+class GenericAttention(OfGradients):
     """Generic attention explainability (Chefer, Gur and Wolf, ICCV 2021): ``r <- r + r E_h[(dA * A)^+]``.
 
     Starts at the class token, or, for a model that averages its tokens, at the mean over them.
@@ -137,22 +152,6 @@ class GenericAttention(GridAttribution):
     Raises:
         ValueError, TypeError: An option is none of those above; the message names them.
     """
-
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        model: nn.Module | None = None,
-        *,
-        interpolation: Interpolation = "bilinear",
-        output: Output = None,
-    ) -> None:
-        super().__init__(
-            forward_func,
-            model,
-            settings=Settings(merging="uniform", normalized=False),
-            interpolation=interpolation,
-            output=output,
-        )
 
     @classmethod
     def get_name(cls) -> str:

@@ -84,8 +84,12 @@ class GradCam:
             )
         (gradient,) = torch.autograd.grad(wanted, seen[0])
         activation, gradient = (self._channels_first(part.detach(), images) for part in (seen[0], gradient))
-        grid = (gradient.mean((2, 3), keepdim=True) * activation).sum(1, keepdim=True).clamp(min=0)
+        grid = (self._weights(gradient) * activation).sum(1, keepdim=True).clamp(min=0)
         return F.interpolate(grid, images.shape[2:], mode="bilinear", align_corners=False)
+
+    def _weights(self, gradient: Tensor) -> Tensor:
+        """What activations are weighted with: one number a channel."""
+        return gradient.mean((2, 3), keepdim=True)
 
     def _channels_first(self, values: Tensor, images: Tensor) -> Float[Tensor, "batch channel row column"]:
         if values.dim() == 3:
@@ -130,3 +134,28 @@ class GradCam:
             f"layer {self.layer!r} has {tokens} tokens, neither the {found.grid[0]} x {found.grid[1]} patches "
             f"after {found.prefix_tokens} prefix tokens nor a stage of them; name another layer"
         )
+
+
+class HiResCAM(GradCam):
+    r"""HiResCAM (Draelos and Carin, arXiv 2011.08891) at a named layer: Grad-CAM without the mean over the patches.
+
+    .. math:: M_i = \max\Bigl(0, \sum_k \frac{\partial y_c}{\partial a_{ki}} a_{ki}\Bigr)
+
+    The positive part is taken, as of Grad-CAM, so that the two are compared in what they weigh alone. It needs no form
+    of its own for Swin: the layer's grid is laid over the image.
+
+    Args:
+        forward (Callable): From images to class scores.
+        model (nn.Module): The model that it runs.
+        layer (str, optional): A module of the model. Default: the first norm of the last block.
+
+    Example:
+        >>> from captum_lnstat import HiResCAM, zoo
+        >>> swin = zoo.load("swin-mini")
+        >>> scene = zoo.scenes()[0]
+        >>> HiResCAM(swin.model, swin.model).attribute(swin.transform(scene.image)[None], scene.labels[0]).shape
+        torch.Size([1, 1, 64, 64])
+    """
+
+    def _weights(self, gradient: Tensor) -> Tensor:
+        return gradient

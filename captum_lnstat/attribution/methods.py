@@ -14,7 +14,8 @@ from captum.attr import InputXGradient, IntegratedGradients, Occlusion, Saliency
 from torch import Tensor, nn
 
 from captum_lnstat.attribution.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
-from captum_lnstat.attribution.gradcam import GradCam
+from captum_lnstat.attribution.gradcam import GradCam, HiResCAM
+from captum_lnstat.attribution.gradient_baselines import AGCAM, AttCAT, BeyondIntuition, LeGrad
 from captum_lnstat.attribution.libragrad import LibraGrad
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.attribution.rise import RISE
@@ -84,8 +85,11 @@ def _captum(kind: Callable[..., Any], *, alone: bool = False, **defaults: Any) -
     return make
 
 
-def _gradcam(model: nn.Module, output: Output = None, *, layer: str | None = None) -> Attribute:
-    return GradCam(scores_of(model, output), model, layer).attribute
+def _cam(kind: type[GradCam]) -> Make:
+    def make(model: nn.Module, output: Output = None, *, layer: str | None = None) -> Attribute:
+        return kind(scores_of(model, output), model, layer).attribute
+
+    return make
 
 
 def _occlusion(
@@ -173,7 +177,17 @@ METHODS: dict[str, Method] = {
         "RISE", "probability, a pixel", f"what {RISE_MASKS:,} random masks leave of the class", RISE, masks=RISE_MASKS
     ),
     "gradcam": Method(
-        "Grad-CAM", _gradcam, unit="a pixel", caption="at the last block's first norm", options=("layer",)
+        "Grad-CAM", _cam(GradCam), unit="a pixel", caption="at the last block's first norm", options=("layer",)
+    ),
+    "hirescam": Method(
+        "HiResCAM", _cam(HiResCAM), unit="a pixel", caption="at the last block's first norm", options=("layer",)
+    ),
+    "legrad": _ours("LeGrad", "a pixel", "what each block's attention does for its own score", LeGrad),
+    "agcam": _ours("AGCAM", "a pixel", "attention's gradients, guided by its scores", AGCAM),
+    "attcat": _ours("AttCAT", "a pixel", "token times gradient, by attention", AttCAT, signed=True),
+    "beyond-intuition": _ours("Beyond Intuition", "a pixel", "token-wise, 20 passes", BeyondIntuition),
+    "beyond-intuition-heads": _ours(
+        "Beyond Intuition, heads", "a pixel", "head-wise, 20 passes", BeyondIntuition, approximation="head"
     ),
     "ig": Method(
         "Integrated Gradients",

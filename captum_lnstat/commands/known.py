@@ -12,7 +12,8 @@ RULES = ("lnstat", "evidence", "rollout", "gradient")
 METHODS = (
     *("lnstat", "lnstat-contrastive", "evidence", "rollout", "gradient", "chefer", "attention-rollout"),
     *("raw-attention", "frozen-layernorm", "libragrad", "libragrad-attcat", "libragrad-tokens", "vitcx", "rise"),
-    *("gradcam", "ig", "inputxgradient", "saliency", "occlusion"),
+    *("gradcam", "hirescam", "legrad", "agcam", "attcat", "beyond-intuition", "beyond-intuition-heads"),
+    *("ig", "inputxgradient", "saliency", "occlusion"),
 )
 # The models that come with the package, and what they tell apart.
 ZOO = ("swin-mini", "vit-mini")

@@ -12,7 +12,7 @@ from captum_lnstat.attribution.methods import METHODS
 from captum_lnstat.demo import report
 from captum_lnstat.demo.photo import DemoError, Photo, from_upload
 from captum_lnstat.demo.samples import samples
-from captum_lnstat.demo.studio import BESIDE, OFFERED, SUGGESTED, Case, Question, Shown, Studio
+from captum_lnstat.demo.studio import BESIDE, SUGGESTED, Case, Question, Shown, Studio
 from captum_lnstat.rules import layer_rule_names, rule_names
 
 _SWEEP, _AGE = 60, 600  # seconds: how often uploaded files are looked through, and how old they get
@@ -178,8 +178,8 @@ def build(studio: Studio, folder: Path) -> Any:
                             label="contrastive: against the other classes", container=False, elem_id="contrastive"
                         )
                         beside = gr.CheckboxGroup(
-                            [(METHODS[name].title, name) for name in OFFERED],
-                            value=list(BESIDE),
+                            [(METHODS[name].title, name) for name in BESIDE],
+                            value=list(BESIDE[:3]),
                             label="Beside it",
                             container=False,
                             elem_id="beside",

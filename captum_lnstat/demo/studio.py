@@ -105,9 +105,11 @@ class Shown(Panel):
     notes: tuple[str, ...] = ()
 
 
-# The methods that are set beside a map at first, and those that can be.
-BESIDE = ("attention-rollout", "chefer", "ig")
-OFFERED = (*BESIDE, "gradcam", "libragrad", "libragrad-attcat", "vitcx")
+# The methods that can be set beside a map.
+BESIDE = (
+    *("attention-rollout", "chefer", "ig", "legrad", "beyond-intuition", "agcam", "attcat", "hirescam", "libragrad"),
+    "vitcx",
+)
 
 
 class Studio:
@@ -163,8 +165,8 @@ class Studio:
         if not 0 <= depth < max(case.depths, 1):
             raise DemoError(f"{name} has no depth {depth}; expected 0 to {case.depths - 1}.")
         for beside in question.beside:
-            if beside not in OFFERED:
-                raise DemoError(f"There is no method {beside!r}; expected one of {', '.join(OFFERED)}.")
+            if beside not in BESIDE:
+                raise DemoError(f"There is no method {beside!r}; expected one of {', '.join(BESIDE)}.")
 
         def target(method: Method) -> int:  # another class changes nothing where no class is explained
             return question.target if method.per_class else case.prediction

@@ -118,7 +118,7 @@ def build(text: str, subject: Subject, batch_size: int = 32) -> tuple[Method, ..
 
 def _method(spec: Spec, subject: Subject, batch_size: int) -> Method:
     base, colon, rest = spec.name.partition(":")
-    if spec.name in METHODS or base == "gradcam":
+    if spec.name in METHODS or base in ("gradcam", "hirescam"):
         return _registered(spec, subject, batch_size)
     if spec.name in _BLIND:
         _expect(spec, ())

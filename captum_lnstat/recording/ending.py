@@ -41,6 +41,7 @@ class StreamEnd:
         following: Follows rows from here on.
         tensor: The stream, batch first and channels last.
         passed_on: What the model goes on with.
+        moved: The dimensions of what it is given that were moved for ``tensor``.
         passes: How often the model has begun to run.
         refused: An error was raised here.
     """
@@ -54,6 +55,7 @@ class StreamEnd:
     following: Following
     tensor: Tensor | None = None
     passed_on: Tensor | None = None
+    moved: tuple[int, int] | None = None
     passes: int = 0
     refused: bool = False
 
@@ -67,6 +69,7 @@ class StreamEnd:
             moved = 1, -1
         elif self.tokens_first is not None and self.tokens_first(given):
             moved = 1, 0
+        self.moved = moved
         passed = self.tensor = given if moved is None else given.movedim(*moved)
         if self.cut:
             torch.set_grad_enabled(True)  # until the recorder is left
@@ -78,6 +81,13 @@ class StreamEnd:
         self.following.head_begins(passed if moved == (1, 0) else begun)
         self.passed_on = begun
         return begun
+
+    def of_one_token(self, token: Tensor) -> Tensor:
+        """What the model would go on with if every token were the one of its image, ``(batch, channel)``."""
+        assert self.tensor is not None
+        one = token.to(self.tensor.dtype).reshape(len(token), *[1] * (self.tensor.dim() - 2), -1)
+        tokens = one.expand_as(self.tensor)
+        return (tokens if self.moved is None else tokens.movedim(*self.moved[::-1])).clone()
 
     def _check(self, name: str) -> None:
         if torch.is_inference_mode_enabled():

@@ -28,12 +28,14 @@ from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer
 from captum_lnstat.recording.hooks import Hooks, unseen
 from captum_lnstat.recording.joins import Joins
 from captum_lnstat.recording.kept import Arena, Kept, edge
+from captum_lnstat.recording.multi_head import MultiHeadSite
 from captum_lnstat.recording.norms import Norms
 from captum_lnstat.recording.places import IMAGE, Places
 from captum_lnstat.recording.recording import ModuleCall, Recording
 from captum_lnstat.recording.rms import RMS_NORMS, rms_channels
-from captum_lnstat.recording.sites import AttentionSite, FusedSite, MultiHeadSite
+from captum_lnstat.recording.sites import AttentionSite, FusedSite
 from captum_lnstat.recording.softmaxes import Softmaxes, SoftmaxEvent
+from captum_lnstat.recording.tape import Tape
 from captum_lnstat.recording.watched import LEAVES, WATCHED
 
 # What of a model gets a graph: see ``Recorder``.
@@ -63,6 +65,7 @@ class Recorder(TorchFunctionMode):
             frozen. ``"model"``: all of it as it is. ``"affine"``: all of it, with norms, attention probabilities and
             activation gates frozen: the model is then affine for autograd.
         compact: Copy large tensors to a place of their own, out of the model's way; for ``"head"`` only.
+        detailed: Keep what the softmaxes read, and the calls of the head, too.
         images: What ``forward_func`` is given, if it is followed where on it the tokens come from.
 
     Example:
@@ -88,13 +91,12 @@ class Recorder(TorchFunctionMode):
         tokens_first: Callable[[Tensor], bool] | None = None,
         differentiable: Differentiable = "head",
         compact: bool = False,
+        detailed: bool = False,
         images: Tensor | None = None,
     ) -> None:
         super().__init__()
         self._model = model
-        self._taps = set(taps)
-        self._head_begins = head_begins
-        self._head_follows = head_follows
+        self._taps, self._head_begins, self._head_follows = set(taps), head_begins, head_follows
         self._differentiable = differentiable
         # What is in a graph is kept by the graph, where it is.
         self._arena = Arena() if differentiable == "head" and compact else None
@@ -105,13 +107,14 @@ class Recorder(TorchFunctionMode):
         self._hooks = Hooks()
         self._running: list[str] = [""]
         self._events: list[AttentionSite | SoftmaxEvent] = []
-        self._softmaxes = Softmaxes(self._arena)
+        self._softmaxes = Softmaxes(self._arena, detailed=detailed)
         self._norms = Norms(self._keep, self._call, self._arena, differentiable)
         self._joins = Joins(tokens_first)
         self._calls: dict[str, list[ModuleCall]] = {}
         self.following = Following(images)
         name, cut = type(model).__name__, differentiable == "head"
         self._end = StreamEnd(name, channels_first, width, tokens_first, cut, self._keep, self.following)
+        self.tape = Tape(self._end, keeps=detailed)
 
     @property
     def recording(self) -> Recording:
@@ -264,6 +267,7 @@ class Recorder(TorchFunctionMode):
         else:
             output = self._run(function, args, kwargs)
         self.following.ran(function, args, kwargs, output, last=bool(self._events) and self._end.tensor is None)
+        self.tape.ran(function, args, kwargs, output)
         return output
 
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

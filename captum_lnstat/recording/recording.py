@@ -16,6 +16,7 @@ from captum_lnstat.recording.following import Path
 from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import TokenStatistics, mean_square, token_statistics
+from captum_lnstat.recording.tape import Tape
 
 # So many units of rounding of eps, a variance next to it is known well.
 MANY = 1e4
@@ -108,6 +109,7 @@ class Recording:
         scores: What ``forward_func`` returned, in the same graph, once it has.
         places: Where what blocks, and modules before them, returned is in the same graph, by name.
         rows: Which rows of the stream's end its rows come from, if known.
+        tape: What was called from there on, if that was to be kept.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -120,6 +122,7 @@ class Recording:
     places: Mapping[str, GradientEdge] = field(default_factory=dict)
     constants: tuple[Tensor, ...] = ()
     rows: Path | None = None
+    tape: Tape | None = None
 
     def batch_first(self, modules: Iterable[str]) -> Recording:
         """The same where norms inside some modules, and the modules, had tokens before the batch: the batch first."""

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Union
+from typing import TYPE_CHECKING, ClassVar, Union
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.recording.kept import Kept, edge
+from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.statistics import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -30,7 +28,6 @@ QUERIES = 96
 # Which queries of a site.
 Queries = Union[slice, Tensor]
 EVERY = slice(None)
-_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
 class AttentionSite(ABC):
@@ -63,6 +60,12 @@ class AttentionSite(ABC):
     @abstractmethod
     def values(self, heads: slice) -> Float[Tensor, "batch head key channel"]:
         """Values that the probabilities average, in the same dtype."""
+
+    def scores(self, heads: slice, queries: Queries = EVERY) -> Float[Tensor, "batch head query key"]:
+        """What the softmax was given, minus infinity where a key is hidden, in the same dtype."""
+        raise UnsupportedModelError(
+            f"what the softmax at {self.module!r} was given is not known, since its maps are put together from others"
+        )
 
     @abstractmethod
     def output_gradient(self, gradient: Tensor) -> Float[Tensor, "batch head query channel"]:
@@ -164,7 +167,7 @@ class FusedSite(AttentionSite):
             return tensor[:, heads]
         return tensor[:, torch.arange(heads.start, heads.stop, device=tensor.device) // groups]
 
-    def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
+    def scores(self, heads: slice, queries: Queries = EVERY) -> Tensor:
         query = self._query[:, heads][:, :, queries]
         dtype = query.dtype
         scores = _scores(query, self._grouped(self._key, heads), self.factor, self._nothing)
@@ -182,12 +185,14 @@ class FusedSite(AttentionSite):
                 hidden = ~mask if hidden is None else hidden | ~mask
             else:
                 scores += mask.to(dtype)
-        if hidden is not None:
-            scores.masked_fill_(hidden, -math.inf)
+        return scores if hidden is None else scores.masked_fill_(hidden, -math.inf)
+
+    def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
+        scores = self.scores(heads, queries)
         probabilities = scores.softmax(-1)
-        if hidden is not None or self.mask is not None:
+        if self.is_causal or self.mask is not None:
             # A query that may see nothing attends to nothing, as in the fused kernel; softmax alone would give NaN.
-            nothing = (scores if hidden is not None else mask).amax(-1, keepdim=True) == -math.inf
+            nothing = scores.amax(-1, keepdim=True) == -math.inf
             if bool(nothing.any()):
                 probabilities.masked_fill_(nothing, 0.0)
         return probabilities
@@ -207,6 +212,7 @@ class SoftmaxSite(AttentionSite):
     attention: Kept
     value: Kept | None
     output: GradientEdge | None
+    given: Kept | None = field(default=None, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -222,6 +228,12 @@ class SoftmaxSite(AttentionSite):
         attention = self.attention.read()[:, heads][:, :, queries]
         return attention.to(accumulation_dtype((self.value or self.attention).tensor))
 
+    def scores(self, heads: slice, queries: Queries = EVERY) -> Tensor:
+        if self.given is None or self.given.tensor.shape != self.attention.tensor.shape:
+            return super().scores(heads, queries)
+        given = self.given.read()[:, heads][:, :, queries]
+        return given.to(accumulation_dtype(given))
+
     def values(self, heads: slice) -> Tensor:
         if self.value is None:
             raise RecordingError(
@@ -233,97 +245,3 @@ class SoftmaxSite(AttentionSite):
 
     def output_gradient(self, gradient: Tensor) -> Tensor:
         return gradient
-
-
-@dataclass(frozen=True)
-class MultiHeadSite(AttentionSite):
-    """``multi_head_attention_forward`` of ``torch.nn.MultiheadAttention``: q, k and v come from its arguments."""
-
-    module: str
-    arguments: dict[str, Any]
-    output: GradientEdge | None
-
-    @classmethod
-    def of(
-        cls, module: str, output: Tensor, keep: Callable[[Tensor], Kept], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> MultiHeadSite:
-        """The site of a call that returned ``output``."""
-        arguments = _MULTI_HEAD.bind(*args, **kwargs)
-        arguments.apply_defaults()
-        named = dict(arguments.arguments)
-        for name in ("query", "key", "value", "attn_mask", "key_padding_mask"):
-            named[name] = None if named[name] is None else keep(named[name])
-        return cls(module, named, edge(output))
-
-    @cached_property
-    def unpacked(self) -> FusedSite:
-        """The same attention as q, k, v and an additive mask, heads split."""
-        a = self.arguments
-        if any(a.get(name) is not None for name in ("bias_k", "bias_v", "static_k", "static_v")) or a["add_zero_attn"]:
-            raise UnsupportedModelError(
-                f"nn.MultiheadAttention at {self.module!r} adds keys of its own (bias_k, static_k or add_zero_attn); "
-                "expected attention among the tokens only"
-            )
-        sources = [a[name].read() for name in ("query", "key", "value")]
-        if a.get("use_separate_proj_weight"):
-            weights = [a[name] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
-        else:
-            weights = list(a["in_proj_weight"].chunk(3))
-        biases = a["in_proj_bias"].chunk(3) if a["in_proj_bias"] is not None else (None,) * 3
-        q, k, v = (
-            self._split(F.linear(x, w.detach(), None if b is None else b.detach()), a["num_heads"])
-            for x, w, b in zip(sources, weights, biases, strict=True)
-        )
-        return FusedSite(
-            module=self.module,
-            query=Kept.of(q),
-            key=Kept.of(k),
-            value=Kept.of(v),
-            mask=self._mask(q),
-            scale=None,
-            is_causal=False,
-            output=self.output,
-        )
-
-    def _split(self, tokens: Tensor, heads: int) -> Tensor:
-        """(tokens, batch, channels), or (tokens, channels) unbatched, to (batch, heads, tokens, head channels)."""
-        if tokens.dim() == 2:
-            tokens = tokens[:, None]
-        length, batch, channels = tokens.shape
-        return tokens.reshape(length, batch, heads, channels // heads).permute(1, 2, 0, 3)
-
-    def _mask(self, query: Tensor) -> Kept | None:
-        a = self.arguments
-        mask = None
-        for name in ("attn_mask", "key_padding_mask"):
-            given = a.get(name)
-            if given is None:
-                continue
-            given = given.read()
-            # In MultiheadAttention True means "may not attend", the reverse of scaled_dot_product_attention.
-            if given.dtype == torch.bool:
-                given = torch.zeros(given.shape, dtype=query.dtype, device=given.device).masked_fill(given, -math.inf)
-            if name == "key_padding_mask":
-                given = given.reshape(-1, 1, 1, given.shape[-1])
-            elif given.dim() == 3:
-                given = given.reshape(-1, a["num_heads"], *given.shape[1:])
-            mask = given if mask is None else mask + given
-        return None if mask is None else Kept.of(mask)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return self.unpacked.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unpacked.dtype
-
-    def probabilities(self, heads: slice, queries: Queries = EVERY) -> Tensor:
-        return self.unpacked.probabilities(heads, queries)
-
-    def values(self, heads: slice) -> Tensor:
-        return self.unpacked.values(heads)
-
-    def output_gradient(self, gradient: Tensor) -> Tensor:
-        weight = self.arguments["out_proj_weight"].detach()
-        return self._split(gradient @ weight, self.arguments["num_heads"])

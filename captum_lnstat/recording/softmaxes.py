@@ -30,12 +30,13 @@ class SoftmaxEvent:
     attention: Kept
     value: Kept | None = None
     output: GradientEdge | None = None
+    given: Kept | None = None
     multiplied: bool = False
 
     @property
     def site(self) -> SoftmaxSite:
         """The attention site, once the pass is over."""
-        return SoftmaxSite(self.module, self.attention, self.value, self.output)
+        return SoftmaxSite(self.module, self.attention, self.value, self.output, given=self.given)
 
 
 class Softmaxes:
@@ -43,10 +44,11 @@ class Softmaxes:
 
     Args:
         arena: Where large tensors are copied to for the recording, if they are.
+        detailed: Keep what they read, too.
     """
 
-    def __init__(self, arena: Arena | None) -> None:
-        self._arena = arena
+    def __init__(self, arena: Arena | None, *, detailed: bool = False) -> None:
+        self._arena, self._detailed = arena, detailed
         # By identity; the tensor is held, so that no other gets its identity.
         self._events: dict[int, tuple[Tensor, SoftmaxEvent]] = {}
 
@@ -64,7 +66,8 @@ class Softmaxes:
         """A softmax has run: an attention's if it is over the keys, the last of at least three dimensions."""
         if input.dim() < 3 or dim not in (-1, input.dim() - 1):
             return None
-        event = SoftmaxEvent(module, Kept.on(self._arena, output))
+        given = Kept.on(self._arena, input) if self._detailed else None
+        event = SoftmaxEvent(module, Kept.on(self._arena, output), given=given)
         self._events[id(output)] = (output, event)
         return event
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Pass:
         output: What ``forward_func`` returned.
         head: The scores that are explained, and their cotangent at the end of the stream.
         image: What the model was given, in the graph of the scores if the whole model is in it.
+        again: The same pass of other images, as many and as large.
     """
 
     trace: Trace
@@ -59,6 +60,7 @@ class Pass:
     output: Tensor
     head: Head
     image: Tensor
+    again: Callable[[Tensor], Pass]
 
     @property
     def score(self) -> Tensor | None:
@@ -90,6 +92,7 @@ def run(
     contrastive: bool = False,
     differentiable: Differentiable = "head",
     starts: bool = True,
+    detailed: bool = False,
     output: Output = None,
 ) -> Pass:
     """Run ``forward_func`` once and record it. Neither the model, the caller's grad mode nor ``image`` is changed.
@@ -104,6 +107,7 @@ def run(
         contrastive: The score is that of the target against the other classes.
         differentiable: What of the model has to be, for the rule.
         starts: The rule may start with what the head reads, whatever the class.
+        detailed: What the softmaxes read is kept, and how the head was called.
         output: Which of several outputs is explained.
     """
     check_whole(model)
@@ -115,21 +119,25 @@ def run(
         forward_func = eager(forward_func)
     check_axes(image, topology.axes, topology.model)
     check_size(image, topology.model, topology.entrance, direct=forward_func is topology.model)
+    kind = image.device.type
+    autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
     # A caller in inference_mode or no_grad still gets gradients at the head; the trunk has a graph only if asked for.
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable != "head"):
         x = image.detach().clone(memory_format=torch.contiguous_format)
         parameter = next((p for p in topology.model.parameters() if p.is_floating_point()), x)
-        if not torch.is_autocast_enabled(x.device.type):
+        if not torch.is_autocast_enabled(kind):
             x = x.to(parameter.dtype)
         leaf = x
         if differentiable != "head":
             x = leaf.requires_grad_().clone()  # not a leaf: a model may normalise it in place
-        recorder = topology.recorder(x, differentiable, compact=x.numel() > COMPACT)
+        recorder = topology.recorder(x, differentiable, compact=x.numel() > COMPACT, detailed=detailed)
         with run_eagerly, recorder:
             returned = run_forward(forward_func, (recorder.marked(x),), None, additional_forward_args)
             returned = pick_output(returned, output)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        recording = replace(recorder.recording, scores=returned, rows=recorder.following.of(returned))
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
+        recording = replace(
+            recorder.recording, scores=returned, rows=recorder.following.of(returned), tape=recorder.tape
+        )
         _check_ran(recording, topology.model)
         scores: tuple[Tensor, ...] = ()
         if contrastive:
@@ -159,7 +167,12 @@ def run(
         head = Head(scores, stream_end, trace, reads)
         if differentiable == "head":
             head.check(returned, class_specific=class_specific)
-    return Pass(trace, recording, returned.detach(), head, leaf)
+    again = partial(
+        run, forward_func, model, targets=targets, additional_forward_args=additional_forward_args,
+        class_specific=class_specific, contrastive=contrastive, differentiable=differentiable, starts=starts,
+        detailed=detailed, output=output,
+    )  # fmt: skip
+    return Pass(trace, recording, returned.detach(), head, leaf, autocast(again))
 
 
 def _traced(topology: Topology, recording: Recording, size: tuple[int, int]) -> Trace:

@@ -46,6 +46,7 @@ class Rule:
         head_fusion: How the heads become one map where the caller does not say.
         starts: It may start with what the head reads, whatever the class. Where no such start is defined, a rule that
             says it does not is.
+        detailed: It reads what the attentions' softmaxes were given, or calls the head with other tokens.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Rule:
     differentiable: Differentiable = "head"
     head_fusion: HeadFusion = "deviation"
     starts: bool = True
+    detailed: bool = False
 
     @property
     def at_every_block(self) -> bool:

@@ -119,13 +119,16 @@ class Topology(ABC):
         """Whether a stream of so many images has its tokens before its batch, as of ``batch_first=False``."""
         return False
 
-    def recorder(self, images: Tensor, differentiable: Differentiable = "head", *, compact: bool = False) -> Recorder:
+    def recorder(
+        self, images: Tensor, differentiable: Differentiable = "head", *, compact: bool = False, detailed: bool = False
+    ) -> Recorder:
         """What records a pass of the model on some images, for ``trace`` to read.
 
         Args:
             images: What ``forward_func`` is given.
             differentiable: What of the model gets a graph.
             compact: Copy large tensors to a place of their own.
+            detailed: Keep what the softmaxes read, and the calls of the head, too.
         """
         return Recorder(
             self.model,
@@ -138,6 +141,7 @@ class Topology(ABC):
             tokens_first=partial(self.tokens_first, batch=len(images)),
             differentiable=differentiable,
             compact=compact,
+            detailed=detailed,
             images=images,
         )
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid, Groups, Layout
+from captum_lnstat.recording.multi_head import MultiHeadSite
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
-from captum_lnstat.recording.sites import AttentionSite, MultiHeadSite
+from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
 from captum_lnstat.topology.anatomy.geometry import channels_last

@@ -20,10 +20,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from captum_lnstat import (
+    AGCAM,
+    AttCAT,
     AttentionRollout,
+    BeyondIntuition,
     FrozenLayerNorm,
     GenericAttention,
     LayerLNStat,
+    LeGrad,
     LibraGrad,
     LNStatAttribution,
     RawAttention,
@@ -83,6 +87,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 Method = Callable[..., Any]
+PASSES = 2
 METHODS: dict[str, Method] = {
     "lnstat": lambda f, model=None: LNStatAttribution(f, model),
     "evidence": lambda f, model=None: LNStatAttribution(f, model, rule="evidence"),
@@ -93,9 +98,17 @@ METHODS: dict[str, Method] = {
     "GenericAttention": GenericAttention,
     "FrozenLayerNorm": FrozenLayerNorm,
     "LibraGrad": LibraGrad,
+    "LeGrad": LeGrad,
+    "AGCAM": AGCAM,
+    "AttCAT": AttCAT,
+    "BeyondIntuition": lambda f, model=None: BeyondIntuition(f, model, steps=PASSES),
+    "BeyondIntuition-head": lambda f, model=None: BeyondIntuition(f, model, approximation="head", steps=PASSES),
 }
 
 CLASS_AGNOSTIC = ("rollout", "RawAttention", "AttentionRollout")
+# Those with a backward pass through the model, and of these the ones that read the gradient of attention.
+OF_GRADIENTS = ("gradient", "GenericAttention", "LeGrad", "AGCAM", "AttCAT", "BeyondIntuition", "BeyondIntuition-head")
+WITH_A_GRAPH = (*OF_GRADIENTS, "FrozenLayerNorm", "LibraGrad")
 # Options that take a way of their own through the package.
 VARIANTS: dict[str, Method] = {
     "LibraGrad attcat": lambda f, model=None: LibraGrad(f, model, form="attcat"),
@@ -221,7 +234,7 @@ def same_when_checkpointed(make: Method, found: Tensor, expected: Tensor) -> boo
 
     Under checkpointing these have the kernel's own backward pass of attention, which rounds otherwise than theirs.
     """
-    if make not in (METHODS["gradient"], METHODS["GenericAttention"]):
+    if make not in [METHODS[name] for name in OF_GRADIENTS]:
         return torch.equal(found, expected)
     return bool((found - expected).abs().max() <= 1e-5 * expected.abs().max())
 

@@ -39,7 +39,8 @@ def _regrouped(site: FusedSite | SoftmaxSite, regroup: Regroup, mask: Kept | Non
 
     if isinstance(site, SoftmaxSite):
         value = None if site.value is None else each(site.value)
-        return _Softmax(site.module, each(site.attention), value, site.output, regroup)
+        given = None if site.given is None else each(site.given)
+        return _Softmax(site.module, each(site.attention), value, site.output, regroup, given=given)
     query, key, value = each(site.query), each(site.key), each(site.value)
     return _Fused(site.module, query, key, value, mask, site.scale, site.is_causal, site.output, regroup)
 

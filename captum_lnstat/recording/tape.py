@@ -1,0 +1,82 @@
+"""The head as a function: what was called since it began, to be called again with other tokens in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from captum_lnstat.errors import RecordingError
+from captum_lnstat.recording.ending import StreamEnd
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+# Function, arguments, and what it returned.
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Tape:
+    """The calls of torch's functions in one pass since its head began.
+
+    Attributes:
+        end: The end of the residual stream.
+        keeps: Whether they are kept.
+        calls: First to last.
+    """
+
+    end: StreamEnd
+    keeps: bool = True
+    calls: list[Call] = field(default_factory=list)
+
+    def ran(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A function has run."""
+        if self.keeps and self.end.passed_on is not None:
+            self.calls.append((function, args, kwargs, output))
+
+    def of_one_token(self, token: Float[Tensor, "batch channel"], wanted: Tensor) -> Tensor:
+        """What the head would have returned if every token at the end of the stream were this one.
+
+        Args:
+            token: The token of every image.
+            wanted: What the head returned.
+
+        Raises:
+            RecordingError: It was not made by functions of torch alone.
+        """
+        known = {id(self.end.passed_on): self.end.of_one_token(token)}
+        for function, args, kwargs, output in self.calls:
+            others, named = _swapped(args, known), _swapped(kwargs, known)
+            if others is not args or named is not kwargs:
+                _note(output, function(*others, **named), known)
+        if id(wanted) not in known:
+            raise RecordingError(
+                "the scores of one token cannot be made, since not all of the head is functions of torch; expected a "
+                "forward_func that returns what they return"
+            )
+        return known[id(wanted)]
+
+
+def _swapped(value: Any, known: dict[int, Tensor]) -> Any:
+    """The same with tensors in the place of those that are known; the very same if there are none."""
+    if isinstance(value, Tensor):
+        return known.get(id(value), value)
+    if isinstance(value, dict):
+        found = {key: _swapped(one, known) for key, one in value.items()}
+        return value if all(found[key] is value[key] for key in value) else found
+    if isinstance(value, tuple | list):
+        parts = [_swapped(one, known) for one in value]
+        return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
+    return value
+
+
+def _note(output: Any, again: Any, known: dict[int, Tensor]) -> None:
+    """What a function returned is known from now on."""
+    if isinstance(output, Tensor):
+        known[id(output)] = again
+    elif isinstance(output, tuple | list):
+        for one, other in zip(output, again, strict=True):
+            _note(one, other, known)
