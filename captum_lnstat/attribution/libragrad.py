@@ -11,14 +11,15 @@ from captum_lnstat.attribution.arguments import check_choice
 from captum_lnstat.attribution.base import GridAttribution
 from captum_lnstat.attribution.pixels import Interpolation
 from captum_lnstat.recording.forward import Output
-from captum_lnstat.rules.linearised import attentive_gradient, full_gradient, token_gradient
+from captum_lnstat.rules.attcat import attcat
+from captum_lnstat.rules.linearised import full_gradient, token_gradient
 from captum_lnstat.rules.relevance import Settings
 from captum_lnstat.rules.rule import Compute, Rule
 
 Form = Literal["fullgrad+", "attcat", "inputxgradient"]
 _FORMS: dict[str, tuple[str, Compute]] = {
     "fullgrad+": ("sum_l x_l dy/dx_l + sum of b dy/db, frozen", full_gradient),
-    "attcat": ("sum_l a_l x_l dy/dx_l, frozen", attentive_gradient),
+    "attcat": ("sum_l a_l x_l dy/dx_l, frozen", attcat),
     "inputxgradient": ("x_0 dy/dx_0, frozen", token_gradient),
 }
 
@@ -33,15 +34,14 @@ class LibraGrad(GridAttribution):
 
     .. math::
         \text{fullgrad+:} \quad & \sum_{l=0}^{L} T_{l,i} + \sum_{l} (\text{sent}_{l,i} - \text{received}_{l,i}) \\
-        \text{attcat:} \quad & \sum_{l=0}^{L-1} a_{l,i} T_{l,i} \\
+        \text{attcat:} \quad & \sum_{l=1}^{L} a_{l,i} T_{l,i} \\
         \text{inputxgradient:} \quad & T_{0,i}
 
-    FullGrad+ is defined as the input times gradient of every layer, the embedding and the blocks, plus that of every
-    bias; what attention carries from one token to another, *sent* and *received*, is what is left of the biases when
-    they are added up. The bias of the head and the last norm's are on no token or on those that the head reads.
-    :math:`a_l` is the attention of block ``l`` as the head reads it, mean over the heads (AttCAT, Qiang et al., NeurIPS
-    2022). For a Swin the paper has no form: here a coarse token's value is shared evenly by the patches under it, and
-    the head reads all tokens alike. A gated MLP holds one branch constant, where the paper halves both.
+    FullGrad+ is defined as the input times gradient of every layer, the embedding, blocks and mergings, plus that of
+    every bias; what attention carries from one token to another, *sent* and *received*, is what is left of the biases
+    when they are added up. The bias of the head and the last norm's are left out. ``AttCAT`` says what :math:`a_l` is.
+    For a Swin the paper has no form: here a coarse token's value is shared evenly by the patches under it. A gated MLP
+    holds one branch constant, where the paper halves both.
 
     Signed. One forward and one backward pass; fused attention stays in place.
 
@@ -90,4 +90,4 @@ class LibraGrad(GridAttribution):
     def method(self) -> Rule:
         """The form's."""
         formula, compute = _FORMS[self.form]
-        return Rule(f"LibraGrad {self.form}", formula, compute, differentiable="affine", starts=self.form == "attcat")
+        return Rule(f"LibraGrad {self.form}", formula, compute, differentiable="affine", starts=False)

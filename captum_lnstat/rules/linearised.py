@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from captum_lnstat.errors import RecordingError, UnsupportedModelError, warn_caller
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.recording.statistics import accumulation_dtype, stream
-from captum_lnstat.rules.checks import check_start, reads
-from captum_lnstat.rules.head import gradients
-from captum_lnstat.rules.reads import reads_elsewhere
+from captum_lnstat.rules.attention_gradient import check_graph, output_edge, slopes
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.walk import Request, RowVector, Walk, walk
 from captum_lnstat.trace.steps import Block, Merging, Step
@@ -56,27 +54,15 @@ class Linearised:
             UnsupportedModelError: Steps of the model are neither plain blocks nor patch mergings.
             RecordingError: A part of the model is not in the graph of the score.
         """
-        trace, recording, head = outcome.trace, outcome.recording, outcome.head
+        trace, stream_end = outcome.trace, outcome.head.stream_end
         for step in trace.steps:
-            check_step(step, trace.family)
-        places = [recording.call(step.name).input for step in trace.steps]
-        sites = [block.site.output for block in trace.blocks]
-        edges = [edge for edge in sites if edge is not None]
-        if len(edges) < len(sites) or not all(place.tensor.requires_grad for place in places):
-            raise RecordingError(
-                "a part of the model runs without a graph, so the score has no gradient at its tokens; expected a "
-                "model and forward_func without no_grad, detach or re-entrant checkpointing"
-            )
-        score = head.scores[0]
-        ends: list[Tensor | GradientEdge] = [head.stream_end, *(place.tensor for place in places), *edges]
-        end, *slopes = gradients(score, ends)
-        check_start(trace, reads(end))
-        if reads_elsewhere(score, head.stream_end, outcome.image):
-            warn_caller(
-                "the score reads the image besides the end of the residual stream; what it reads there is in the map "
-                "only where it passes through the tokens of a block"
-            )
-        inputs = [_product(slope, place.read()) for slope, place in zip(slopes, places, strict=False)]
+            _check_step(step, trace.family)
+        check_graph(outcome)
+        given = {step.name: outcome.recording.call(step.name).input for step in trace.steps}
+        edges = {block.name: output_edge(block) for block in trace.blocks}
+        at: list[Tensor | GradientEdge] = [stream_end, *(kept.tensor for kept in given.values()), *edges.values()]
+        end, *found = slopes(outcome, at)
+        inputs = [_product(slope, kept.read()) for slope, kept in zip(found, given.values(), strict=False)]
         for step, values in zip(trace.steps, inputs, strict=True):
             if values.shape[1] != step.before.shape[1]:
                 raise RecordingError(
@@ -84,9 +70,9 @@ class Linearised:
                     "expected tokens as (batch, token, channel) or (batch, row, column, channel)"
                 )
         return cls(
-            dict(zip((step.name for step in trace.steps), inputs, strict=True)),
-            _product(end, head.stream_end.detach()),
-            dict(zip((block.name for block in trace.blocks), slopes[len(places) :], strict=True)),
+            dict(zip(given, inputs, strict=True)),
+            _product(end, stream_end.detach()),
+            dict(zip(edges, found[len(given) :], strict=True)),
         )
 
     def moved(self, block: Block) -> tuple[Float[Tensor, "batch token 1"], Float[Tensor, "batch 1"]]:
@@ -110,7 +96,7 @@ def _product(slope: Tensor, tokens: Tensor) -> Float[Tensor, "batch token 1"]:
     return (stream(slope) * stream(tokens)).sum(-1, keepdim=True)
 
 
-def check_step(step: Step, family: str) -> None:
+def _check_step(step: Step, family: str) -> None:
     """Only steps that give every token its own gradient are known."""
     if isinstance(step, Merging) or (isinstance(step, Block) and step.below is None and step.carried is None):
         return
@@ -145,25 +131,7 @@ def _full(found: Linearised, outcome: Pass, settings: Settings) -> Walk:
 
 def token_gradient(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     """Input times gradient at the tokens that the first block reads."""
-    found, trace = Linearised.of(outcome), outcome.trace
+    found, trace, score = Linearised.of(outcome), outcome.trace, outcome.score
+    assert score is not None
     r = RowVector.of(found.inputs[trace.steps[0].name], None)
-    assert outcome.score is not None
-    constant = outcome.score.to(r.tokens.dtype)[:, None] - r.tokens.sum(1)
-    return r.relevance(trace, constant)
-
-
-def attentive_gradient(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
-    """AttCAT: ``sum_l a_l T_l``, ``a_l`` the attention of block ``l`` as the head reads it, mean over the heads."""
-    return walk(outcome.trace, settings, _attentive(Linearised.of(outcome), outcome, settings))[0]
-
-
-def _attentive(found: Linearised, outcome: Pass, settings: Settings) -> Walk:
-    start = RowVector.start(outcome.trace, settings)
-    r = RowVector.of(torch.zeros_like(start.tokens), None)
-    for step in reversed(outcome.trace.steps):
-        if isinstance(step, Block):
-            came = yield Request(step, start.tokens, start.at)
-            r = r.plus(came.rows * found.inputs[step.name])
-        else:
-            start, r = start.to_children(step, settings.merging), r.to_children(step, settings.merging)
-    return r.relevance(outcome.trace)
+    return r.relevance(trace, score.to(r.tokens.dtype)[:, None] - r.tokens.sum(1))

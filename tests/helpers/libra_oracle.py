@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.models import CASES, build, images
-from helpers.oracles import DetachedAttention, DetachedGate, DetachedNorm, merging_ids, window_ids
+from helpers.oracles import DenseBlock, DetachedAttention, DetachedGate, DetachedNorm, merging_ids, window_ids
 
 
 class Biased(nn.Module):
@@ -65,12 +65,13 @@ class Libra:
         steps = self.steps_of(double)
         for step in steps:
             step.register_forward_pre_hook(keep)
+        double.norm.register_forward_pre_hook(keep)
         with DetachedAttention():
             logits = double(self.x)
         assert torch.allclose(logits, model(self.x))
         self.score = logits.detach()[torch.arange(batch), target]
         leaves = [module for module in double.modules() if isinstance(module, Biased)]
-        tokens = [inputs[step] for step in steps]
+        tokens = [inputs[step] for step in (*steps, double.norm)]
         slopes = torch.autograd.grad(
             logits[torch.arange(batch), target].sum(), [*tokens, *(one.leaf for one in leaves)], allow_unused=True
         )
@@ -78,10 +79,12 @@ class Libra:
         for module, slope in zip(leaves, slopes[len(tokens) :], strict=True):
             if slope is not None:
                 added[module] = (module.leaf.detach() * slope).sum(-1)
-        self.inputs = [(x.detach() * s).sum(-1).flatten(1) for x, s in zip(tokens, slopes[: len(tokens)], strict=True)]
-        self.biases, self.down = [], []
+        *self.inputs, self.end = [
+            (x.detach() * s).sum(-1).flatten(1) for x, s in zip(tokens, slopes[: len(tokens)], strict=True)
+        ]
+        self.biases, self.down, self.places = [], [], []
         self.is_block = []
-        for step, original, x in zip(steps, self.steps_of(model), tokens, strict=True):
+        for step, original, x in zip(steps, self.steps_of(model), tokens, strict=False):
             merging, count = hasattr(step, "reduction"), x.flatten(1, -2).shape[1]
             self.is_block.append(not merging)
             ids = None
@@ -89,6 +92,7 @@ class Libra:
                 ids = window_ids(original, (x.shape[1], x.shape[2]), batch)
             if merging:
                 self.down.append(children(merging_ids(original, (x.shape[1], x.shape[2])), count))
+            self.places.append(count if ids is None else ids.shape[1])
             total = None
             for key, module in step.named_modules():
                 if module in added:
@@ -126,16 +130,14 @@ class Libra:
                 parts.append((index + (not self.is_block[index]), values))
         return self.lowered(parts)
 
-    def attentive(self, maps: list[Tensor], start: Tensor) -> Tensor:
-        """``sum_l a_l T_l`` with the maps of the blocks, mean over the heads, (batch, token, token)."""
-        parts, maps, row = [], list(maps), start
-        for index in reversed(range(len(self.inputs))):
-            if self.is_block[index]:
-                attention = maps.pop()
-                a = torch.einsum("bi,bij->bj", row, attention)[:, : row.shape[1]]
-                parts.append((index, a * self.inputs[index]))
-            else:
-                row = row @ self.down[sum(not block for block in self.is_block[:index])]
+    def attentive(self, blocks: list[DenseBlock]) -> Tensor:
+        """``sum_l a_l T_l``: ``T`` after a block, and the mean over heads and the queries that see a token."""
+        parts, blocks, after = [], list(blocks), [*self.inputs[1:], self.end]
+        for index, block in enumerate(self.is_block):
+            if block:
+                attention = blocks.pop(0).attention[..., : after[index].shape[1]]
+                a = attention.sum(2).mean(1) / self.places[index]
+                parts.append((index, a * after[index]))
         return self.lowered(parts)
 
 
