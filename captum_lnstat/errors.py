@@ -6,7 +6,9 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 
 class UnsupportedModelError(RuntimeError):
@@ -48,11 +50,26 @@ def near(name: str, known: Sequence[str], otherwise: str) -> str:
 _MACHINERY = ("captum_lnstat", "captum", "torch", "contextlib")
 
 
+_QUIET = ContextVar("captum_lnstat_quiet", default=False)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Nothing is warned of: a pass like this one has run, and has warned of it."""
+    before = _QUIET.set(True)
+    try:
+        yield
+    finally:
+        _QUIET.reset(before)
+
+
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn as if from the innermost line that is neither this package's, Captum's nor torch's.
 
     ``warnings`` counts frames, and their number differs from one public method to the next and by what Captum wraps.
     """
+    if _QUIET.get():
+        return
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _MACHINERY:
         level, frame = level + 1, frame.f_back

@@ -35,7 +35,8 @@ class LeGrad(OfGradients):
     the mean of the last tokens is read, pulled back through the mergings with their LayerNorm statistics constant; a
     merged token shares its value evenly among its children.
 
-    One forward pass and less than one backward pass.
+    One forward pass and less than one backward pass. Models whose stages are joined by what is not affine, or whose
+    blocks are no modules, are refused.
 
     Args:
         forward_func (Callable): As for ``LNStatAttribution``.
@@ -44,8 +45,7 @@ class LeGrad(OfGradients):
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
 
     Raises:
-        ValueError, TypeError: An option is none of those above; the message names them. ``attribute`` raises an
-            UnsupportedModelError where stages are joined by more than patch mergings.
+        ValueError, TypeError: An option is none of those above; the message names them.
 
     Examples::
 
@@ -83,7 +83,7 @@ class AGCAM(OfGradients):
     weight for each of its children below a merging; ``S`` with the position bias and the mask of the windows; a merged
     token shares its value evenly among its children.
 
-    One forward and one backward pass.
+    One forward and one backward pass. Attention whose maps are mixed after the softmax is refused.
 
     Args:
         forward_func (Callable): As for ``LNStatAttribution``.
@@ -92,8 +92,7 @@ class AGCAM(OfGradients):
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
 
     Raises:
-        ValueError, TypeError: An option is none of those above; the message names them. ``attribute`` raises an
-            UnsupportedModelError where it is not known what a softmax was given.
+        ValueError, TypeError: An option is none of those above; the message names them.
 
     Examples::
 
@@ -127,7 +126,7 @@ class AttCAT(OfGradients):
     The paper is on text. Derived here, for Swin: the mean over the queries is that over the places of a window, and a
     merged token shares its value evenly among its children.
 
-    One forward and one backward pass.
+    One forward and one backward pass. Attention that returns fewer tokens than it attends to is refused.
 
     Args:
         forward_func (Callable): As for ``LNStatAttribution``.
@@ -136,8 +135,7 @@ class AttCAT(OfGradients):
         output (str, int or Callable, optional): As for ``LNStatAttribution``.
 
     Raises:
-        ValueError, TypeError: An option is none of those above; the message names them. ``attribute`` raises an
-            UnsupportedModelError where attention returns fewer tokens than it attends to.
+        ValueError, TypeError: An option is none of those above; the message names them.
 
     Examples::
 

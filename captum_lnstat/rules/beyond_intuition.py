@@ -67,11 +67,25 @@ def beyond_intuition(
     return RowVector.of(both, None).relevance(trace)
 
 
-class _Feedback:
+class _Sum:
+    """Reads the maps of one attention and their gradients; what it makes of them is added up as they come."""
+
+    def __init__(self, block: Block, wanted: Int[Tensor, " query"] | None = None) -> None:
+        self._block, self.wanted = block, wanted
+
+    def end_chunk(self, queries: Queries) -> None:
+        """All heads of these queries have been added."""
+
+    def finish(self, queries: Int[Tensor, " query"] | None) -> None:
+        """All of one pass has been added."""
+
+
+class _Feedback(_Sum):
     """``F = E_h (mean over passes of dA)^+`` of one block, for some of its queries."""
 
     def __init__(self, block: Block, wanted: Int[Tensor, " query"] | None, passes: int) -> None:
-        self._block, self.wanted, self._passes = block, wanted, passes
+        super().__init__(block, wanted)
+        self._passes = passes
         groups, heads, queries, keys = block.site.shape
         count = queries if wanted is None else len(wanted)
         self._sum = block.before.new_zeros(groups, heads, count, keys)
@@ -81,12 +95,6 @@ class _Feedback:
         if self.wanted is not None and isinstance(queries, Tensor):
             queries = torch.searchsorted(self.wanted, queries)
         self._sum[:, heads, queries] += weighted
-
-    def end_chunk(self, queries: Queries) -> None:
-        """All heads of these queries have been added."""
-
-    def finish(self, queries: Int[Tensor, " query"] | None) -> None:
-        """All of one pass has been added."""
 
     def rows(self, rows: Float[Tensor, "batch token row"]) -> Float[Tensor, "batch token_before row"]:
         """Row vectors times ``F``."""
@@ -128,23 +136,16 @@ def _gain(block: Block) -> Float[Tensor, "batch token 1"]:
     return torch.where(length > 0, linear.norm(dim=-1, keepdim=True) / length, 0)
 
 
-class _Importance:
+class _Importance(_Sum):
     """``sum_ij A_ij dA_ij`` of every head."""
 
-    wanted = None
-
     def __init__(self, block: Block) -> None:
+        super().__init__(block)
         self.sums = block.before.new_zeros(block.site.shape[:2])
 
     def add(self, queries: Queries, heads: slice, attention: Tensor, weighted: Tensor) -> None:
         """``dA * A`` of some heads and queries."""
         self.sums[:, heads] += weighted.sum((2, 3))
-
-    def end_chunk(self, queries: Queries) -> None:
-        """All heads of these queries have been added."""
-
-    def finish(self, queries: Int[Tensor, " query"] | None) -> None:
-        """All has been added."""
 
 
 def _by_importance(block: Block, slope: Tensor) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_lnstat.errors import RecordingError, UnsupportedModelError, one_line, warn_caller
+from captum_lnstat.errors import RecordingError, UnsupportedModelError, one_line, quietly, warn_caller
 from captum_lnstat.recording.eager import eager, run_eagerly
 from captum_lnstat.recording.forward import ForwardArgs, Output, Target, pick_output, run_forward
 from captum_lnstat.recording.recorder import Differentiable
@@ -172,7 +172,7 @@ def run(
         class_specific=class_specific, contrastive=contrastive, differentiable=differentiable, starts=starts,
         detailed=detailed, output=output,
     )  # fmt: skip
-    return Pass(trace, recording, returned.detach(), head, leaf, autocast(again))
+    return Pass(trace, recording, returned.detach(), head, leaf, autocast(quietly()(again)))
 
 
 def _traced(topology: Topology, recording: Recording, size: tuple[int, int]) -> Trace:

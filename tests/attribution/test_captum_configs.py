@@ -29,10 +29,14 @@ from helpers.contract import MODELS, distilled, images, registers, swin, swin_v2
 from torch import Tensor, nn
 
 from captum_lnstat import (
+    AGCAM,
+    AttCAT,
     AttentionRollout,
+    BeyondIntuition,
     FrozenLayerNorm,
     GenericAttention,
     LayerLNStat,
+    LeGrad,
     LNStatAttribution,
     RawAttention,
 )
@@ -56,6 +60,11 @@ class Rollout(LNStatAttribution):
 class Gradient(LNStatAttribution):
     def __init__(self, forward_func: Any) -> None:
         super().__init__(forward_func, rule="gradient")
+
+
+class Beyond(BeyondIntuition):
+    def __init__(self, forward_func: Any) -> None:
+        super().__init__(forward_func, steps=2)
 
 
 class LayerEvidence(LayerLNStat):
@@ -84,6 +93,10 @@ ALGORITHMS = [
     AttentionRollout,
     GenericAttention,
     FrozenLayerNorm,
+    LeGrad,
+    AGCAM,
+    AttCAT,
+    Beyond,
 ]
 LAYERS = [LayerLNStat, LayerEvidence]
 

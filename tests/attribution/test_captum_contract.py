@@ -25,6 +25,7 @@ from helpers.contract import (
     METHODS,
     MODELS,
     PAIRS,
+    WITH_A_GRAPH,
     Normalise,
     a_block,
     expected_shape,
@@ -558,7 +559,7 @@ def test_forward_func_reassigned_to_another_model(make: Callable[..., Any]) -> N
     assert torch.equal(method.attribute(images(), target=1), make(second).attribute(images(), target=1))
 
 
-@pytest.mark.parametrize("method_name", ["gradient", "GenericAttention", "FrozenLayerNorm"])
+@pytest.mark.parametrize("method_name", WITH_A_GRAPH)
 def test_forward_func_that_normalises_in_place(method_name: str) -> None:
     model, image = model_of("vit"), images()
     method = METHODS[method_name](nn.Sequential(Normalise(inplace=True), model))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.contract import CLASS_AGNOSTIC, EVERY_METHOD, METHODS, images, lively, swin, untouched, vit
+from helpers.contract import CLASS_AGNOSTIC, EVERY_METHOD, METHODS, WITH_A_GRAPH, images, lively, swin, untouched, vit
 from helpers.oracles import Frozen
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -102,7 +102,7 @@ def test_bad_targets(model: nn.Module, make: Make, target: Any, error: type[Exce
         make(model).attribute(image, target=target)
 
 
-@pytest.mark.parametrize("name", ["lnstat", "evidence", "gradient", "GenericAttention", "FrozenLayerNorm"])
+@pytest.mark.parametrize("name", ["lnstat", "evidence", *WITH_A_GRAPH])
 def test_no_target(model: nn.Module, name: str) -> None:
     with untouched(model), pytest.raises(AssertionError, match="Target not provided when necessary"):
         METHODS[name](model).attribute(images())
@@ -400,7 +400,7 @@ def test_forward_function_that_runs_the_model_twice_or_never(model: nn.Module, m
         make(lambda x: other(x), model).attribute(images(), target=1)
 
 
-@pytest.mark.parametrize("name", ["lnstat", "evidence", "gradient", "GenericAttention", "FrozenLayerNorm"])
+@pytest.mark.parametrize("name", ["lnstat", "evidence", *WITH_A_GRAPH])
 def test_forward_function_that_leaves_the_graph(model: nn.Module, name: str) -> None:
     with untouched(model), pytest.raises(RecordingError, match="no gradient"):
         METHODS[name](lambda x: model(x).detach(), model).attribute(images(), target=1)
@@ -413,7 +413,7 @@ def test_forward_function_without_grad(model: nn.Module, make: Make) -> None:
 
     method = make(forward, model)
     with untouched(model):
-        if make in [METHODS[name] for name in ("gradient", "GenericAttention", "FrozenLayerNorm", "LibraGrad")]:
+        if make in [METHODS[name] for name in WITH_A_GRAPH]:
             with pytest.raises(RecordingError, match="without no_grad"):
                 method.attribute(images(), target=1)
         else:

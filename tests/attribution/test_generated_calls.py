@@ -26,10 +26,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from captum_lnstat import (
+    AGCAM,
+    AttCAT,
     AttentionRollout,
+    BeyondIntuition,
     FrozenLayerNorm,
     GenericAttention,
     LayerLNStat,
+    LeGrad,
     LNStatAttribution,
     RawAttention,
     RecordingError,
@@ -55,7 +59,10 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "swin": lambda: swin(**_SWIN, proj_drop_rate=0.1),
     "swinv2": lambda: swin_v2(**_SWIN, proj_drop_rate=0.1),
 }
-KINDS = (LNStatAttribution, LayerLNStat, RawAttention, AttentionRollout, GenericAttention, FrozenLayerNorm)
+KINDS = (
+    *(LNStatAttribution, LayerLNStat, RawAttention, AttentionRollout, GenericAttention, FrozenLayerNorm),
+    *(LeGrad, AGCAM, AttCAT, BeyondIntuition),
+)
 # How many bad calls each class is given with this part of them bad, and what of the documented has to come up.
 BAD_CALLS: dict[str, tuple[int, set[type[Exception]]]] = {
     "options": (70, {TypeError}),
@@ -81,6 +88,8 @@ OPTIONS: dict[str, list[Any]] = {
     "normalized": [True],
     "interpolation": ["bilinear", "nearest"],
     "block": [0, -1],
+    "approximation": ["token", "head"],
+    "steps": [1, 2],
     "output": [None, lambda scores: scores],
 }
 NAMES = {
@@ -90,6 +99,10 @@ NAMES = {
     AttentionRollout: ["head_fusion", "interpolation", "output"],
     GenericAttention: ["interpolation", "output"],
     FrozenLayerNorm: ["output"],
+    LeGrad: ["interpolation", "output"],
+    AGCAM: ["interpolation", "output"],
+    AttCAT: ["interpolation", "output"],
+    BeyondIntuition: ["approximation", "steps", "interpolation", "output"],
 }
 # What a call itself may raise, and what it may raise for a target that does not fit.
 OWN = (ValueError, TypeError, UnsupportedModelError, RecordingError)
@@ -178,7 +191,7 @@ class Call:
 
 @st.composite
 def good_options(draw: st.DrawFn, kind: type) -> dict[str, Any]:
-    names = draw(st.sets(st.sampled_from(NAMES[kind])))
+    names = draw(st.sets(st.sampled_from(NAMES[kind]))) | ({"steps"} & set(NAMES[kind]))
     chosen = {name: draw(st.sampled_from(OPTIONS[name])) for name in sorted(names)}
     if kind is LayerLNStat and chosen.get("rule") == "gradient":
         chosen["rule"] = "evidence"
@@ -279,6 +292,8 @@ def break_options(draw: st.DrawFn, call: Call) -> None:
             value = 0
     elif name in ("contrastive", "normalized"):
         value = draw(junk)
+    elif name == "steps":  # any positive number of passes is good, and takes as long
+        value = draw(st.one_of(st.integers(max_value=0), st.sampled_from([None, True, 2.0, "2", [2], torch.ones(1)])))
     else:
         value = draw(junk)
         if isinstance(value, str) and value in OPTIONS.get(name, []):

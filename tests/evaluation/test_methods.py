@@ -1,5 +1,6 @@
 """Methods by name are the classes they say, and Grad-CAM is Captum's once its layer looks like an image."""
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 
@@ -13,10 +14,15 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from captum_lnstat import (
+    AGCAM,
     RISE,
+    AttCAT,
     AttentionRollout,
+    BeyondIntuition,
     FrozenLayerNorm,
     GenericAttention,
+    HiResCAM,
+    LeGrad,
     LibraGrad,
     LNStatAttribution,
     RawAttention,
@@ -58,6 +64,14 @@ DIRECT = {
     "libragrad-tokens": lambda model, x, t: LibraGrad(model, form="inputxgradient").attribute(x, target=t),
     "vitcx(distance=0.3)": lambda model, x, t: ViTCX(model, distance=0.3).attribute(x, target=t),
     "rise(masks=20)": lambda model, x, t: RISE(model, masks=20).attribute(x, target=t),
+    "legrad": lambda model, x, t: LeGrad(model).attribute(x, target=t),
+    "agcam": lambda model, x, t: AGCAM(model).attribute(x, target=t),
+    "attcat": lambda model, x, t: AttCAT(model).attribute(x, target=t),
+    "beyond-intuition(steps=2)": lambda model, x, t: BeyondIntuition(model, steps=2).attribute(x, target=t),
+    "beyond-intuition-heads(steps=2)": lambda model, x, t: BeyondIntuition(
+        model, approximation="head", steps=2
+    ).attribute(x, target=t),
+    "hirescam:blocks.1.norm1": lambda model, x, t: HiResCAM(model, model, "blocks.1.norm1").attribute(x, t),
     "ig(steps=3)": lambda model, x, t: IntegratedGradients(model).attribute(x, target=t, n_steps=3),
     "saliency": lambda model, x, t: Saliency(model).attribute(x, target=t),
     "saliency(abs=False)": lambda model, x, t: Saliency(model).attribute(x, target=t, abs=False),
@@ -72,7 +86,7 @@ DIRECT = {
 @pytest.mark.filterwarnings("ignore:Input Tensor")  # Captum's, in the direct calls
 @pytest.mark.filterwarnings("ignore:Setting forward")
 def test_names_are_the_classes_they_say(subject, images):
-    assert {text.partition("(")[0] for text in DIRECT} >= set(names()) - {"gradcam", "random", "centre"}
+    assert {re.split("[(:]", text)[0] for text in DIRECT} >= set(names()) - {"gradcam", "random", "centre"}
     for text, direct in DIRECT.items():
         (method,) = build(text, subject)
         expected = direct(subject.model, images.clone(), TARGETS).detach().sum(1)

@@ -109,6 +109,13 @@ CLASS_AGNOSTIC = ("rollout", "RawAttention", "AttentionRollout")
 # Those with a backward pass through the model, and of these the ones that read the gradient of attention.
 OF_GRADIENTS = ("gradient", "GenericAttention", "LeGrad", "AGCAM", "AttCAT", "BeyondIntuition", "BeyondIntuition-head")
 WITH_A_GRAPH = (*OF_GRADIENTS, "FrozenLayerNorm", "LibraGrad")
+
+
+def passes(make: Method) -> int:
+    """How often a method runs the model for one map."""
+    return PASSES if make in (METHODS["BeyondIntuition"], METHODS["BeyondIntuition-head"]) else 1
+
+
 # Options that take a way of their own through the package.
 VARIANTS: dict[str, Method] = {
     "LibraGrad attcat": lambda f, model=None: LibraGrad(f, model, form="attcat"),

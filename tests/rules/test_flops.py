@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import timm
@@ -14,9 +14,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from captum_lnstat import (
+    AGCAM,
+    AttCAT,
     AttentionRollout,
+    BeyondIntuition,
     FrozenLayerNorm,
     GenericAttention,
+    LeGrad,
     LNStatAttribution,
     RawAttention,
 )
@@ -33,6 +37,11 @@ BOUNDS: dict[str, tuple[Callable[[nn.Module], object], float, float]] = {
     "AttentionRollout": (AttentionRollout, 1.05, 1.02),
     "GenericAttention": (GenericAttention, 1.97, 2.03),
     "FrozenLayerNorm": (FrozenLayerNorm, 2.05, 2.05),
+    "LeGrad": (LeGrad, 1.8, 1.75),
+    "AGCAM": (AGCAM, 1.97, 2.05),
+    "AttCAT": (AttCAT, 1.95, 1.98),
+    "BeyondIntuition": (partial(BeyondIntuition, steps=1), 1.22, 1.25),
+    "BeyondIntuition-head": (partial(BeyondIntuition, approximation="head", steps=1), 2.08, 2.06),
 }
 
 
