@@ -60,6 +60,11 @@ QUICK = {
 }
 
 
+# Of every method the entries of the summary by the label of the column; forward passes and MiB.
+Found = dict[str, dict[str, dict[str, Any]]]
+Costs = dict[str, dict[str, float | None]]
+
+
 @dataclass(frozen=True)
 class Column:
     """A number of the page.
@@ -131,9 +136,9 @@ def run(models: Sequence[Photographs], methods: Sequence[str], options: argparse
 # The page.
 
 
-def figures(model: str, methods: Sequence[str], split: str, folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+def figures(model: str, methods: Sequence[str], split: str, folder: Path) -> Found:
     """Of every method its entries of the summary, by the label of the column."""
-    found: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in methods}
+    found: Found = {method: {} for method in methods}
     for part, asked in PARTS.items():
         folders = {method: real.place(folder, model, split, part, method) for method in methods}
         folders = {method: path for method, path in folders.items() if any((path / "records").glob("*.jsonl"))}
@@ -154,15 +159,26 @@ def shared(records: list[Any]) -> list[Any]:
     return [record for record, count in zip(records, counts, strict=True) if 2 * count > max(counts)]
 
 
-def quality(found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
+def fewer(found: Found) -> set[str]:
+    """The rows that have far fewer photographs than the first one, in any column."""
+    first = next(iter(found.values()))
+    return {
+        method
+        for method, entries in found.items()
+        if any(entry["n"] < 0.6 * first[label]["n"] for label, entry in entries.items() if label in first)
+    }
+
+
+def quality(found: Found) -> dict[str, float]:
     """0 for the random map, 1 for the best in every column: mean over the columns of a group, then over the groups."""
     shares: dict[str, dict[str, list[float]]] = {method: {} for method in found}
+    few = fewer(found)
     for column in COLUMNS:
         values = {m: e[column.label]["value"] for m, e in found.items() if column.label in e}
         if "random" not in values:
             continue
         higher = next(e[column.label]["higher_is_better"] for e in found.values() if column.label in e)
-        best = (max if higher else min)(values.values())
+        best = (max if higher else min)(value for method, value in values.items() if method not in few)
         for method, value in values.items():
             share = (value - values["random"]) / (best - values["random"] or 1)
             shares[method].setdefault(column.group, []).append(share)
@@ -170,11 +186,10 @@ def quality(found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:
     return {m: float(np.mean([np.mean(one) for one in s.values()])) for m, s in shares.items() if len(s) == full}
 
 
-def tables(
-    model: str, found: dict[str, dict[str, dict[str, Any]]], costs: dict[str, dict[str, float | None]]
-) -> Iterator[str]:
+def tables(model: str, found: Found, costs: Costs) -> Iterator[str]:
     """The tables of a model: quality and cost beside every row."""
-    total = quality(found)
+    few = fewer(found)
+    total = {m: f"({value:.2f})" if m in few else f"{value:.2f}" for m, value in quality(found).items()}
     yield f"## {title(model)}"
     for heading, groups in TABLES.items():
         labels = [column.label for column in COLUMNS if column.group in groups]
@@ -188,7 +203,7 @@ def tables(
         yield "\n".join(with_cost(line, total, costs) for line in lines)
 
 
-def with_cost(line: str, total: dict[str, float], costs: dict[str, dict[str, float | None]]) -> str:
+def with_cost(line: str, total: dict[str, str], costs: Costs) -> str:
     """A line of a table with three columns more, behind the method."""
     if not line.startswith("|"):
         return line
@@ -199,40 +214,58 @@ def with_cost(line: str, total: dict[str, float], costs: dict[str, dict[str, flo
     if key.startswith("-"):
         return f"|{name}|---|---|---|{rest}"
     known = costs.get(key, {})
-    cells = [total.get(key), known.get("passes"), known.get("mib")]
-    shown = [
-        "" if value is None else format(value, form) for value, form in zip(cells, (".2f", ".2f", ".0f"), strict=True)
-    ]
+    cells = (known.get("passes"), ".2f"), (known.get("mib"), ".0f")
+    shown = [total.get(key, ""), *("" if value is None else format(value, form) for value, form in cells)]
     return f"|{name}| {' | '.join(shown)} |{rest}"
 
 
-def draw(pages: dict[str, tuple[dict[str, float], dict[str, dict[str, float | None]]]], path: Path) -> None:
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights moved as little as needs be to be a gap apart.
+
+    >>> apart([0.0, 0.0, 1.0], 0.5)
+    [-0.25, 0.25, 1.0]
+    """
+    up, down = list(heights), list(heights)
+    for place in range(1, len(up)):
+        up[place] = max(up[place], up[place - 1] + gap)
+        down[-1 - place] = min(down[-1 - place], down[-place] - gap)
+    return [(one + other) / 2 for one, other in zip(up, down, strict=True)]
+
+
+def draw(pages: dict[str, tuple[dict[str, float], Costs, set[str]]], path: Path) -> None:
     """Quality against cost, a panel a model."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    sheet, axes = plt.subplots(1, len(pages), figsize=(5.2 * len(pages), 5), sharey=True, squeeze=False)
-    for axis, (model, (total, costs)) in zip(axes[0], pages.items(), strict=True):
-        rows = sorted((m for m in total if m not in BLIND and m in costs), key=lambda m: -total[m])
-        for rank, method in enumerate(rows):
-            ours = method in OURS
-            x, y = costs[method]["passes"], total[method]
-            axis.scatter(x, y, s=48, color="#c0392b" if ours else "#34495e", zorder=3)
-            if rank < 8 or method in ("attention-rollout", "rise", "ig", "gradcam"):
-                axis.annotate(
-                    method, (x, y), (5, 3), textcoords="offset points", fontsize=8, weight="bold" if ours else None
-                )
-        if "centre" in total:
-            axis.axhline(total["centre"], color="#95a5a6", linestyle="--", linewidth=1)
-            axis.annotate("a Gaussian in the centre", (0.98, total["centre"]), (0, 3), ("axes fraction", "data"),
-                          "offset points", ha="right", fontsize=8, color="#7f8c8d")  # fmt: skip
-        axis.axhline(0, color="#95a5a6", linewidth=1)
+    sheet, axes = plt.subplots(1, len(pages), figsize=(5.4 * len(pages), 6), sharey=True, squeeze=False)
+    for axis, (model, (total, costs, few)) in zip(axes[0], pages.items(), strict=True):
+        rows = sorted((m for m in total if m not in BLIND and m in costs), key=lambda m: total[m])
+        cheap = [method for method in rows if (costs[method]["passes"] or 0) < SLOW]
+        heights = dict(zip(cheap, apart([total[method] for method in cheap], 0.042), strict=True))
+        for method in rows:
+            x, y = costs[method]["passes"] or 0.0, total[method]
+            colour = "#c0392b" if method in OURS else "#34495e"
+            axis.scatter(x, y, s=40, color="white" if method in few else colour, edgecolor=colour, zorder=3)
+            axis.annotate(
+                method, (x, y), (4, heights[method]) if method in heights else (x * 1.12, y), va="center", fontsize=8,
+                color=colour, weight="bold" if method in OURS else "normal",
+                arrowprops={"arrowstyle": "-", "color": "#bdc3c7", "linewidth": 0.6} if method in heights else None,
+            )  # fmt: skip
+        for height, name in ((total.get("centre"), "a Gaussian in the centre"), (0.0, "a random map")):
+            if height is not None:
+                axis.axhline(height, color="#95a5a6", linestyle="--", linewidth=1)
+                axis.text(0.99, height + 0.01, name, ha="right", fontsize=8, color="#7f8c8d",
+                          transform=axis.get_yaxis_transform())  # fmt: skip
         axis.set_xscale("log")
-        axis.set_xlabel("cost, forward passes")
+        axis.set_ylim(min(-0.1, *total.values()) - 0.05, 1.12)
+        axis.set_xlim(0.85, max(600, 3 * max(costs[m]["passes"] or 1 for m in rows)))
+        axis.set_xlabel("cost: forward passes")
         axis.set_title(title(model), fontsize=10)
         axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("quality: 0 a random map, 1 best in every column")
-    sheet.suptitle("Better is up, cheaper is left. Red: this package's rules", fontsize=11)
+    axes[0][0].set_ylabel("quality: 0 a random map, 1 the best row in every column")
+    sheet.suptitle(
+        "Up is better, left is cheaper. Red: this package's rules; hollow: on fewer photographs", fontsize=11
+    )
     sheet.tight_layout()
     write_figure(path, sheet)
     plt.close(sheet)
@@ -252,7 +285,7 @@ def write(models: Sequence[str], methods: Sequence[str], options: argparse.Names
         path = options.folder / model / "cost.json"
         costs = json.loads(path.read_text()) if path.exists() else {}
         if found:
-            pages[model] = quality(found), costs
+            pages[model] = quality(found), costs, fewer(found)
             text += tables(model, found, costs)
     mark = "<!-- tables -->"
     page = options.page

@@ -13,8 +13,8 @@ import real
 import rivals
 
 
-def entry(value, higher=True):
-    return {"value": value, "higher_is_better": higher, "n": 30, "interval": [value - 0.1, value + 0.1]}
+def entry(value, higher=True, n=30):
+    return {"value": value, "higher_is_better": higher, "n": n, "interval": [value - 0.1, value + 0.1]}
 
 
 def test_quality_is_the_way_from_the_random_map_to_the_best():
@@ -24,7 +24,11 @@ def test_quality_is_the_way_from_the_random_map_to_the_best():
         "few": {"IoU": entry(0.6)},
         "random": {"IoU": entry(0.2), "AP": entry(0.1), "SaCo": entry(0.0), "deletion": entry(0.5, False)},
     }
+    # What is best on other photographs is no measure for those.
+    found["slow"] = {"IoU": entry(0.9, n=6), "AP": entry(0.1), "SaCo": entry(0.0), "deletion": entry(0.5, False)}
+    assert rivals.fewer(found) == {"slow"}
     total = rivals.quality(found)
+    assert total.pop("slow") == pytest.approx((0.7 / 0.4 + 0) / 2 / 2)
     # Boxes: (1 + .5) / 2 and (.5 + 1) / 2; faithfulness: (1 + 1) / 2 and (.5 + .5) / 2.
     assert total == {"one": pytest.approx(0.875), "two": pytest.approx(0.625), "random": 0.0}
 
