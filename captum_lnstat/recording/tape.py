@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
@@ -18,7 +20,12 @@ if TYPE_CHECKING:
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]
 
 
-@dataclass(frozen=True)
+def caller_autocast(device: str) -> torch.autocast:
+    """Autocast as it is here, to run something as it would run here."""
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+
+@dataclass
 class Tape:
     """The calls of torch's functions in one pass since its head began.
 
@@ -26,15 +33,18 @@ class Tape:
         end: The end of the residual stream.
         keeps: Whether they are kept.
         calls: First to last.
+        autocast: The head ran so.
     """
 
     end: StreamEnd
     keeps: bool = True
     calls: list[Call] = field(default_factory=list)
+    autocast: torch.autocast | None = None
 
     def ran(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A function has run."""
         if self.keeps and self.end.passed_on is not None:
+            self.autocast = self.autocast or caller_autocast(self.end.passed_on.device.type)
             self.calls.append((function, args, kwargs, output))
 
     def of_one_token(self, token: Float[Tensor, "batch channel"], wanted: Tensor) -> Tensor:
@@ -48,10 +58,11 @@ class Tape:
             RecordingError: It was not made by functions of torch alone.
         """
         known = {id(self.end.passed_on): self.end.of_one_token(token)}
-        for function, args, kwargs, output in self.calls:
-            others, named = _swapped(args, known), _swapped(kwargs, known)
-            if others is not args or named is not kwargs:
-                _note(output, function(*others, **named), known)
+        with self.autocast or nullcontext():
+            for function, args, kwargs, output in self.calls:
+                others, named = _swapped(args, known), _swapped(kwargs, known)
+                if others is not args or named is not kwargs:
+                    _note(output, function(*others, **named), known)
         if id(wanted) not in known:
             raise RecordingError(
                 "the scores of one token cannot be made, since not all of the head is functions of torch; expected a "

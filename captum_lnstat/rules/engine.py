@@ -16,6 +16,7 @@ from captum_lnstat.recording.forward import ForwardArgs, Output, Target, pick_ou
 from captum_lnstat.recording.recorder import Differentiable
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
+from captum_lnstat.recording.tape import caller_autocast
 from captum_lnstat.rules.checks import (
     check_axes,
     check_gradients,
@@ -120,7 +121,7 @@ def run(
     check_axes(image, topology.axes, topology.model)
     check_size(image, topology.model, topology.entrance, direct=forward_func is topology.model)
     kind = image.device.type
-    autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+    autocast = caller_autocast(kind)
     # A caller in inference_mode or no_grad still gets gradients at the head; the trunk has a graph only if asked for.
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable != "head"):
         x = image.detach().clone(memory_format=torch.contiguous_format)

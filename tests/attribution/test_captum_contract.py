@@ -30,6 +30,7 @@ from helpers.contract import (
     a_block,
     expected_shape,
     images,
+    passes,
     untouched,
     vit,
 )
@@ -238,7 +239,8 @@ def to_the_image(method: Any, attribution: Tensor) -> Tensor:
 def test_visualize(method: Any) -> None:
     image = images(1)
     picture = image[0].permute(1, 2, 0).sigmoid().numpy()
-    attribution = to_the_image(method, method.attribute(image, target=1))[0].permute(1, 2, 0).numpy()
+    # A map may be small all over, as a small model's is; one of zeros would stay one.
+    attribution = 1e3 * to_the_image(method, method.attribute(image, target=1))[0].permute(1, 2, 0).numpy()
     for kind, sign in (("heat_map", "all"), ("blended_heat_map", "absolute_value"), ("masked_image", "absolute_value")):
         viz.visualize_image_attr(attribution, picture, method=kind, sign=sign, use_pyplot=False)
     viz.visualize_image_attr_multiple(
@@ -534,7 +536,8 @@ def test_forward_functions(make: Callable[..., Any]) -> None:
     plain = make(model).attribute(Normalise()(image), target=1)
     if make is FrozenLayerNorm:  # input times gradient, of the input before it is normalised
         plain = plain * 1.5 * image / Normalise()(image)
-    torch.testing.assert_close(normalised, plain, rtol=1e-4, atol=1e-6)
+    if passes(make) == 1:  # on a way from zero, images that are normalised later are others than those that were before
+        torch.testing.assert_close(normalised, plain, rtol=1e-4, atol=1e-6)
     one_score = make(lambda x: model(x)[:, 1], model)
     if getattr(one_score, "contrastive", False):
         with pytest.raises(ValueError, match="contrastive=False"):
