@@ -43,6 +43,7 @@ BLIND = ("random", "centre")
 SLOW = 15  # forward passes from which a method is given a fifth of the images
 SLOWEST = 150  # and those from which it is given a tenth, of the first part alone
 ROUNDS = (0.2, 0.5, 1.0)
+LEAST = 5  # photographs from which a column counts in the quality
 
 PARTS: dict[str, Part] = {
     "localisation": real.PARTS["localisation"],
@@ -154,9 +155,8 @@ def figures(model: str, methods: Sequence[str], split: str, folder: Path) -> Fou
 
 
 def shared(records: list[Any]) -> list[Any]:
-    """Of a run that was stopped, the photographs that most methods have: a row of more would be another set."""
-    counts = [sum(bool(values) for values in record["methods"].values()) for record in records]
-    return [record for record, count in zip(records, counts, strict=True) if 2 * count > max(counts)]
+    """Of a run that was stopped, the photographs that the last row got to: more of the first ones is another set."""
+    return [record for record in records if list(record["methods"].values())[-1]]
 
 
 def fewer(found: Found) -> set[str]:
@@ -175,7 +175,7 @@ def quality(found: Found) -> dict[str, float]:
     few = fewer(found)
     for column in COLUMNS:
         values = {m: e[column.label]["value"] for m, e in found.items() if column.label in e}
-        if "random" not in values:
+        if "random" not in values or found["random"][column.label]["n"] < LEAST:
             continue
         higher = next(e[column.label]["higher_is_better"] for e in found.values() if column.label in e)
         best = (max if higher else min)(value for method, value in values.items() if method not in few)
