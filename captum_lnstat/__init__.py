@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from captum_lnstat.attribution.gradcam import HiResCAM
     from captum_lnstat.attribution.gradient_baselines import AGCAM, AttCAT, BeyondIntuition, LeGrad
     from captum_lnstat.attribution.layer import LayerLNStat
+    from captum_lnstat.attribution.libragrad import LibraGrad
     from captum_lnstat.attribution.lnstat import LNStatAttribution
     from captum_lnstat.attribution.quantus import quantus_explain_func
+    from captum_lnstat.attribution.rise import RISE
+    from captum_lnstat.attribution.vitcx import ViTCX
     from captum_lnstat.errors import RecordingError, SourceError, UnsupportedModelError
     from captum_lnstat.explanation.explain import explain
     from captum_lnstat.explanation.explanation import Explanation, Explanations
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AGCAM",
+    "RISE",
     "AttCAT",
     "AttentionRollout",
     "BeyondIntuition",
@@ -38,6 +42,7 @@ __all__ = [
     "LNStatAttribution",
     "LayerLNStat",
     "LeGrad",
+    "LibraGrad",
     "RawAttention",
     "Recorder",
     "Recording",
@@ -45,6 +50,7 @@ __all__ = [
     "SourceError",
     "Topology",
     "UnsupportedModelError",
+    "ViTCX",
     "__version__",
     "explain",
     "patch_feature_mask",
@@ -66,6 +72,8 @@ _HOMES = {
     "HiResCAM": "attribution.gradcam",
     "LNStatAttribution": "attribution.lnstat",
     "LayerLNStat": "attribution.layer",
+    "LibraGrad": "attribution.libragrad",
+    "RISE": "attribution.rise",
     "LeGrad": "attribution.gradient_baselines",
     "RawAttention": "attribution.baselines",
     "Recorder": "recording.recorder",
@@ -74,6 +82,7 @@ _HOMES = {
     "SourceError": "errors",
     "Topology": "topology",
     "UnsupportedModelError": "errors",
+    "ViTCX": "attribution.vitcx",
     "explain": "explanation.explain",
     "patch_feature_mask": "attribution.feature_mask",
     "quantus_explain_func": "attribution.quantus",

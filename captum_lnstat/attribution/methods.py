@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from captum_lnstat.attribution.baselines import AttentionRollout, FrozenLayerNorm, GenericAttention, RawAttention
 from captum_lnstat.attribution.gradcam import GradCam, HiResCAM
 from captum_lnstat.attribution.gradient_baselines import AGCAM, AttCAT, BeyondIntuition, LeGrad
+from captum_lnstat.attribution.libragrad import LibraGrad
 from captum_lnstat.attribution.lnstat import LNStatAttribution
+from captum_lnstat.attribution.rise import RISE
+from captum_lnstat.attribution.vitcx import ViTCX
 from captum_lnstat.recording.forward import Output, pick_output
 from captum_lnstat.rules import find_rule
 
 INTEGRATED_STEPS = 32
+# A quarter of what the paper takes: a look at a picture is not to take minutes.
+RISE_MASKS = 1000
 # Steps of IntegratedGradients that are in memory at once; more is no faster on a CPU and large models need the room.
 INTEGRATED_BATCH = 8
 
@@ -154,6 +159,22 @@ METHODS: dict[str, Method] = {
     ),
     "frozen-layernorm": _ours(
         "frozen LayerNorm", _SCORE, "input x gradient, LayerNorm's statistics constant", FrozenLayerNorm, signed=True
+    ),
+    "libragrad": _ours(
+        "LibraGrad FullGrad+", "of the score, a layer and pixel", "gradients of all layers, linearised", LibraGrad,
+        signed=True,
+    ),
+    "libragrad-attcat": _ours(
+        "LibraGrad AttCAT", "a pixel", "gradients of all layers, linearised, by attention", LibraGrad, signed=True,
+        form="attcat",
+    ),
+    "libragrad-tokens": _ours(
+        "LibraGrad input x gradient", _SCORE, "of the input tokens, linearised", LibraGrad, signed=True,
+        form="inputxgradient",
+    ),
+    "vitcx": _ours("ViT-CX", "probability, a pixel", "what feature maps leave of the class", ViTCX),
+    "rise": _ours(
+        "RISE", "probability, a pixel", f"what {RISE_MASKS:,} random masks leave of the class", RISE, masks=RISE_MASKS
     ),
     "gradcam": Method(
         "Grad-CAM", _cam(GradCam), unit="a pixel", caption="at the last block's first norm", options=("layer",)

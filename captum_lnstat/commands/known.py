@@ -12,8 +12,8 @@ SCALES: tuple[ScaleOf, ...] = get_args(ScaleOf)
 RULES = ("lnstat", "evidence", "rollout", "gradient")
 METHODS = (
     *("lnstat", "lnstat-contrastive", "evidence", "rollout", "gradient", "chefer", "attention-rollout"),
-    *("raw-attention", "frozen-layernorm", "gradcam"),
-    *("hirescam", "legrad", "agcam", "attcat", "beyond-intuition", "beyond-intuition-heads"),
+    *("raw-attention", "frozen-layernorm", "libragrad", "libragrad-attcat", "libragrad-tokens", "vitcx", "rise"),
+    *("gradcam", "hirescam", "legrad", "agcam", "attcat", "beyond-intuition", "beyond-intuition-heads"),
     *("ig", "inputxgradient", "saliency", "occlusion"),
 )
 # What ``evaluate`` has besides, and its data.

@@ -122,7 +122,10 @@ class Shown(Panel):
 
 
 # The methods that can be set beside a map.
-BESIDE = ("attention-rollout", "chefer", "ig", "legrad", "beyond-intuition", "agcam", "attcat", "hirescam")
+BESIDE = (
+    *("attention-rollout", "chefer", "ig", "legrad", "beyond-intuition", "agcam", "attcat", "hirescam", "libragrad"),
+    "vitcx",
+)
 
 
 class Studio:

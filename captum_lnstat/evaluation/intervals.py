@@ -31,22 +31,27 @@ class Ratios:
     r"""A quantity of a set of images, :math:`\frac1K \sum_k \frac{\sum_i a_{ik}}{\sum_i b_{ik}}`.
 
     A mean over images is the case ``K = 1``, ``b = 1``; pixel accuracy over a set has correct and labelled pixels;
-    mIoU is the mean of two ratios, of the background's and of the object's intersection and union.
+    mIoU is the mean of two ratios, of the background's and of the object's intersection and union; MaxBoxAcc is the
+    mean over IoUs of the largest of the ratios at all thresholds.
 
     Args:
         above: ``(image, part)``, :math:`a`.
         below: ``(image, part)``, :math:`b`; 0 where an image has no value, and then :math:`a` is 0 too.
+        best_of: Of every so many parts, one after the other, the largest ratio counts.
     """
 
-    def __init__(self, above: Float64[np.ndarray, "image part"], below: Float64[np.ndarray, "image part"]) -> None:
-        self.above, self.below = above, below
+    def __init__(
+        self, above: Float64[np.ndarray, "image part"], below: Float64[np.ndarray, "image part"], best_of: int = 1
+    ) -> None:
+        self.above, self.below, self.best_of = above, below, best_of
 
     def value(self, above: Matrix | None = None, below: Matrix | None = None) -> Matrix:
         """The quantity of the sums over images that are given, or of all images."""
         above = self.above.sum(0) if above is None else above
         below = self.below.sum(0) if below is None else below
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray((above / below).mean(-1))
+            ratios = above / below
+            return np.asarray(ratios.reshape(*ratios.shape[:-1], -1, self.best_of).max(-1).mean(-1))
 
 
 def bootstrap(quantities: Sequence[Ratios], seed: int, resamples: int = RESAMPLES) -> list[Estimate]:

@@ -21,6 +21,7 @@ from captum_lnstat.evaluation.other_model import OtherModel
 from captum_lnstat.evaluation.question import Batch, Measure, Quantity, Values
 from captum_lnstat.evaluation.specs import Spec, parse
 from captum_lnstat.evaluation.subject import Scores, Subject
+from captum_lnstat.metrics.wsol import IOUS
 
 FILLS = ("black", "blur", "mean")
 
@@ -228,6 +229,20 @@ def _box(spec: Spec) -> Measure:
     return Measure(spec.text, quantities, applies.boxed, compute)
 
 
+def _max_box(spec: Spec) -> Measure:
+    """MaxBoxAcc: whether each image is found at every threshold, and the best threshold in the summary."""
+    options = _options(spec, steps=20)
+    names = [[f"{spec.text}.{iou:g}.{step}" for step in range(options["steps"])] for iou in IOUS]
+
+    def compute(batch: Batch, maps: Tensor, method: Method) -> Values:
+        boxes = [one.boxes.to(maps.device) for one in batch.examples if one.boxes is not None]
+        hits = metrics.box_hits(maps, boxes, **options).float()
+        return {name: hits[:, i, j] for i, row in enumerate(names) for j, name in enumerate(row)}
+
+    parts = tuple((name, None) for row in names for name in row)
+    return Measure(spec.text, (Quantity(spec.text, True, parts, options["steps"]),), applies.boxed, compute)
+
+
 def _spearman(spec: Spec) -> Measure:
     _options(spec)
 
@@ -276,6 +291,8 @@ MEASURES: dict[str, Callable[[Spec], Measure]] = {
     "randomisation": _randomisation,
     "segmentation": _segmentation,
     "box": _box,
+    "maxbox": _max_box,
+    "saco": partial(_removing, metrics.saco, usual="mean", higher=True, groups=10),
     "spearman": _spearman,
     "infidelity": partial(
         _removing, _infidelity, usual="black", higher=False, patch=None, share=0.2, draws=32, normalize=True

@@ -26,11 +26,13 @@ class Quantity:
         higher: Whether higher is better; None if neither is.
         parts: Columns of the records whose sums are divided, ``(above, below)``, and the mean of these ratios; without
             a ``below``, the mean of ``above``.
+        best_of: Of every so many parts, one after the other, the largest ratio counts.
     """
 
     name: str
     higher: bool | None
     parts: tuple[tuple[str, str | None], ...]
+    best_of: int = 1
 
 
 @dataclass(frozen=True)

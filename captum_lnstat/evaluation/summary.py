@@ -32,19 +32,20 @@ def summarize(
         (method, quantity.name): _columns(good, method, quantity) for method in methods for quantity in quantities
     }
     keys, alone, paired, pair_keys = [], [], [], []
+    best = {quantity.name: quantity.best_of for quantity in quantities}
     for (method, name), (above, below) in tables.items():
         if not (below > 0).any():
             continue
         keys.append((method, name))
-        alone.append(_by_group(above, below, rows, len(groups)))
+        alone.append(_by_group(above, below, rows, len(groups), best[name]))
         first_above, first_below = tables[methods[0], name]
         both = ((below > 0).any(1) & (first_below > 0).any(1))[:, None]
         if method != methods[0] and both.any():
             pair_keys.append((method, name))
             paired.append(
                 (
-                    _by_group(above * both, below * both, rows, len(groups)),
-                    _by_group(first_above * both, first_below * both, rows, len(groups)),
+                    _by_group(above * both, below * both, rows, len(groups), best[name]),
+                    _by_group(first_above * both, first_below * both, rows, len(groups), best[name]),
                 )
             )
     estimates = dict(zip(keys, bootstrap(alone, seed), strict=True))
@@ -91,11 +92,11 @@ def _columns(records: Sequence[Record], method: str, quantity: Quantity) -> tupl
     return above, below
 
 
-def _by_group(above: Any, below: Any, rows: Any, count: int) -> Ratios:
+def _by_group(above: Any, below: Any, rows: Any, count: int, best_of: int) -> Ratios:
     sums = np.zeros((2, count, above.shape[1]))
     np.add.at(sums[0], rows, above)
     np.add.at(sums[1], rows, below)
-    return Ratios(sums[0], sums[1])
+    return Ratios(sums[0], sums[1], best_of)
 
 
 def _entry(quantity: Quantity, count: int, found: Estimate, against: Estimate | None) -> dict[str, Any]:

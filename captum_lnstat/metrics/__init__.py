@@ -10,6 +10,7 @@ from typing import Any
 from captum_lnstat.metrics.agreement import map_correlation, spearman, spearman_ceiling
 from captum_lnstat.metrics.boxes import box_iou, top1_localisation
 from captum_lnstat.metrics.captum_measures import infidelity, sensitivity
+from captum_lnstat.metrics.faithfulness import saco
 from captum_lnstat.metrics.fills import black, blurred, mean_colour
 from captum_lnstat.metrics.games import grid_mosaic, grid_share
 from captum_lnstat.metrics.localisation import asked_share, corners, energy, pointing, two_object
@@ -23,40 +24,45 @@ from captum_lnstat.metrics.segmentation import (
     segmentation_counts,
     segmentation_summary,
 )
+from captum_lnstat.metrics.wsol import MaxBoxAccuracy, box_hits, max_box_accuracy
 
 # Class to the module it is in; these modules import torchmetrics.
-_CLASSES = dict.fromkeys(
-    (
-        "AskedShare",
-        "AveragePrecision",
-        "BoxIoU",
-        "Energy",
-        "F1",
-        "GridShare",
-        "IoU",
-        "MapCorrelation",
-        "PixelAccuracy",
-        "Pointing",
-        "Segmentation",
-        "Spearman",
-        "Top1Localisation",
-        "TwoObject",
-    ),
-    "classes",
-) | dict.fromkeys(
-    ("Deletion", "Infidelity", "Insertion", "NegativePerturbation", "PositivePerturbation", "Sensitivity"),
-    "model_classes",
+_CLASSES = (
+    dict.fromkeys(
+        (
+            "AskedShare",
+            "AveragePrecision",
+            "Energy",
+            "F1",
+            "GridShare",
+            "IoU",
+            "MapCorrelation",
+            "PixelAccuracy",
+            "Pointing",
+            "Segmentation",
+            "Spearman",
+            "TwoObject",
+        ),
+        "classes",
+    )
+    | dict.fromkeys(
+        ("Deletion", "Infidelity", "Insertion", "NegativePerturbation", "PositivePerturbation", "SaCo", "Sensitivity"),
+        "model_classes",
+    )
+    | dict.fromkeys(("BoxIoU", "MaxBoxAcc", "Top1Localisation"), "box_classes")
 )
 
 # The classes are left out, so that ``from captum_lnstat.metrics import *`` needs no extra.
 __all__ = [
     "Curve",
+    "MaxBoxAccuracy",
     "SegmentationCounts",
     "SegmentationSummary",
     "asked_share",
     "average_precision",
     "black",
     "blurred",
+    "box_hits",
     "box_iou",
     "cascade",
     "corners",
@@ -69,11 +75,13 @@ __all__ = [
     "insertion",
     "iou",
     "map_correlation",
+    "max_box_accuracy",
     "mean_colour",
     "perturbation_curve",
     "pixel_accuracy",
     "pointing",
     "randomised",
+    "saco",
     "segmentation_average_precision",
     "segmentation_counts",
     "segmentation_summary",

@@ -68,7 +68,8 @@ def component_boxes(above: Masks) -> Int[Tensor, "batch 4"]:
     return torch.stack([left, top, right, bottom], 1) * found
 
 
-def _check_boxes(boxes: Sequence[Tensor], images: int) -> None:
+def check_boxes(boxes: Sequence[Tensor], images: int) -> None:
+    """Raise unless there is a box or more with an area for every image."""
     if len(boxes) != images:
         raise ValueError(f"boxes has {len(boxes)} entries for {images} maps; expected one (n, 4) tensor a map")
     for index, one in enumerate(boxes):
@@ -101,7 +102,7 @@ def box_iou(maps: Maps, boxes: Sequence[Num[Tensor, "boxes 4"]], threshold: floa
         tensor([0.6667])
     """
     check_maps(maps)
-    _check_boxes(boxes, len(maps))
+    check_boxes(boxes, len(maps))
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; expected a number above 0 and at most 1")
     values = maps.double()

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.metrics import agreement, games, localisation, overlap, segmentation
-from captum_lnstat.metrics import boxes as _boxes
 from captum_lnstat.metrics.overlap import Threshold
 from captum_lnstat.metrics.targets import Classes
 
@@ -189,38 +188,6 @@ class TwoObject(ImageMean):
     """
 
     measure = staticmethod(localisation.two_object)
-
-
-class _Box(ImageMean):
-    """Base of the metrics of a map's box."""
-
-    def __init__(self, threshold: float = 0.5, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.options = {"threshold": threshold}
-
-
-class BoxIoU(_Box):
-    """Mean of ``box_iou``: the map's box against the best true box.
-
-    Example:
-        >>> import torch
-        >>> BoxIoU()(torch.tensor([[[0.0, 2.0, 3.0]]]), [torch.tensor([[1, 0, 3, 1]])])
-        tensor(1.)
-    """
-
-    measure = staticmethod(_boxes.box_iou)
-
-
-class Top1Localisation(_Box):
-    """Mean of ``top1_localisation``: class right and box right.
-
-    Example:
-        >>> import torch
-        >>> Top1Localisation()(torch.tensor([[[0.0, 2.0, 3.0]]]), [torch.tensor([[1, 0, 3, 1]])], 4, 5)
-        tensor(0.)
-    """
-
-    measure = staticmethod(_boxes.top1_localisation)
 
 
 class GridShare(ImageMean):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_lnstat.metrics import captum_measures, perturbation
+from captum_lnstat.metrics import captum_measures, faithfulness, perturbation
 from captum_lnstat.metrics.classes import ImageMean
 from captum_lnstat.metrics.perturbation import NINE, Curve, Order
 from captum_lnstat.metrics.targets import Classes
@@ -140,6 +140,25 @@ class Insertion(_Game):
     """
 
     measure = staticmethod(perturbation.insertion)
+
+
+class SaCo(_OnModel):
+    """Mean of ``saco``; higher is better.
+
+    Example:
+        >>> import torch
+        >>> score = lambda images: torch.stack([torch.zeros(len(images)), images[:, 0, 0, 0]], 1)
+        >>> metric = SaCo(fill=torch.zeros(1, 1, 1, 1), groups=2)
+        >>> metric(score, torch.ones(1, 1, 1, 2), torch.tensor([[[1.0, 0.0]]]), 1)
+        tensor(1.)
+    """
+
+    measure = staticmethod(faithfulness.saco)
+    plot_lower_bound = -1.0
+
+    def __init__(self, fill: Fill, groups: int = 10, **kwargs: Any) -> None:
+        super().__init__(fill, **kwargs)
+        self.options = {"groups": groups}
 
 
 class Infidelity(_OnModel):

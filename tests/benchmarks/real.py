@@ -69,6 +69,8 @@ class Part:
         explained: Which class.
         images: How many, unless ``--limit`` says otherwise.
         unit: Of what.
+        photographs: Which: ``"small"`` objects that are classed right, ``"sure"`` ones for mosaics, ``"pets"``, or
+            ``"all"`` of the split.
     """
 
     title: str
@@ -76,13 +78,20 @@ class Part:
     explained: Any = "true"
     images: int = 100
     unit: str = "photographs"
+    photographs: str = "small"
 
 
 PARTS = {
     "localisation": Part("Boxes", "pointing,energy,iou,ap,corners"),
-    "pets": Part("Masks, Oxford-IIIT pets", "segmentation,pointing,energy,iou,ap,corners", "predicted", 250),
+    "pets": Part(
+        "Masks, Oxford-IIIT pets", "segmentation,pointing,energy,iou,ap,corners", "predicted", 250, photographs="pets"
+    ),
     "mosaics": Part(
-        "Mosaics of four photographs, twice the side", "grid(size=full,ask=all)", images=10, unit="mosaics"
+        "Mosaics of four photographs, twice the side",
+        "grid(size=full,ask=all)",
+        images=10,
+        unit="mosaics",
+        photographs="sure",
     ),
     "randomisation": Part("After the upper half of the layers forgot", "randomisation(layers=0.5)"),
     "perturbation": Part(
@@ -101,22 +110,32 @@ def place(folder: Path, model: str, split: str, part: str, method: str) -> Path:
     return folder / model / split / part / re.sub(r"[^\w.]+", "-", method).strip("-")
 
 
-def dataset_of(model: Photographs, part: str, folder: Path) -> tuple[str, Dataset] | None:
+def dataset_of(model: Photographs, part: Part, folder: Path) -> tuple[str, Dataset] | None:
     """The photographs of a part, and what they are called; None if the model has none."""
-    if part == "pets":
+    if part.photographs == "pets":
         return None if model.pets is None else (model.pets, open_dataset(model.pets))
+    if part.photographs == "all":
+        return model.data, model.dataset
     seen = model.seen(folder / model.name / model.split / "seen.json")
-    return model.data, model.confident_ones(seen) if part == "mosaics" else model.small_objects(seen)
+    return model.data, model.confident_ones(seen) if part.photographs == "sure" else model.small_objects(seen)
 
 
-def measure(model: Photographs, part: str, methods: Sequence[str], folder: Path, options: argparse.Namespace) -> None:
+def measure(
+    model: Photographs,
+    part: str,
+    methods: Sequence[str],
+    folder: Path,
+    options: argparse.Namespace,
+    parts: dict[str, Part] = PARTS,
+) -> None:
     """One part of one model, method by method."""
-    found = dataset_of(model, part, folder)
+    asked = parts[part]
+    found = dataset_of(model, asked, folder)
     if found is None:
         print(f"{model.name}: no {part} in the split {model.split!r}", file=sys.stderr)
         return
     data, dataset = found
-    limit = options.limit or PARTS[part].images
+    limit = options.limit or asked.images
     for method in methods:
         output = place(folder, model.name, model.split, part, method)
         if options.again and output.exists():
@@ -126,8 +145,8 @@ def measure(model: Photographs, part: str, methods: Sequence[str], folder: Path,
             f"{data.partition(':')[0]}, {model.split}",
             model.name,
             method,
-            PARTS[part].metrics,
-            PARTS[part].explained,
+            asked.metrics,
+            asked.explained,
             limit=limit,
             batch_size=options.batch_size,
         )

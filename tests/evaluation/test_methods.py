@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from captum_lnstat import (
     AGCAM,
+    RISE,
     AttCAT,
     AttentionRollout,
     BeyondIntuition,
@@ -22,8 +23,10 @@ from captum_lnstat import (
     GenericAttention,
     HiResCAM,
     LeGrad,
+    LibraGrad,
     LNStatAttribution,
     RawAttention,
+    ViTCX,
 )
 from captum_lnstat.attribution.gradcam import GradCam, last_first_norm
 from captum_lnstat.evaluation.frame import Frame
@@ -56,6 +59,11 @@ DIRECT = {
     "attention-rollout": lambda model, x, t: AttentionRollout(model).attribute(x, target=t),
     "raw-attention(block=1)": lambda model, x, t: RawAttention(model, block=1).attribute(x, target=t),
     "frozen-layernorm": lambda model, x, t: FrozenLayerNorm(model).attribute(x, target=t),
+    "libragrad": lambda model, x, t: LibraGrad(model).attribute(x, target=t),
+    "libragrad-attcat": lambda model, x, t: LibraGrad(model, form="attcat").attribute(x, target=t),
+    "libragrad-tokens": lambda model, x, t: LibraGrad(model, form="inputxgradient").attribute(x, target=t),
+    "vitcx(distance=0.3)": lambda model, x, t: ViTCX(model, distance=0.3).attribute(x, target=t),
+    "rise(masks=20)": lambda model, x, t: RISE(model, masks=20).attribute(x, target=t),
     "legrad": lambda model, x, t: LeGrad(model).attribute(x, target=t),
     "agcam": lambda model, x, t: AGCAM(model).attribute(x, target=t),
     "attcat": lambda model, x, t: AttCAT(model).attribute(x, target=t),

@@ -99,7 +99,7 @@ def test_photographs_that_the_model_gets_wrong_are_left_out(tmp_path, scenes):
     assert {few.name(index) for index in range(len(few))} == {name for name, one in seen.items() if one.right}
     sure = model.confident_ones(seen)
     assert all(seen[sure.name(index)].confidence >= 0.5 for index in range(len(sure)))
-    assert real.dataset_of(model, "pets", tmp_path) is None
+    assert real.dataset_of(model, real.PARTS["pets"], tmp_path) is None
 
 
 def test_tiny_imagenet_is_unpacked_once_for_each_split(tmp_path):

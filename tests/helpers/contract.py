@@ -28,6 +28,7 @@ from captum_lnstat import (
     GenericAttention,
     LayerLNStat,
     LeGrad,
+    LibraGrad,
     LNStatAttribution,
     RawAttention,
 )
@@ -96,6 +97,7 @@ METHODS: dict[str, Method] = {
     "AttentionRollout": AttentionRollout,
     "GenericAttention": GenericAttention,
     "FrozenLayerNorm": FrozenLayerNorm,
+    "LibraGrad": LibraGrad,
     "LeGrad": LeGrad,
     "AGCAM": AGCAM,
     "AttCAT": AttCAT,
@@ -106,7 +108,7 @@ METHODS: dict[str, Method] = {
 CLASS_AGNOSTIC = ("rollout", "RawAttention", "AttentionRollout")
 # Those with a backward pass through the model, and of these the ones that read the gradient of attention.
 OF_GRADIENTS = ("gradient", "GenericAttention", "LeGrad", "AGCAM", "AttCAT", "BeyondIntuition", "BeyondIntuition-head")
-WITH_A_GRAPH = (*OF_GRADIENTS, "FrozenLayerNorm")
+WITH_A_GRAPH = (*OF_GRADIENTS, "FrozenLayerNorm", "LibraGrad")
 
 
 def passes(make: Method) -> int:
@@ -116,6 +118,7 @@ def passes(make: Method) -> int:
 
 # Options that take a way of their own through the package.
 VARIANTS: dict[str, Method] = {
+    "LibraGrad attcat": lambda f, model=None: LibraGrad(f, model, form="attcat"),
     "contrastive": lambda f, model=None: LNStatAttribution(f, model, contrastive=True),
     "update": lambda f, model=None: LNStatAttribution(f, model, residual="update", head_fusion="mean"),
 }

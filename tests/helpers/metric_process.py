@@ -44,6 +44,8 @@ def everything():
         ("negative", metrics.NegativePerturbation(metrics.mean_colour), on_model),
         ("deletion", metrics.Deletion(fill, steps=4), on_model),
         ("insertion", metrics.Insertion(metrics.mean_colour, steps=4), on_model),
+        ("saco", metrics.SaCo(metrics.mean_colour, groups=4), on_model),
+        ("maxbox", metrics.MaxBoxAcc(steps=8), lambda places: (maps()[places], [boxes()[i] for i in places])),
         ("infidelity", metrics.Infidelity(fill, draws=3, patch=2), on_model),
         ("sensitivity", metrics.Sensitivity(draws=2), lambda places: (explain, images[places], classes[places])),
         ("top-1", metrics.Top1Localisation(), localised),

@@ -58,7 +58,7 @@ def test_directions_and_bounds_are_declared():
         kind = getattr(metrics, name)
         assert kind.higher_is_better == (name not in lower), name
         assert kind.full_state_update is False
-        assert kind.plot_lower_bound == (-1.0 if name in ("MapCorrelation", "Spearman") else 0.0)
+        assert kind.plot_lower_bound == (-1.0 if name in ("MapCorrelation", "SaCo", "Spearman") else 0.0)
         assert (kind.plot_upper_bound is None) == (name in ("Infidelity", "Sensitivity"))
         assert kind.__doc__
         assert name in dir(metrics)

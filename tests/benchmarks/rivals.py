@@ -1,0 +1,327 @@
+"""Every method that the package offers on the bench of ``real.py``, in one page: quality, cost, and both in a picture.
+
+    python tests/benchmarks/rivals.py                              # all of it: many hours of one core
+    python tests/benchmarks/rivals.py --quick                      # 100 images a part at most, a fifth for slow methods
+    python tests/benchmarks/rivals.py --quick --minutes 60         # as many as the time allows
+    python tests/benchmarks/rivals.py --tables                     # the page alone, from what is there
+
+writes ``docs/rivals.md`` and ``docs/pictures/rivals.png``. The records are those of ``real.py``, in the same
+``--folder``: a stopped run goes on. Images are added in rounds, a few for every row and part before more for any, so
+that a run that is stopped has a table with fewer images, and not with fewer rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import real
+import torch
+from real import Part
+from real_subjects import REAL, Photographs, open_model, title
+from rivals_cost import cost
+
+from captum_lnstat.evaluation import figure, measures
+from captum_lnstat.evaluation.methods import names
+from captum_lnstat.evaluation.summary import SURE, summarize, table
+from captum_lnstat.visualize.writing import write_figure
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "rivals.md"
+PICTURE = HERE.parents[1] / "docs" / "pictures" / "rivals.png"
+MODELS = ("deit", "vit", "tiny-swin-0")
+OURS = ("lnstat", "lnstat-contrastive", "evidence", "rollout", "gradient")
+BLIND = ("random", "centre")
+SLOW = 15  # forward passes from which a method is given a fifth of the images
+SLOWEST = 150  # and those from which it is given a tenth, of the first part alone
+ROUNDS = (0.2, 0.5, 1.0)
+LEAST = 5  # photographs from which a column counts in the quality
+
+PARTS: dict[str, Part] = {
+    "localisation": real.PARTS["localisation"],
+    "mosaics": real.PARTS["mosaics"],
+    "threshold": Part("Boxes at the best threshold of the set", "maxbox"),
+    "pets": real.PARTS["pets"],
+    "coefficient": Part("SaCo", "saco"),
+    "predicted": Part("Perturbation of the predicted class", "positive,negative", "predicted", photographs="all"),
+    "perturbation": real.PARTS["perturbation"],
+}
+# As many as 100, fewer where each takes many forward passes.
+QUICK = {
+    **{"localisation": 100, "mosaics": 10, "threshold": 100, "pets": 100},
+    **{"coefficient": 40, "predicted": 30, "perturbation": 10},
+}
+
+
+# Of every method the entries of the summary by the label of the column; forward passes and MiB.
+Found = dict[str, dict[str, dict[str, Any]]]
+Costs = dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of the page.
+
+    Attributes:
+        part: Where it is measured.
+        quantity: Its name there.
+        label: What it is called on the page.
+        group: The quality is the mean of the means of the groups.
+    """
+
+    part: str
+    quantity: str
+    label: str
+    group: str
+
+
+COLUMNS = (
+    Column("localisation", "iou", "IoU", "boxes"),
+    Column("localisation", "ap", "AP", "boxes"),
+    Column("localisation", "pointing", "pointing", "boxes"),
+    Column("localisation", "energy", "energy", "boxes"),
+    Column("threshold", "maxbox", "MaxBoxAcc", "boxes"),
+    Column("pets", "segmentation mIoU", "pets mIoU", "masks"),
+    Column("pets", "segmentation mAP", "pets AP", "masks"),
+    Column("mosaics", "grid(size=full,ask=all)", "mosaic energy", "mosaics"),
+    Column("mosaics", "grid(size=full,ask=all) pointing", "mosaic pointing", "mosaics"),
+    Column("coefficient", "saco", "SaCo", "faithfulness"),
+    Column("predicted", "positive", "positive, predicted", "faithfulness"),
+    Column("predicted", "negative", "negative, predicted", "faithfulness"),
+    Column("perturbation", "positive", "positive, true", "faithfulness"),
+    Column("perturbation", "negative", "negative, true", "faithfulness"),
+    Column("perturbation", "insertion(steps=16)", "insertion", "faithfulness"),
+    Column("perturbation", "deletion(steps=16)", "deletion", "faithfulness"),
+)
+TABLES = {"Where the object is": ("boxes", "masks"), "Which class, and how faithful": ("mosaics", "faithfulness")}
+
+
+# Running.
+
+
+def rounds(options: argparse.Namespace) -> Iterator[tuple[float, str]]:
+    """A share of the images and a part, the smallest share of every part first."""
+    for share in ROUNDS:
+        for part in options.parts.split(","):
+            yield share, part
+
+
+def run(models: Sequence[Photographs], methods: Sequence[str], options: argparse.Namespace) -> None:
+    """All rounds, or as many as the time allows."""
+    ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    costs = {model.name: cost(model, methods, options.folder) for model in models}
+    figure.png = lambda summary, title: b""  # a second for each of thousands of runs, and nobody looks at it
+    for share, part in rounds(options):
+        whole = QUICK[part] if options.quick else PARTS[part].images
+        for model in models:
+            for method in methods:
+                if time.monotonic() > ends:
+                    print("the time is over", file=sys.stderr)
+                    return
+                passes = costs[model.name][method]["passes"] or 0
+                if passes > SLOWEST and part != next(iter(PARTS)):
+                    continue
+                limit = max(1, round(whole * share / (10 if passes > SLOWEST else 5 if passes > SLOW else 1)))
+                asked = argparse.Namespace(limit=limit, again=False, batch_size=options.batch_size)
+                real.measure(model, part, [method], options.folder, asked, PARTS)
+
+
+# The page.
+
+
+def figures(model: str, methods: Sequence[str], split: str, folder: Path) -> Found:
+    """Of every method its entries of the summary, by the label of the column."""
+    found: Found = {method: {} for method in methods}
+    for part, asked in PARTS.items():
+        folders = {method: real.place(folder, model, split, part, method) for method in methods}
+        folders = {method: path for method, path in folders.items() if any((path / "records").glob("*.jsonl"))}
+        if methods[0] not in folders:
+            continue
+        wanted = {column.quantity: column.label for column in COLUMNS if column.part == part}
+        quantities = [one for measure in measures.build(asked.metrics) for one in measure.quantities]
+        chosen = [one for one in quantities if one.name in wanted]
+        summary = summarize(shared(real.merged(folders)), list(folders), chosen, seed=0)
+        for method, entries in summary["methods"].items():
+            found[method] |= {wanted[name]: entry for name, entry in entries["metrics"].items()}
+    return {method: entries for method, entries in found.items() if entries}
+
+
+def shared(records: list[Any]) -> list[Any]:
+    """Of a run that was stopped, the photographs that the last row got to: more of the first ones is another set."""
+    return [record for record in records if list(record["methods"].values())[-1]]
+
+
+def fewer(found: Found) -> set[str]:
+    """The rows that have far fewer photographs than the first one, in any column."""
+    first = next(iter(found.values()))
+    return {
+        method
+        for method, entries in found.items()
+        if any(entry["n"] < 0.6 * first[label]["n"] for label, entry in entries.items() if label in first)
+    }
+
+
+def quality(found: Found) -> dict[str, float]:
+    """0 for the random map, 1 for the best in every column: mean over the columns of a group, then over the groups."""
+    shares: dict[str, dict[str, list[float]]] = {method: {} for method in found}
+    few = fewer(found)
+    for column in COLUMNS:
+        values = {m: e[column.label]["value"] for m, e in found.items() if column.label in e}
+        if "random" not in values or found["random"][column.label]["n"] < LEAST:
+            continue
+        higher = next(e[column.label]["higher_is_better"] for e in found.values() if column.label in e)
+        best = (max if higher else min)(value for method, value in values.items() if method not in few)
+        for method, value in values.items():
+            share = (value - values["random"]) / (best - values["random"] or 1)
+            shares[method].setdefault(column.group, []).append(share)
+    full = len(shares.get("random", {}))
+    return {m: float(np.mean([np.mean(one) for one in s.values()])) for m, s in shares.items() if len(s) == full}
+
+
+def tables(model: str, found: Found, costs: Costs) -> Iterator[str]:
+    """The tables of a model: quality and cost beside every row."""
+    few = fewer(found)
+    total = {m: f"({value:.2f})" if m in few else f"{value:.2f}" for m, value in quality(found).items()}
+    yield f"## {title(model)}"
+    for heading, groups in TABLES.items():
+        labels = [column.label for column in COLUMNS if column.group in groups]
+        methods = {
+            method: {"metrics": {label: entries[label] for label in labels if label in entries}}
+            for method, entries in found.items()
+        }
+        if not any(entries["metrics"] for entries in methods.values()):
+            continue
+        lines = table({"methods": methods}, f"### {heading}").rpartition("\n\n")[0].splitlines()
+        yield "\n".join(with_cost(line, total, costs) for line in lines)
+
+
+def with_cost(line: str, total: dict[str, str], costs: Costs) -> str:
+    """A line of a table with three columns more, behind the method."""
+    if not line.startswith("|"):
+        return line
+    _, name, rest = line.split("|", 2)
+    key = name.strip()
+    if key == "method":
+        return f"|{name}| quality ↑ | passes ↓ | MiB ↓ |{rest}"
+    if key.startswith("-"):
+        return f"|{name}|---|---|---|{rest}"
+    known = costs.get(key, {})
+    cells = (known.get("passes"), ".2f"), (known.get("mib"), ".0f")
+    shown = [total.get(key, ""), *("" if value is None else format(value, form) for value, form in cells)]
+    return f"|{name}| {' | '.join(shown)} |{rest}"
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights moved as little as needs be to be a gap apart.
+
+    >>> apart([0.0, 0.0, 1.0], 0.5)
+    [-0.25, 0.25, 1.0]
+    """
+    up, down = list(heights), list(heights)
+    for place in range(1, len(up)):
+        up[place] = max(up[place], up[place - 1] + gap)
+        down[-1 - place] = min(down[-1 - place], down[-place] - gap)
+    return [(one + other) / 2 for one, other in zip(up, down, strict=True)]
+
+
+def draw(pages: dict[str, tuple[dict[str, float], Costs, set[str]]], path: Path) -> None:
+    """Quality against cost, a panel a model."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sheet, axes = plt.subplots(1, len(pages), figsize=(5.4 * len(pages), 6), sharey=True, squeeze=False)
+    for axis, (model, (total, costs, few)) in zip(axes[0], pages.items(), strict=True):
+        rows = sorted((m for m in total if m not in BLIND and m in costs), key=lambda m: total[m])
+        cheap = [method for method in rows if (costs[method]["passes"] or 0) < SLOW]
+        heights = dict(zip(cheap, apart([total[method] for method in cheap], 0.042), strict=True))
+        for method in rows:
+            x, y = costs[method]["passes"] or 0.0, total[method]
+            colour = "#c0392b" if method in OURS else "#34495e"
+            axis.scatter(x, y, s=40, color="white" if method in few else colour, edgecolor=colour, zorder=3)
+            axis.annotate(
+                method, (x, y), (4, heights[method]) if method in heights else (x * 1.12, y), va="center", fontsize=8,
+                color=colour, weight="bold" if method in OURS else "normal",
+                arrowprops={"arrowstyle": "-", "color": "#bdc3c7", "linewidth": 0.6} if method in heights else None,
+            )  # fmt: skip
+        for height, name in ((total.get("centre"), "a Gaussian in the centre"), (0.0, "a random map")):
+            if height is not None:
+                axis.axhline(height, color="#95a5a6", linestyle="--", linewidth=1)
+                axis.text(0.99, height + 0.01, name, ha="right", fontsize=8, color="#7f8c8d",
+                          transform=axis.get_yaxis_transform())  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_ylim(min(-0.1, *total.values()) - 0.05, 1.12)
+        axis.set_xlim(0.85, max(600, 3 * max(costs[m]["passes"] or 1 for m in rows)))
+        axis.set_xlabel("cost: forward passes")
+        axis.set_title(title(model), fontsize=10)
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("quality: 0 a random map, 1 the best row in every column")
+    sheet.suptitle(
+        "Up is better, left is cheaper. Red: this package's rules; hollow: on fewer photographs", fontsize=11
+    )
+    sheet.tight_layout()
+    write_figure(path, sheet)
+    plt.close(sheet)
+
+
+def write(models: Sequence[str], methods: Sequence[str], options: argparse.Namespace) -> None:
+    """The page and its picture, from all records that there are; what stands above the tables stays."""
+    text = [
+        f"Split: **{options.split}**. Made by `python tests/benchmarks/rivals.py`. In brackets: 95 % bootstrap "
+        f"interval over photographs, 2,000 resamples. `+` better, `-` worse than `{methods[0]}`: p < {SURE}, paired "
+        "permutation test on the photographs that both have, not corrected for the number of comparisons. ↑ higher is "
+        "better, ↓ lower."
+    ]
+    pages = {}
+    for model in models:
+        found = figures(model, methods, options.split, options.folder)
+        path = options.folder / model / "cost.json"
+        costs = json.loads(path.read_text()) if path.exists() else {}
+        if found:
+            pages[model] = quality(found), costs, fewer(found)
+            text += tables(model, found, costs)
+    mark = "<!-- tables -->"
+    page = options.page
+    head = page.read_text().partition(mark)[0] if page.exists() else "# Methods compared\n\n"
+    page.write_text(head + mark + "\n\n" + "\n\n".join(text) + "\n")
+    pages = {model: one for model, one in pages.items() if set(one[0]) & set(one[1]) - set(BLIND)}
+    if pages:
+        draw(pages, options.picture)
+    print(f"written to {page}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), help="%(default)s")
+    parser.add_argument("--parts", default=",".join(PARTS), help="%(default)s")
+    parser.add_argument("--methods", default=",".join(names()), help="the first is compared with; %(default)s")
+    parser.add_argument("--split", choices=["tune", "report"], default="report")
+    parser.add_argument("--quick", action="store_true", help="100 images a part at most")
+    parser.add_argument("--minutes", type=float, help="stop then, and write the page")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="cpu", help="%(default)s")
+    parser.add_argument("--tables", action="store_true", help="measure nothing; write the page")
+    parser.add_argument("--data", type=Path, default=REAL, help="photographs and weights; %(default)s")
+    parser.add_argument("--folder", type=Path, default=HERE.parents[1] / "build" / "real", help="records, as real.py's")
+    parser.add_argument("--page", type=Path, default=PAGE, help="%(default)s")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="%(default)s")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    models, methods = options.models.split(","), real.names_of(options.methods)
+    if unknown := set(options.parts.split(",")) - set(PARTS):
+        parser.error(f"unknown part {unknown.pop()!r}; expected {', '.join(PARTS)}")
+    if not options.tables:
+        opened = [open_model(name, options.split, options.data, options.folder, options.device) for name in models]
+        run(opened, methods, options)
+    write(models, methods, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The page that compares all methods: rounds, cost, quality, and a run that goes on."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from evaluation.test_real_bench import scenes  # noqa: F401
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import real
+import rivals
+
+
+def entry(value, higher=True, n=30):
+    return {"value": value, "higher_is_better": higher, "n": n, "interval": [value - 0.1, value + 0.1]}
+
+
+def test_quality_is_the_way_from_the_random_map_to_the_best():
+    found = {
+        "one": {"IoU": entry(0.6), "AP": entry(0.5), "SaCo": entry(0.4), "deletion": entry(0.1, False)},
+        "two": {"IoU": entry(0.4), "AP": entry(0.9), "SaCo": entry(0.2), "deletion": entry(0.3, False)},
+        "few": {"IoU": entry(0.6)},
+        "random": {"IoU": entry(0.2), "AP": entry(0.1), "SaCo": entry(0.0), "deletion": entry(0.5, False)},
+    }
+    # What is best on other photographs is no measure for those.
+    found["slow"] = {"IoU": entry(0.9, n=6), "AP": entry(0.1), "SaCo": entry(0.0), "deletion": entry(0.5, False)}
+    assert rivals.fewer(found) == {"slow"}
+    total = rivals.quality(found)
+    assert total.pop("slow") == pytest.approx((0.7 / 0.4 + 0) / 2 / 2)
+    # Boxes: (1 + .5) / 2 and (.5 + 1) / 2; faithfulness: (1 + 1) / 2 and (.5 + .5) / 2.
+    assert total == {"one": pytest.approx(0.875), "two": pytest.approx(0.625), "random": 0.0}
+
+
+def test_images_are_added_in_rounds(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        rivals, "cost", lambda model, methods, folder: {"a": {"passes": 2}, "b": {"passes": 20}, "c": {"passes": 900}}
+    )
+    monkeypatch.setattr(
+        real,
+        "measure",
+        lambda model, part, methods, folder, options, parts: asked.append((part, methods[0], options.limit)),
+    )
+    options = rivals.argparse.Namespace(
+        parts="localisation,pets", quick=True, minutes=None, folder=tmp_path, batch_size=8
+    )
+    monkeypatch.setattr(rivals.figure, "png", None)
+    rivals.run([rivals.argparse.Namespace(name="mini")], ["a", "b", "c"], options)
+    assert asked[:5] == [
+        ("localisation", "a", 20),
+        ("localisation", "b", 4),
+        ("localisation", "c", 2),
+        ("pets", "a", 20),
+        ("pets", "b", 4),
+    ]
+    assert asked[-5:-2] == [("localisation", "a", 100), ("localisation", "b", 20), ("localisation", "c", 10)]
+    asked.clear()
+    options.minutes = 1e-9
+    rivals.run([rivals.argparse.Namespace(name="mini")], ["a"], options)
+    assert asked == []
+
+
+def test_photographs_that_the_last_row_lacks_are_left_out():
+    done, begun = ({"methods": {"a": {"iou": 1}, "slow": {}, "z": last}} for last in ({"iou": 1}, {}))
+    assert rivals.shared([done, begun]) == [done]
+
+
+def test_the_page_and_its_picture(tmp_path, monkeypatch, scenes):  # noqa: F811
+    monkeypatch.setattr(rivals, "open_model", real.open_model)
+    monkeypatch.setattr(rivals.figure, "png", rivals.figure.png)
+    page, picture, folder = tmp_path / "page.md", tmp_path / "rivals.png", tmp_path / "real"
+    page.write_text("# Mine\n\n<!-- tables -->\n\nold\n")
+    common = ["--folder", str(folder), "--page", str(page), "--picture", str(picture), "--models", "mini"]
+    common += ["--methods", "rollout,chefer,random,centre"]
+    monkeypatch.setattr(sys, "argv", ["rivals.py", *common, "--parts", "localisation,mosaics", "--quick"])
+    monkeypatch.setattr(rivals, "QUICK", {"localisation": 12, "mosaics": 2})
+    rivals.main()
+    text = page.read_text()
+    assert text.startswith("# Mine\n\n<!-- tables -->\n\nSplit: **report**.")
+    assert "old" not in text
+    assert picture.stat().st_size > 5000
+    costs = json.loads((folder / "mini" / "cost.json").read_text())
+    assert 1 < costs["rollout"]["passes"] < 1.5
+    assert 1.5 < costs["chefer"]["passes"] < 2.6
+    lines = [line for line in text.splitlines() if line.startswith("| chefer |")]
+    assert len(lines) == 2  # boxes, and mosaics
+    total = lines[0].split("|")[2].strip()
+    assert lines[0].split("|")[3].strip() == f"{costs['chefer']['passes']:.2f}"
+    assert -1 <= float(total) <= 1
+    kept = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+    rivals.main()
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert page.read_text() == text
