@@ -43,7 +43,6 @@ class Places:
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         self._modules = set(modules)
-        self._parts = {part for module in self._modules for part in module.modules()} - self._modules
         around = {part for part in model.modules() if not self._modules.isdisjoint(part.modules())}
         beside = {child for part in around - self._modules for child in part.children()}
         self._before = beside - around
@@ -57,18 +56,6 @@ class Places:
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._modules or module in self._before
-
-    def is_hooked(self, module: nn.Module) -> bool:
-        """Somebody has a hook on a part of one of the modules, which may give what it returns to the head."""
-        return module in self._parts and len(module._forward_hooks) > 0
-
-    def marked_output(self, name: str, output: Any) -> Any:
-        """What is passed on in place of an output: the same numbers, marked; ``None`` for the output itself."""
-        first = output[0] if type(output) is tuple and output else output
-        if not isinstance(first, Tensor) or not first.is_floating_point() or torch.is_inference_mode_enabled():
-            return None
-        marked = self.mark(name, first)
-        return marked if first is output else (marked, *output[1:])
 
     @property
     def inside(self) -> bool:
@@ -94,4 +81,8 @@ class Places:
             return None
         torch.set_grad_enabled(self._entered.pop()[1])
         self.any_left = self.any_left or module in self._modules
-        return self.marked_output(name, output)
+        first = output[0] if type(output) is tuple and output else output
+        if not isinstance(first, Tensor) or not first.is_floating_point() or torch.is_inference_mode_enabled():
+            return None
+        marked = self.mark(name, first)
+        return marked if first is output else (marked, *output[1:])

@@ -133,12 +133,10 @@ class Recorder(TorchFunctionMode):
         try:
             stamped = self._taps | {self._model, self._head_begins, self._head_follows}
             for dotted, module in self._model.named_modules():
-                hooked = self._places.is_hooked(module)
-                if type(module) in LEAVES and module not in stamped and not hooked:
+                if type(module) in LEAVES and module not in stamped:
                     continue
                 name = recorded_name(dotted)
-                passing = hooked or module in self._places or module is self._head_follows
-                first = self._passing_on(name, hooked) if passing else None
+                first = self._passing_on(name) if module in self._places or module is self._head_follows else None
                 leaving = self._leaving(name, rms_channels(module) is not None)
                 self._hooks.add(module, unseen(self._entering(name)), unseen(leaving), first and unseen(first))
         except BaseException:
@@ -190,13 +188,11 @@ class Recorder(TorchFunctionMode):
 
         return hook
 
-    def _passing_on(self, name: str, hooked: bool) -> Callable[[nn.Module, Any, Any], Any]:
+    def _passing_on(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
             if self._elsewhere():
                 return None
-            # What somebody's hook takes out of a block may be read by the head.
-            leave = self._places.marked_output if hooked else partial(self._places.leave, module=module)
-            marked = leave(name, output=output)
+            marked = self._places.leave(name, module, output)
             self.following.same(output, marked)
             if module is self._head_follows and self._differentiable == "head":
                 return self._head_after(name, output if marked is None else marked)

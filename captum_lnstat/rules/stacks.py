@@ -308,7 +308,11 @@ def _in_stack(block: Block, stack: Stack, place: int) -> StackedBlock:
 def _plain(block: Block) -> bool:
     """Whether a block attends from token to token among all of its tokens, in place."""
     whole = block.keys is None and block.carried is None and block.below is None
-    return whole and not block.site.signed and block.layout.covered is None
+    layout = block.layout
+    members = layout.index.shape[1] if isinstance(layout, Groups) else block.between.shape[1]
+    # What attends otherwise is refused where it is propagated.
+    from_token_to_token = block.site.shape[2:] == (members, members)
+    return whole and from_token_to_token and not block.site.signed and layout.covered is None
 
 
 def _kind(block: Block) -> tuple[Any, ...]:

@@ -273,29 +273,6 @@ def test_features_that_a_hook_collects() -> None:
     assert torch.allclose(found[0], expected.relevance(x, target=1), rtol=1e-4, atol=1e-6)
 
 
-class _TakenOut(nn.Module):
-    """Adds to the score what a hook took out of a block."""
-
-    def __init__(self, place: str, weight: float) -> None:
-        super().__init__()
-        self.vit, self.weight = vit(), weight
-        self.taken: list[Tensor] = []
-        self.vit.get_submodule(place).register_forward_hook(lambda module, given, output: self.taken.append(output))
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.vit(x)
-        return scores + self.weight * self.taken.pop().flatten(1).mean(1, keepdim=True)
-
-
-@pytest.mark.parametrize("rule", ["lnstat", "evidence"])
-@pytest.mark.parametrize("place", ["blocks.0.mlp", "blocks.1.norm2", "blocks.1.attn.proj"])
-def test_what_a_hook_takes_out_of_a_block_is_said(place: str, rule: str) -> None:
-    model = _TakenOut(place, 1.0).eval()
-    with pytest.warns(UserWarning, match=rf"the score reads {re.escape(place)} by another path"):
-        found = LNStatAttribution(model, model.vit, rule=rule).relevance(images(2), 1)
-    assert torch.allclose(found, LNStatAttribution(model.vit, rule=rule).relevance(images(2), 1), atol=1e-6)
-
-
 @pytest.mark.parametrize("place", ["blocks.1", "blocks.1.mlp", "patch_embed"])
 def test_a_hook_that_looks_on_is_not_spoken_of_and_may_leave_torch(place: str) -> None:
     model, seen = vit(), list[Any]()
