@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from captum_lnstat.recording.forward import ForwardArgs, Target, format_additional_forward_args, validate_target
+from captum_lnstat.rules.checks import check_numbers
 
 
 def chunks(
@@ -35,6 +36,7 @@ def chunks(
     if internal_batch_size is None or count <= internal_batch_size:
         yield image, target, additional_forward_args
         return
+    check_numbers(image)  # of all of them, before the first is explained
     validate_target(count, target)
     arguments = format_additional_forward_args(additional_forward_args) or ()
     for position, argument in enumerate(arguments):

@@ -93,8 +93,10 @@ OPTIONS: dict[str, list[Any]] = {
     "output": [None, lambda scores: scores],
 }
 NAMES = {
-    LNStatAttribution: [name for name in OPTIONS if name != "block"],
-    LayerLNStat: [name for name in OPTIONS if name not in ("block", "normalized", "interpolation")],
+    LNStatAttribution: [name for name in OPTIONS if name not in ("block", "approximation", "steps")],
+    LayerLNStat: [
+        name for name in OPTIONS if name not in ("block", "normalized", "interpolation", "approximation", "steps")
+    ],
     RawAttention: ["block", "head_fusion", "interpolation", "output"],
     AttentionRollout: ["head_fusion", "interpolation", "output"],
     GenericAttention: ["interpolation", "output"],

@@ -87,7 +87,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 Method = Callable[..., Any]
-PASSES = 2
+PASSES = 1
 METHODS: dict[str, Method] = {
     "lnstat": lambda f, model=None: LNStatAttribution(f, model),
     "evidence": lambda f, model=None: LNStatAttribution(f, model, rule="evidence"),

@@ -90,8 +90,8 @@ def test_the_picked_output_is_explained(make: Any, name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_it(name: str) -> None:
     model, image = two_heads(vit, lambda kind, age: {"kind": kind, "age": age}), images(2)
-    kind = type(METHODS[name](model))
-    method = kind(model, rule=name, output="age") if kind is LNStatAttribution else kind(model, output="age")
+    method = METHODS[name](model)
+    method.output = "age"
     alone = METHODS[name](lambda x: model(x)["age"], model)
     assert torch.equal(method.attribute(image, target=2), alone.attribute(image, target=2))
     method.describe(image)
