@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from captum._utils.common import _expand_additional_forward_args, _expand_target
 from captum.attr import PerturbationAttribution
 from torch import Tensor
 
@@ -20,6 +19,8 @@ from captum_lnstat.recording.forward import (
     Target,
     TensorOrTuple,
     check_output,
+    expand_additional_forward_args,
+    expand_target,
     format_additional_forward_args,
     format_output,
     is_tuple,
@@ -124,8 +125,8 @@ class MaskedAttribution(PerturbationAttribution):  # type: ignore[misc]
 
     def _score(self, images: Tensor, target: Target, arguments: ForwardArgs) -> Float[Tensor, " mask"]:
         count = len(images)
-        expanded = _expand_additional_forward_args(arguments, count)
+        expanded = expand_additional_forward_args(arguments, count)
         returned = pick_output(run_forward(self.forward_func, (images,), None, expanded), self.output)
         if self.probabilities and returned.dim() > 1:
             returned = returned.softmax(1)
-        return target_score(returned, _expand_target(target, count))
+        return target_score(returned, expand_target(target, count))

@@ -20,7 +20,7 @@ METHODS = (
 BLIND = ("random", "centre")
 METRICS = (
     *("pointing", "energy", "iou", "ap", "f1", "accuracy", "positive", "negative", "insertion", "deletion", "corners"),
-    *("two", "grid", "randomisation", "segmentation", "box", "spearman", "infidelity", "sensitivity"),
+    *("two", "grid", "randomisation", "segmentation", "box", "maxbox", "saco", "spearman", "infidelity", "sensitivity"),
 )
 DATA = ("scenes", "imagenet", "tiny-imagenet", "imagenet-segmentation", "voc", "coco", "folder", "human")
 # What names of timm's and torchvision's transformers begin with.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Private helpers of Captum, unchanged in name from Captum 0.7 to 0.9.
 format_additional_forward_args = common._format_additional_forward_args
+expand_additional_forward_args, expand_target = common._expand_additional_forward_args, common._expand_target
 format_output, is_tuple = common._format_output, common._is_tuple
 run_forward, select_targets, validate_target = common._run_forward, common._select_targets, common._validate_target
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # Entries of the maps that a stack may have on the CPU, where they stay in the cache; and on a device that does not say
 # how much memory it has left.
-ON_CPU = 1 << 16
+ON_CPU = 1 << 15
 ON_DEVICE = 1 << 27
 # Of the memory that a device has left, and so many bytes are taken for an entry: the scores, the maps and what they are
 # weighted with, in float32, and as much again for the relation and what the kernels take.
