@@ -111,7 +111,8 @@ BOUNDS = {
 def test_launches_and_reads_of_a_later_call(name: str, which: str) -> None:
     model, x = timm.create_model(name, num_classes=5).eval(), torch.rand(2, 3, 224, 224)
     lnstat = LNStatAttribution(model, rule=which)
-    lnstat.attribute(x, target=1)
+    for _ in range(2):  # what was remembered may be forgotten once, where other tests have filled the memory
+        lnstat.attribute(x, target=1)
     with torch.no_grad(), Launches() as forward:
         model(x)
     with Launches() as explained:
