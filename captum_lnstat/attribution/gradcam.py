@@ -36,7 +36,7 @@ def last_first_norm(model: nn.Module) -> str:
 class GradCam:
     r"""Grad-CAM (Selvaraju et al., ICCV 2017) at a named layer, resized to the image.
 
-    .. math:: M = \max\Bigl(0, \sum_k \bigl(\tfrac{1}{N} \sum_i \tfrac{\partial y_c}{\partial a_{ki}}\bigr) a_k\Bigr)
+    .. math:: M = \max(0, \sum_k \bigl(\tfrac{1}{N} \sum_i \tfrac{\partial y_c}{\partial a_{ki}}\bigr) a_k)
 
     with :math:`a_k` channel ``k`` of the layer's output over its ``N`` patches; prefix tokens are left out of both
     sums. Captum's ``LayerGradCam`` gives the same where the layer's output is ``(batch, channel, row, column)``; it
@@ -139,7 +139,7 @@ class GradCam:
 class HiResCAM(GradCam):
     r"""HiResCAM (Draelos and Carin, arXiv 2011.08891) at a named layer: Grad-CAM without the mean over the patches.
 
-    .. math:: M_i = \max\Bigl(0, \sum_k \frac{\partial y_c}{\partial a_{ki}} a_{ki}\Bigr)
+    .. math:: M_i = \max(0, \sum_k \frac{\partial y_c}{\partial a_{ki}} a_{ki})
 
     The positive part is taken, as of Grad-CAM, so that the two are compared in what they weigh alone. It needs no form
     of its own for Swin: the layer's grid is laid over the image.

@@ -26,8 +26,8 @@ class LeGrad(OfGradients):
     last norm, its pooling, its classifier), and
 
     .. math:: M_j = \frac{1}{L} \sum_l \frac{1}{H N} \sum_{h, i}
-        \Bigl(\frac{\partial s_l}{\partial A^h_{l, ij}}\Bigr)^+, \qquad
-        s_l = y_c\Bigl(\tfrac{1}{N} \sum_i x_{l, i}\Bigr).
+        (\frac{\partial s_l}{\partial A^h_{l, ij}})^+, \qquad
+        s_l = y_c(\tfrac{1}{N} \sum_i x_{l, i}).
 
     No product over the blocks; a gradient goes through one block's MLP and no further. Prefix tokens are left out of
     the map. The paper has no Swin form. Derived here: the mean over ``i`` is that over the places of a window; where
@@ -76,7 +76,7 @@ class AGCAM(OfGradients):
     which the head reads token ``i``,
 
     .. math:: M_j = \sum_l \sum_h \sum_i r_i
-        \Bigl(\frac{\partial y_c}{\partial A^h_{l, ij}}\Bigr)^+ \sigma(S^h_{l, ij}).
+        (\frac{\partial y_c}{\partial A^h_{l, ij}})^+ \sigma(S^h_{l, ij}).
 
     The paper's form is that of a class token, :math:`r_i = 1` there: its row alone. Derived here: the weights of a
     model that averages its tokens, :math:`1 / N`; for Swin the same at the last stage, an even part of a token's
@@ -161,8 +161,8 @@ class BeyondIntuition(OfGradients):
     r"""Beyond Intuition (Chen et al., TMLR 2023): attention perception times reasoning feedback.
 
     .. math:: M_j = \sum_i r_i P_{ij} F_{ij}, \quad P = \prod_l (\bar A_l + I), \quad
-        F = \operatorname{E}_h \Bigl(\frac{1}{K} \sum_{k=1}^K
-        \frac{\partial y_c(\frac{k}{K} X)}{\partial A^h_L}\Bigr)^+
+        F = \operatorname{E}_h (\frac{1}{K} \sum_{k=1}^K
+        \frac{\partial y_c(\frac{k}{K} X)}{\partial A^h_L})^+
 
     with :math:`r_i` the weight with which the head reads token ``i`` (1 at a class token, :math:`1 / N` of a mean over
     the tokens), the last block first in the product, and :math:`\bar A` one of

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class ViTCX(MaskedAttribution):
     r"""ViT-CX (Xie, Li, Cao and Zhang, IJCAI 2023): causal scores of the parts of the image that features light up.
 
-    .. math:: S = \sum_k f_c\bigl(x \odot M_k + z \odot (1 - M_k)\bigr)\, M_k \Big/ \sum_k M_k
+    .. math:: S = \sum_k f_c\bigl(x \odot M_k + z \odot (1 - M_k)\bigr)\, M_k / \sum_k M_k
 
     with :math:`f_c` the probability of the class and :math:`z` noise of deviation ``noise``. Every channel of the
     tokens that the last block's attention reads is a map on the patch grid, scaled to [0, 1]. Maps whose cosine
