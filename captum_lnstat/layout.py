@@ -34,18 +34,15 @@ class Layout(Protocol):
         """Tokens to groups; a padded place gets zeros."""
         ...
 
+    def join(self, groups: Float[Tensor, "batch_groups member rest"], batch: int) -> Float[Tensor, "batch token rest"]:
+        """Groups to tokens; what lies on padded places is left out."""
+        ...
+
     def scatter(
         self, groups: Float[Tensor, "batch_groups member rest"], batch: int
     ) -> tuple[Float[Tensor, "batch token rest"], Float[Tensor, "batch rest"]]:
         """Groups to tokens, and, per image, the sum of what lay on padded places."""
         ...
-
-
-@lru_cache(16)
-@torch.inference_mode(False)
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that no kernel has to be launched for."""
-    return torch.zeros(1, 1, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,11 @@ class WholeImage:
     def gather(self, tokens: Tensor) -> Tensor:
         return tokens
 
+    def join(self, groups: Tensor, batch: int) -> Tensor:
+        return groups
+
     def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        return groups, _nothing(groups.dtype, groups.device).expand(batch, groups.shape[-1])
+        return groups, groups.new_zeros(batch, groups.shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,16 +130,16 @@ class Groups:
             flat = flat.index_fill(1, self._padded_places, 0)
         return flat.reshape(-1, self.index.shape[1], *tokens.shape[2:])
 
-    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def join(self, groups: Tensor, batch: int) -> Tensor:
         flat = groups.reshape(batch, self.index.numel(), groups.shape[-1])
         if self.place_of_token is not None:
-            tokens = flat.index_select(1, self.place_of_token)
-        else:
-            tokens = flat.new_zeros(batch, self.count, flat.shape[-1])
-            tokens.index_add_(1, self._tokens_of_places, flat[:, self._places])
-        if not self.padded:
-            return tokens, _nothing(groups.dtype, groups.device).expand(batch, groups.shape[-1])
-        return tokens, flat[:, self._padded_places].sum(1)
+            return flat.index_select(1, self.place_of_token)
+        tokens = flat.new_zeros(batch, self.count, flat.shape[-1])
+        return tokens.index_add_(1, self._tokens_of_places, flat[:, self._places])
+
+    def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        flat = groups.reshape(batch, self.index.numel(), groups.shape[-1])
+        return self.join(groups, batch), flat[:, self._padded_places].sum(1)
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,9 @@ class Cells:
     def gather(self, tokens: Tensor) -> Tensor:
         """Not defined: a key is not made of its tokens alone."""
         raise NotImplementedError("keys that stand for several tokens are read by scatter only")
+
+    def join(self, groups: Tensor, batch: int) -> Tensor:
+        return self.scatter(groups, batch)[0]
 
     def scatter(self, groups: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         shares = even_shares(self.groups, groups.dtype)

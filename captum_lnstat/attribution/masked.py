@@ -29,6 +29,7 @@ from captum_lnstat.recording.forward import (
     run_forward,
 )
 from captum_lnstat.recording.statistics import accumulation_dtype
+from captum_lnstat.rules.checks import check_numbers
 from captum_lnstat.rules.target import target_score
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class MaskedAttribution(PerturbationAttribution):  # type: ignore[misc]
             raise TypeError(f"perturbations_per_eval is {perturbations_per_eval!r}; expected a positive int")
         if perturbations_per_eval < 1:
             raise ValueError(f"perturbations_per_eval is {perturbations_per_eval}; expected at least 1")
-        images = the_image(inputs)
+        images = check_numbers(the_image(inputs))
         if images.dim() != 4:
             raise ValueError(
                 f"inputs has shape {tuple(images.shape)}; expected images, (batch, channels, height, width)"

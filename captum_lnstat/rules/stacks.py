@@ -186,7 +186,13 @@ class Stack:
         found: Tensor = made[1]
         return found
 
-    def compared(self) -> Comparison:
+    def note(self, wiring: Wiring) -> None:
+        """Have the updates of all blocks looked at, once in a walk; those that are not walked through, too."""
+        if self._known.get("noted") is not wiring:
+            self._known["noted"] = wiring
+            wiring.note(self._compared())
+
+    def _compared(self) -> Comparison:
         """The updates from both sides, as in ``rules.wiring``."""
         update, base, dtype = self._update, self._streams("base"), self._blocks[0].site.dtype
         tokens, channels = update.shape[2:]
@@ -245,21 +251,22 @@ class StackedBlock(Block):
         alone: bool,
     ) -> Propagated:
         """As ``rules.relation.propagate``, of which it is one form; ``alone``: all rows are those of the cotangent."""
-        stack, place, batch = self.stack, self.place, len(rows)
-        if wiring is not None and place == len(stack.names) - 1:
-            wiring.note(stack.compared())
-        mixed = stack.relation(fusion)[place].mT @ self.layout.gather(rows)
-        loses = padded([self.layout])
+        stack, place, layout, batch = self.stack, self.place, self.layout, len(rows)
+        if wiring is not None:
+            stack.note(wiring)
+        mixed = stack.relation(fusion)[place].mT @ layout.gather(rows)
         if u is None:
-            below, lost = self.layout.scatter(mixed, batch)
-            return Propagated(below, lost if loses else None)
+            return (
+                Propagated(*layout.scatter(mixed, batch))
+                if padded([layout])
+                else Propagated(layout.join(mixed, batch), None)
+            )
         total, constant = stack.contributions(u)
         own, belongs_to_none = total[place][..., None], constant[place][:, None]
-        if alone and not loses:  # what padded places contribute is told from what they take
-            return Propagated(self.layout.scatter(mixed + own, batch)[0], None, constant=belongs_to_none)
-        below, lost = self.layout.scatter(torch.cat([mixed, own], -1), batch)
-        took, gave = (lost[:, :-1], lost[:, -1:]) if loses else (None, None)
-        return Propagated(below[..., :-1], took, below[..., -1:], gave, belongs_to_none)
+        if alone and not padded([layout]):  # what padded places contribute is told from what they take
+            return Propagated(layout.join(mixed + own, batch), None, constant=belongs_to_none)
+        below, lost = layout.scatter(torch.cat([mixed, own], -1), batch)
+        return Propagated(below[..., :-1], lost[:, :-1], below[..., -1:], lost[:, -1:], belongs_to_none)
 
 
 def room_for_maps(device: torch.device) -> int:

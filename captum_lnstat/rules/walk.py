@@ -96,8 +96,10 @@ class RowVector:
         if step.below is None:
             return self
         children = (self.tokens[:, :, None] * step.shares(merging)[..., None]).flatten(0, 1)
+        if not step.below.padded:
+            return RowVector(step.below.join(children, len(self.tokens)), None, self.padding)
         tokens, lost = step.below.scatter(children, len(self.tokens))
-        return RowVector(tokens, None, self.padding + lost if step.below.padded else self.padding)
+        return RowVector(tokens, None, self.padding + lost)
 
     def relevance(self, trace: Trace, constant: Tensor | None = None) -> tuple[Relevance, ...]:
         """At the image: one relevance for every row vector."""

@@ -166,7 +166,7 @@ class Cotangent:
         x = x if self.everywhere else x[:, self.at]
         if before is not None:
             x = x - (before if self.everywhere else before[:, self.at])
-        if self.kinds == self.tokens and self.scores == 1 and "everywhere_dense" in self.__dict__:
+        if self.everywhere and self.kinds == self.tokens and self.scores == 1:
             return (x * self.everywhere_dense[:, :, 0]).sum(-1, keepdim=True)
         if self.kinds == 1:
             product = x @ self.directions[:, 0].transpose(-2, -1)

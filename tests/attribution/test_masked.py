@@ -123,6 +123,15 @@ def test_an_option_of_vitcx_out_of_range(options, name):
         ViTCX(vit(), **options)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("method", [RISE, ViTCX])
+def test_an_image_with_a_nan_is_refused(method, batch):
+    image = images(batch)
+    image[-1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="inputs holds NaN"):
+        method(vit()).attribute(image, target=1)
+
+
 def test_masked_methods_refuse_what_is_no_image():
     with pytest.raises(ValueError, match="expected images"):
         RISE(Brightness(), masks=2).attribute(torch.ones(1, 3, 2, 32, 32), 1)

@@ -155,6 +155,18 @@ def test_a_wiring_that_is_not_known_is_named_at_the_end() -> None:
             LNStatAttribution(vit, rule=which).attribute(torch.rand(1, 3, 64, 64), target=1)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_wiring_of_a_block_that_is_only_rolled_through_is_looked_at(ahead: bool, monkeypatch: Any) -> None:
+    vit = zoo.load("vit-mini").model
+    vit.blocks[0] = _Wrong(vit.blocks[0])
+    monkeypatch.setattr(stacks, "ON_CPU", EVERYTHING)  # all blocks in one stack
+    if ahead:
+        monkeypatch.setattr(devices, "AT_ONCE", set())
+    # Of several scores the upper blocks are propagated one by one, and the lower ones in their stack.
+    with pytest.raises(RecordingError, match=r"block 'blocks\.0' adds"):
+        LNStatAttribution(vit).relevance_per_target(torch.rand(1, 3, 64, 64), [1, 2])
+
+
 @pytest.mark.usefixtures("queue")
 def test_the_first_check_that_does_not_hold_is_raised_even_if_something_else_failed_meanwhile() -> None:
     with pytest.raises(ValueError, match="the first"), read_at_the_end():  # noqa: PT012
