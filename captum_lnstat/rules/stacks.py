@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+Made = TypeVar("Made")
 # Entries of the maps that a stack may have on the CPU, where they stay in the cache; and on a device that does not say
 # how much memory it has left.
 ON_CPU = 1 << 15
@@ -60,37 +61,36 @@ class Stack:
         self._blocks, self._path = blocks, path
         self._layouts = tuple(block.layout for block in blocks)
         self._centred = blocks[0].centred
-        self._known: dict[Any, Any] = {}
+        self._known: dict[Any, tuple[Cotangent | None, Any]] = {}
+        self._noted: Wiring | None = None
 
     def forget(self) -> None:
         """Let go of all that was worked out."""
         self._known = {}
 
-    def _once(self, name: Any, make: Callable[[], Any]) -> Any:
-        if name not in self._known:
-            self._known[name] = make()
-        return self._known[name]
+    def _once(self, name: Any, make: Callable[[], Made], *, u: Cotangent | None = None) -> Made:
+        """What goes by a name, made when it is first asked for, or for another cotangent ``u``."""
+        if name not in self._known or self._known[name][0] is not u:
+            self._known[name] = u, make()
+        made: Made = self._known[name][1]
+        return made
 
     def _streams(self, name: str) -> Float[Tensor, "block batch token channel"]:
         """The stream at a place of every block: its ``"base"``, ``"between"`` or ``"after"``."""
-        made: Tensor = self._once(name, lambda: torch.stack([getattr(block, name) for block in self._blocks]))
-        return made
+        return self._once(name, lambda: torch.stack([getattr(block, name) for block in self._blocks]))
 
     @property
     def _update(self) -> Float[Tensor, "block batch token channel"]:
-        made: Tensor = self._once("update", lambda: self._streams("between") - self._streams("base"))
-        return made
+        return self._once("update", lambda: self._streams("between") - self._streams("base"))
 
     @property
     def _values(self) -> Float[Tensor, "block group head key channel"]:
-        made: Tensor = self._once("values", lambda: stacked_values([block.site for block in self._blocks]))
-        return made
+        return self._once("values", lambda: stacked_values([block.site for block in self._blocks]))
 
     @property
     def _attention(self) -> Float[Tensor, "block group head query key"]:
         """The maps of all heads."""
-        made: Tensor = self._once("attention", lambda: stacked_probabilities([block.site for block in self._blocks]))
-        return made
+        return self._once("attention", lambda: stacked_probabilities([block.site for block in self._blocks]))
 
     def _by_image(self, values: Float[Tensor, "block group *rest"]) -> Float[Tensor, "block batch groups *rest"]:
         return values.view(len(values), len(self._blocks[0].base), -1, *values.shape[2:])
@@ -105,8 +105,7 @@ class Stack:
 
     def _deviations(self, from_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As ``trace.deviations``: ``w`` and ``m``, and of ``e`` the direction and ``1 / sigma``."""
-        made: tuple[Tensor, Tensor, Tensor, Tensor] = self._once(from_mean, lambda: self._less_the_mean(from_mean))
-        return made
+        return self._once(from_mean, lambda: self._less_the_mean(from_mean))
 
     def _less_the_mean(self, from_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         values = self._by_image(self._values)
@@ -126,11 +125,11 @@ class Stack:
 
     def relation(self, fusion: HeadFusion) -> Float[Tensor, "block group query key"]:
         """What an update is shared by: ``W``, attention weighted by what it brings, or the mean of the heads."""
-        mean = self._attention.mean
-        weighted = fusion != "mean"
-        make = (lambda: self._weighted(fusion == "deviation", mean(2))) if weighted else (lambda: mean(2))
-        made: Tensor = self._once(("relation", fusion), make)
-        return made
+        return self._once(("relation", fusion), lambda: self._relation(fusion))
+
+    def _relation(self, fusion: HeadFusion) -> Tensor:
+        mean = self._attention.mean(2)
+        return mean if fusion == "mean" else self._weighted(fusion == "deviation", mean)
 
     def _weighted(self, from_mean: bool, mean: Float[Tensor, "block group query key"]) -> Tensor:
         """``W_ij ~ max(0, sum_h A^h_ij <q_i^h, w_j^h>)``; a row in which nothing is positive is that of the mean."""
@@ -143,8 +142,7 @@ class Stack:
 
     def shares(self) -> Float[Tensor, "block batch token"]:
         """The residual shares of the form ``"deviation"``."""
-        made: Tensor = self._once("shares", self._shares)
-        return made
+        return self._once("shares", self._shares)
 
     def _shares(self) -> Tensor:
         base = self._streams("base")
@@ -162,34 +160,32 @@ class Stack:
         split = self._by_head(pulled) if at is None else self._heads(pulled)
         return self._by_image(attention).mT @ split.view(len(pulled), pulled.shape[1], -1, *split.shape[2:]), constant
 
-    def contributions(self, u: Cotangent) -> tuple[Float[Tensor, "block group key"], Float[Tensor, "batch score"]]:
+    def contributions(self, u: Cotangent) -> tuple[Float[Tensor, "block group key"], Float[Tensor, "block batch"]]:
         """``c_j`` of every key for one score, and what the mean values and the maps' constants contributed."""
-        made = self._known.get("contributions")
-        if made is None or made[0] is not u:
-            whole = all(isinstance(layout, WholeImage) for layout in self._layouts)
-            at = u.at if whole and not u.everywhere else None
-            dense = u.everywhere_dense if at is None else u.dense()
-            carried, offset = self._carried(dense[None, :, :, 0], at)
-            apart, common, *_ = self._deviations(True)
-            total = (carried * self._by_image(apart)).sum((3, 5)).flatten(1, 2)
-            constant = (carried.sum((2, 4)) * common).sum((2, 3))
-            constant = constant if offset is None else constant + offset.sum(2)
-            made = self._known["contributions"] = u, total, constant
-        return made[1], made[2]
+        return self._once("contributions", lambda: self._contributed(u), u=u)
+
+    def _contributed(self, u: Cotangent) -> tuple[Tensor, Tensor]:
+        whole = all(isinstance(layout, WholeImage) for layout in self._layouts)
+        at = u.at if whole and not u.everywhere else None
+        dense = u.everywhere_dense if at is None else u.dense()
+        carried, offset = self._carried(dense[None, :, :, 0], at)
+        apart, common, *_ = self._deviations(True)
+        total = (carried * self._by_image(apart)).sum((3, 5)).flatten(1, 2)
+        constant = (carried.sum((2, 4)) * common).sum((2, 3))
+        return total, constant if offset is None else constant + offset.sum(2)
 
     def mlp_reads(self, u: Cotangent) -> Float[Tensor, "block batch token"]:
         """``<u_i, MLP update_i>`` of every token, for one score."""
-        made = self._known.get("mlp")
-        if made is None or made[0] is not u:
-            update = self._streams("after") - self._streams("between")
-            made = self._known["mlp"] = u, (update * u.everywhere_dense[:, :, 0]).sum(3)
-        found: Tensor = made[1]
-        return found
+        return self._once("mlp", lambda: self._read_mlps(u), u=u)
+
+    def _read_mlps(self, u: Cotangent) -> Tensor:
+        update = self._streams("after") - self._streams("between")
+        return (update * u.everywhere_dense[:, :, 0]).sum(3)
 
     def note(self, wiring: Wiring) -> None:
         """Have the updates of all blocks looked at, once in a walk; those that are not walked through, too."""
-        if self._known.get("noted") is not wiring:
-            self._known["noted"] = wiring
+        if self._noted is not wiring:
+            self._noted = wiring
             wiring.note(self._compared())
 
     def _compared(self) -> Comparison:
