@@ -25,6 +25,9 @@ _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack",
 # Where the value is among the arguments of what writes into its first one.
 _WRITES = {"__setitem__": 2, "index_copy": 3, "index_copy_": 3, "scatter": 3, "scatter_": 3, "copy_": 1}
 
+# What functions return that asks a tensor for something.
+_NO_TENSORS = {torch.Size, bool, int, float, str, torch.dtype, torch.device}
+
 
 class Path:
     """The way of one tensor from the images.
@@ -92,6 +95,8 @@ class Follower:
 
     def follow(self, function: Callable[..., Any], args: Args, kwargs: dict[str, Any], output: Any) -> None:
         """A function has run."""
+        if type(output) in _NO_TENSORS:
+            return
         name = _name(function)
         if name in moving.CONVOLUTIONS and args and not self._rows:
             self._again(args[0])

@@ -49,6 +49,9 @@ class _View(MutableMapping[Any, Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter([*self.first, *self.own, *self.added])
 
+    def __bool__(self) -> bool:
+        return bool(self.added or self.first or self.own)  # torch asks this of every module that it runs
+
     def __len__(self) -> int:
         return len(self.first) + len(self.own) + len(self.added)
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from captum_lnstat.recording.inside import Inside
+
 # The name of the images among the places: that of no module.
 IMAGE = "the image"
 
@@ -43,13 +45,14 @@ class Places:
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
         self._modules = set(modules)
-        around = {part for part in model.modules() if not self._modules.isdisjoint(part.modules())}
+        around = _around(model, self._modules)
         beside = {child for part in around - self._modules for child in part.children()}
         self._before = beside - around
         self._anchor = torch.zeros(0, requires_grad=True, device="cpu")  # what a graph needs to begin at
         self._entered: list[tuple[nn.Module, bool]] = []
         self.any_left = False  # the first of the modules has run: what comes now may be the head's
         self.edges: dict[str, GradientEdge] = {}
+        self.within = Inside(self.mark)
 
     def __bool__(self) -> bool:
         return bool(self._modules)
@@ -86,3 +89,17 @@ class Places:
             return None
         marked = self.mark(name, first)
         return marked if first is output else (marked, *output[1:])
+
+
+def _around(model: nn.Module, modules: set[nn.Module]) -> set[nn.Module]:
+    """The modules that hold one of some modules, these among them; every one is looked at once."""
+    holds: dict[nn.Module, bool] = {}
+
+    def look(part: nn.Module) -> bool:
+        if part not in holds:
+            below = [look(child) for child in part.children()]
+            holds[part] = part in modules or any(below)
+        return holds[part]
+
+    look(model)
+    return {part for part, one in holds.items() if one}

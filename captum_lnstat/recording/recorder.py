@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -36,7 +35,7 @@ from captum_lnstat.recording.rms import RMS_NORMS, rms_channels
 from captum_lnstat.recording.sites import AttentionSite, FusedSite
 from captum_lnstat.recording.softmaxes import Softmaxes, SoftmaxEvent
 from captum_lnstat.recording.tape import Tape
-from captum_lnstat.recording.watched import GRAPHLESS, LEAVES, WATCHED
+from captum_lnstat.recording.watched import LEAVES, TO_NUMPY, WATCHED
 
 # What of a model gets a graph: see ``Recorder``.
 Differentiable = Literal["head", "model", "affine"]
@@ -119,8 +118,9 @@ class Recorder(TorchFunctionMode):
         joins, constants = tuple(self._joins.sizes), tuple(self._joins.constants)
         edges, given = dict(self._places.edges), self.following.given
         return Recording(
-            sites, tuple(self._norms.calls), calls, self._end.tensor, joins, given, places=edges, constants=constants
-        )
+            sites, tuple(self._norms.calls), calls, self._end.tensor, joins, given, constants=constants,
+            places=edges, inside=self._places.within.read,
+        )  # fmt: skip
 
     def marked(self, image: Tensor) -> Tensor:
         """The images that the pass is to be run with, so that a score that reads them by another path is seen to."""
@@ -145,28 +145,23 @@ class Recorder(TorchFunctionMode):
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         self._hooks.remove()
         self._softmaxes.clear()
+        self._places.within.clear()
         # They hold methods of this recorder, and would keep it, and all that it kept, from being freed with the call.
         self._end.keep = self._norms.keep = over
         self._norms.call = over
         if self._freezer is not None:
             self._freezer.clear()
         torch.set_grad_enabled(self._grad_enabled)  # the head has switched gradients on
-        super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def _keep(self, tensor: Tensor) -> Kept:
         # Of the graph beside the trunk nothing is kept alive by what was recorded of the trunk.
         if self._places and self._end.tensor is None:
             tensor = tensor.detach()
         return Kept.on(self._arena, tensor)
-
-    def _keep_input(self, tensor: Tensor) -> Kept:
-        # What a module is given is compared by where it lies: in the head, too, where its copy lies.
-        return self._keep(tensor.detach() if self._places else tensor)
 
     # Other threads may run the same model while this one records: their calls are none of our business.
     def _elsewhere(self) -> bool:
@@ -210,7 +205,9 @@ class Recorder(TorchFunctionMode):
                 output = self._norms.own_rms_norm(name, module, inputs[0], output, frozen=self._freezes_norms)
             first = output[0] if isinstance(output, tuple) and output else output
             if module in self._taps and isinstance(first, Tensor) and inputs and isinstance(inputs[0], Tensor):
-                self._calls.setdefault(name, []).append(ModuleCall(self._keep_input(inputs[0]), self._keep(first)))
+                # What a module is given is compared by where it lies: in the head, too, where its copy lies.
+                given = self._keep(inputs[0].detach() if self._places else inputs[0])
+                self._calls.setdefault(name, []).append(ModuleCall(given, self._keep(first)))
             if module is not self._head_follows or first is self._end.passed_on or self._end.refused:
                 return output if rms_norm else None
             if self._differentiable == "head":
@@ -254,15 +251,22 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # In a block of a trunk without a graph few functions are looked at, once tokens are placed.
-        inside = self._places.inside and self.following.is_over and self._end.tensor is None
-        if self._elsewhere() or (inside and function not in WATCHED and not self._softmaxes.reads_one(args)):
+        if self._elsewhere():
             return function(*args, **kwargs)
-        if self._beside_the_trunk and function not in GRAPHLESS:
+        inside, within = self._places.inside and self._end.tensor is None, self._places.within
+        # In a block of a trunk without a graph few functions are looked at, once tokens are placed.
+        if inside and self.following.is_over and function not in WATCHED and not self._softmaxes.reads_one(args):
+            return within.made(self._running[-1], args, function(*args, **kwargs))
+        args, kwargs = (args, kwargs) if inside else within.outside((args, kwargs))
+        if function in TO_NUMPY and self._differentiable == "head":
+            function = torch.no_grad()(function)  # whether it may be run is for the caller's grad mode to say
+        if self._beside_the_trunk and function is not torch._C._set_grad_enabled:
             with torch.enable_grad():
                 output = self._run(function, args, kwargs)
         else:
             output = self._run(function, args, kwargs)
+        if inside:
+            within.made(self._running[-1], args, output)
         self.following.ran(function, args, kwargs, output, last=bool(self._events) and self._end.tensor is None)
         self.tape.ran(function, args, kwargs, output)
         return output

@@ -109,6 +109,7 @@ class Recording:
         provenance: Where on the image what a tapped module was given comes from, up to the first attention, if known.
         scores: What ``forward_func`` returned, in the same graph, once it has.
         places: Where what blocks, and modules before them, returned is in the same graph, by name.
+        inside: What was made inside modules, and read outside them, by its name in ``places``.
         rows: Which rows of the stream's end its rows come from, if known.
         tape: What was called from there on, if that was to be kept.
     """
@@ -121,6 +122,7 @@ class Recording:
     provenance: Mapping[str, Path] = field(default_factory=dict)
     scores: Tensor | None = None
     places: Mapping[str, GradientEdge] = field(default_factory=dict)
+    inside: Mapping[str, Tensor] = field(default_factory=dict)
     constants: tuple[Tensor, ...] = ()
     rows: Path | None = None
     tape: Tape | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.ending import StreamEnd
+from captum_lnstat.recording.swapped import swapped
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -58,9 +59,13 @@ class Tape:
             RecordingError: It was not made by functions of torch alone.
         """
         known = {id(self.end.passed_on): self.end.of_one_token(token)}
+
+        def known_of(tensor: Tensor) -> Tensor:
+            return known.get(id(tensor), tensor)
+
         with self.autocast or nullcontext():
             for function, args, kwargs, output in self.calls:
-                others, named = _swapped(args, known), _swapped(kwargs, known)
+                others, named = swapped(args, known_of), swapped(kwargs, known_of)
                 if others is not args or named is not kwargs:
                     _note(output, function(*others, **named), known)
         if id(wanted) not in known:
@@ -69,19 +74,6 @@ class Tape:
                 "forward_func that returns what they return"
             )
         return known[id(wanted)]
-
-
-def _swapped(value: Any, known: dict[int, Tensor]) -> Any:
-    """The same with tensors in the place of those that are known; the very same if there are none."""
-    if isinstance(value, Tensor):
-        return known.get(id(value), value)
-    if isinstance(value, dict):
-        found = {key: _swapped(one, known) for key, one in value.items()}
-        return value if all(found[key] is value[key] for key in value) else found
-    if isinstance(value, tuple | list):
-        parts = [_swapped(one, known) for one in value]
-        return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
-    return value
 
 
 def _note(output: Any, again: Any, known: dict[int, Tensor]) -> None:

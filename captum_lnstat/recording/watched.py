@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +22,8 @@ WATCHED = {
     *RMS_NORMS,
     torch.einsum,
 }
-# What has no graph in any mode, and asks whether gradients are on.
-GRAPHLESS = {torch._C._set_grad_enabled, Tensor.numpy, Tensor.__array__}
+# What is refused to a tensor with a graph while gradients are on.
+TO_NUMPY: set[Any] = {Tensor.numpy, Tensor.__array__}
 # Modules in which neither attention nor a norm runs: which of them is running need not be known.
 LEAVES = {
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout, nn.Dropout2d),

@@ -55,7 +55,8 @@ def reads_besides_the_end(recording: Recording, trace: Trace, image: Tensor) -> 
 def _read(name: str, edge: GradientEdge, recording: Recording, trace: Trace, image: Tensor) -> Read:
     """The place, at the tokens of the trace that are what was returned there."""
     calls = recording.calls.get(name, ())
-    value = image if name == IMAGE else calls[-1].output.tensor.detach() if calls else image.new_zeros(0)
+    seen = recording.inside.get(name, image.new_zeros(0))
+    value = image if name == IMAGE else calls[-1].output.tensor.detach() if calls else seen
     if name == IMAGE or value.dim() < 3:
         return Read(name, edge, value)
     for tokens in (trace.tokens, *(step.after for step in trace.steps)):

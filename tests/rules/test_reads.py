@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.contract import images, swin, vit
@@ -282,6 +283,93 @@ def test_a_hook_that_looks_on_is_not_spoken_of_and_may_leave_torch(place: str) -
         warnings.simplefilter("error")
         assert torch.equal(LNStatAttribution(model).relevance(images(2), 1), alone)
     assert len(seen) == 1
+
+
+class _FromInside(nn.Module):
+    """A ViT, and a Linear of what one of its modules was given or returned inside a block, in some way."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.vit, self.found = vit(), list[Tensor]()
+        self.probe, self.place = _probe(32), self.vit.get_submodule("blocks.1.mlp")
+        if way == "hook":
+            self.place.register_forward_hook(lambda module, given, output: self.found.append(output))
+        elif way == "made in a hook":
+            self.place.register_forward_hook(lambda module, given, output: self.found.append(2 * output.clone()))
+        elif way == "given":
+            self.place.register_forward_hook(lambda module, given, output: self.found.append(given[0]))
+        elif way == "attribute":
+            forward = self.place.forward
+            self.place.forward = lambda x: self.found.append(forward(x)) or self.found[-1]  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.found.clear()
+        scores = self.vit(x)
+        return scores[:, :3] + self.probe(self.found[0].mean(1))
+
+
+@pytest.mark.parametrize("rule", ["lnstat", "evidence"])
+@pytest.mark.parametrize("way", ["hook", "made in a hook", "given", "attribute"])
+def test_what_is_taken_from_inside_a_block_is_said_with_its_share(way: str, rule: str) -> None:
+    model, x = _FromInside(way).eval(), images(2)
+    with pytest.warns(UserWarning, match=r"reads the inside of blocks\.1(\.\w+)? .* about \d+% of it") as said:
+        found = LNStatAttribution(model, model.vit, rule=rule).relevance(x, target=1)
+    # The share by hand: |slope . value| of what was taken, and of the class token that the norm and the head read.
+    end: list[Tensor] = []
+    model.vit.blocks[-1].register_forward_hook(lambda module, given, output: end.append(output[:, 0].detach()))
+    with torch.no_grad():
+        model(x)
+        token, norm = end[0].double(), model.vit.norm
+        deviation = (token.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+        normed = (token - token.mean(-1, keepdim=True)) / deviation * norm.weight
+        ended = (normed @ model.vit.head.weight[1].double()).abs().mean()
+        taken = (model.found[0].mean(1) @ model.probe.weight[1]).abs().mean()
+    (percent,) = re.findall(r"about (\d+)%", str(said[0].message))
+    assert int(percent) == pytest.approx(100 * float(taken / (taken + ended)), abs=1)
+    assert torch.allclose(found, LNStatAttribution(model.vit, rule=rule).relevance(x, target=1), atol=1e-6)
+
+
+def test_several_things_from_inside_one_module_are_all_counted() -> None:
+    model, x = vit(), images(2)
+    maps: list[Tensor] = []
+    model.blocks[1].mlp.register_forward_hook(lambda module, given, output: maps.extend([given[0], output]))
+    probe = _probe(32)
+
+    def scores(x: Tensor) -> Tensor:
+        maps.clear()
+        first = model(x)[:, :3]
+        return first + probe(maps[0].mean(1)) + probe(maps[1].mean(1))
+
+    with pytest.warns(UserWarning, match=r"the inside of blocks\.1\S*, the inside of blocks\.1\S*"):
+        LNStatAttribution(scores, model).relevance(x, target=1)
+
+
+def test_a_table_that_blocks_share_with_the_head_is_not_taken_from_inside() -> None:
+    model, x = vit(), images(2)
+    model.register_buffer("table", torch.rand(32))
+    for block in model.blocks:
+        forward = block.mlp.forward
+        block.mlp.forward = lambda x, forward=forward: forward(x) + model.table.to(x.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LNStatAttribution(lambda x: model(x) + model.table.to(x.dtype).sum(), model).relevance(x, target=1)
+
+
+def test_what_is_taken_from_inside_may_leave_torch_after_the_model() -> None:
+    model, x, seen = vit(), images(2), list[Tensor]()
+    model.blocks[1].mlp.register_forward_hook(lambda module, given, output: seen.append(output))
+    logged: list[Any] = []
+
+    def scores(x: Tensor) -> Tensor:
+        scores = model(x)
+        logged.extend([seen[-1].mean(1).numpy(), np.asarray(seen[-1])])
+        return scores
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = LNStatAttribution(scores, model).relevance(x, target=1)
+        assert torch.equal(found, LNStatAttribution(model).relevance(x, target=1))
+    assert np.array_equal(logged[0], logged[1].mean(1)) or np.allclose(logged[0], logged[1].mean(1), atol=1e-6)
 
 
 def test_a_hook_that_changes_what_the_last_block_returns_is_part_of_the_model() -> None:
