@@ -185,11 +185,10 @@ class Following:
         """Nothing is followed now."""
         return self._follower is None
 
-    def same(self, output: Any, passed_on: Any) -> None:
-        """A tensor is passed on as another one, or the first of several."""
-        before, after = (one[0] if isinstance(one, tuple) and one else one for one in (output, passed_on))
+    def same(self, before: Tensor, after: Tensor) -> None:
+        """A tensor is passed on as another one."""
         path = self.of(before)
-        if self._follower is not None and path is not None and isinstance(after, Tensor):
+        if self._follower is not None and path is not None:
             self._follower.put(after, path)
 
     def entering(self, name: str, tensor: Any) -> None:

@@ -30,7 +30,8 @@ class Inside:
         self._mark = mark
         # By identity; a tensor that is gone gives its identity away.
         self._made: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-        self._marked: dict[int, Tensor] = {}
+        # What is held here keeps its identity.
+        self._marked: dict[int, tuple[Tensor, Tensor]] = {}
         self.read: dict[str, Tensor] = {}
 
     def clear(self) -> None:
@@ -63,5 +64,5 @@ class Inside:
             before = sum(name.startswith(f"the inside of {module}") for name in self.read)
             name = f"the inside of {module}" + (f" ({before + 1})" if before else "")
             self.read[name] = tensor.detach()
-            self._marked[id(tensor)] = self._mark(name, tensor)
-        return self._marked[id(tensor)]
+            self._marked[id(tensor)] = tensor, self._mark(name, tensor)
+        return self._marked[id(tensor)][1]

@@ -7,7 +7,7 @@ it is read there. Inside the modules nothing gets a graph: only what lies betwee
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,10 +41,11 @@ class Places:
     Args:
         model: What the modules are in.
         modules: The blocks and all else that the residual stream leaves by.
+        same: Is told of every tensor that is marked, and what it is passed on as.
     """
 
-    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
-        self._modules = set(modules)
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module], same: Callable[[Tensor, Tensor], None]) -> None:
+        self._modules, self._same = set(modules), same
         around = _around(model, self._modules)
         beside = {child for part in around - self._modules for child in part.children()}
         self._before = beside - around
@@ -70,6 +71,7 @@ class Places:
         with torch.enable_grad():
             marked: Tensor = Marked.apply(self._anchor, x)
         self.edges[name] = get_gradient_edge(marked)
+        self._same(x, marked)
         return marked
 
     def enter(self, module: nn.Module) -> None:

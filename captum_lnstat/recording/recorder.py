@@ -95,7 +95,8 @@ class Recorder(TorchFunctionMode):
         # What is in a graph is kept by the graph, where it is.
         self._arena = Arena() if differentiable == "head" and compact else None
         self._freezer = Freezer() if differentiable == "affine" else None
-        self._places = Places(model, places if differentiable == "head" else ())
+        self.following = Following(images)
+        self._places = Places(model, places if differentiable == "head" else (), self.following.same)
         self._thread = threading.get_ident()
         self._grad_enabled = torch.is_grad_enabled()
         self._hooks = Hooks()
@@ -105,7 +106,6 @@ class Recorder(TorchFunctionMode):
         self._norms = Norms(self._keep, self._call, self._arena, differentiable)
         self._joins = Joins(tokens_first)
         self._calls: dict[str, list[ModuleCall]] = {}
-        self.following = Following(images)
         name, cut = type(model).__name__, differentiable == "head"
         self._end = StreamEnd(name, channels_first, width, tokens_first, cut, self._keep, self.following)
         self.tape = Tape(self._end, keeps=detailed)
@@ -124,9 +124,7 @@ class Recorder(TorchFunctionMode):
 
     def marked(self, image: Tensor) -> Tensor:
         """The images that the pass is to be run with, so that a score that reads them by another path is seen to."""
-        marked = self._places.mark(IMAGE, image) if self._places else image
-        self.following.same(image, marked)
-        return marked
+        return self._places.mark(IMAGE, image) if self._places else image
 
     def __enter__(self) -> Recorder:
         self._grad_enabled = torch.is_grad_enabled()
@@ -188,7 +186,6 @@ class Recorder(TorchFunctionMode):
             if self._elsewhere():
                 return None
             marked = self._places.leave(name, module, output)
-            self.following.same(output, marked)
             if module is self._head_follows and self._differentiable == "head":
                 return self._head_after(name, output if marked is None else marked)
             return marked

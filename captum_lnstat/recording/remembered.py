@@ -15,7 +15,7 @@ import torch
 Made = TypeVar("Made")
 # So many are remembered; then all are forgotten.
 MANY = 512
-_PLAIN = (int, float, str, bool, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout)
+_PLAIN = {int, float, str, bool, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.layout}
 
 _lock = threading.Lock()
 _numbers: dict[Any, int] = {}

@@ -35,7 +35,7 @@ from captum_lnstat.rules.stacks import room_for_maps, stacked
 from captum_lnstat.rules.target import contrast, target_score
 from captum_lnstat.rules.verdicts import expect
 from captum_lnstat.topology import Topology, find_topology
-from captum_lnstat.topology.anatomy.parts import looked_up_once
+from captum_lnstat.topology.anatomy.once import looked_up_once
 from captum_lnstat.topology.anatomy.pooling import PoolingAsRead
 from captum_lnstat.trace.placing import check_rows, placed
 from captum_lnstat.trace.steps import Block

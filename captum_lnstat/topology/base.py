@@ -16,7 +16,8 @@ from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.recorder import Differentiable, Recorder
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.embedding import convolutions, named, outside
-from captum_lnstat.topology.anatomy.parts import Known, channels_of, known_so_far, recall
+from captum_lnstat.topology.anatomy.once import Known, known_so_far, recall
+from captum_lnstat.topology.anatomy.parts import channels_of
 from captum_lnstat.topology.anatomy.refusal import calls_parts, no_family, several_models
 from captum_lnstat.topology.anatomy.structure import Structure, structure_of
 from captum_lnstat.trace.trace import Trace

@@ -20,6 +20,7 @@ from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, names_of, outside
+from captum_lnstat.topology.anatomy.once import once
 from captum_lnstat.topology.anatomy.parts import BLOCK_PARTS, channels_of, is_residual_block
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.projections import Projection, projections
@@ -46,7 +47,7 @@ class WindowedTopology(Topology):
         super().__init__(model)
         self._steps = _steps_of(model)
         self._names = names_of(model)
-        self._patches: Any = _patch_convolution(model, self._steps)
+        self._patches: Any = _patch_convolution(model)
         self._last_norm = _last_norm(model)
 
     @classmethod
@@ -129,6 +130,7 @@ class WindowedTopology(Topology):
         return pooling_as_read(recording, 0, norms, set_to=set_to)
 
 
+@once
 def _steps_of(model: nn.Module) -> list[Any]:
     """The blocks and mergings inside ``model``, in order, without looking for more inside them."""
     found: list[Any] = []
@@ -171,8 +173,10 @@ def _reduction(module: object) -> Projection | None:
     return next((one for one in found if one.name == "reduction"), None)
 
 
-def _patch_convolution(model: nn.Module, steps: list[Any]) -> nn.Conv2d | nn.Conv3d | None:
+@once
+def _patch_convolution(model: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
     """The first convolution outside the steps, if it cuts the image into patches that do not overlap."""
+    steps = _steps_of(model)
     first: nn.Conv2d | nn.Conv3d | None = next(iter(convolutions(model, steps).values()), None)
     first = first or next(iter(tubelet_convolutions(model, steps).values()), None)
     return first if first is not None and first.kernel_size == first.stride else None
@@ -186,7 +190,7 @@ def _is_swin(model: nn.Module, steps: list[Any]) -> bool:
     """Whether all the parts are in ``model``, its own last norm among them (or missing, in a model of features)."""
     if all(map(_is_merging, steps)):
         return False
-    if _patch_convolution(model, steps) is None:
+    if _patch_convolution(model) is None:
         return False
     return _last_norm(model) is not None or not isinstance(model, nn.Sequential)
 

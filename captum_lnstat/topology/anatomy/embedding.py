@@ -11,6 +11,7 @@ from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid
 from captum_lnstat.recording.eager import recorded_name
 from captum_lnstat.recording.recording import Recording
+from captum_lnstat.topology.anatomy.once import once
 from captum_lnstat.topology.anatomy.parts import Layer, is_residual_block
 from captum_lnstat.topology.anatomy.projections import ADAPTED
 from captum_lnstat.trace.placing import places_before
@@ -25,6 +26,7 @@ def named(model: nn.Module) -> dict[str, nn.Module]:
     return {recorded_name(name): module for name, module in model.named_modules()}
 
 
+@once
 def names_of(model: nn.Module) -> dict[int, str]:
     """The names that a recording has for modules, by their ``id``: for one wrapped by ``torch.compile``, too."""
     return {id(module): recorded_name(name) for name, module in model.named_modules()}

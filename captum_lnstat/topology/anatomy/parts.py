@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -14,6 +11,7 @@ from torch import Tensor, nn
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.rms import rms_channels
+from captum_lnstat.topology.anatomy.once import once
 from captum_lnstat.topology.anatomy.projections import Projection, projections
 
 BLOCK_PARTS = "two LayerNorms, one attention with heads and a Linear after it, and an MLP"
@@ -46,47 +44,6 @@ class BlockParts:
 
 
 Layer = TypeVar("Layer", bound=nn.Module)
-Found = TypeVar("Found")
-Known = dict[tuple[str, int], Any]
-_known: ContextVar[Known | None] = ContextVar("parts found while the structure of a model cannot change", default=None)
-
-
-@contextmanager
-def looked_up_once() -> Iterator[None]:
-    """Inside, what was found in a module holds: every family looks for the same in the same modules."""
-    token = _known.set({} if _known.get() is None else _known.get())
-    try:
-        yield
-    finally:
-        _known.reset(token)
-
-
-def known_so_far() -> Known | None:
-    """What has been found in modules since ``looked_up_once`` was entered; it is added to until that is left."""
-    return _known.get()
-
-
-def recall(known: Known) -> None:
-    """Until ``looked_up_once`` is left, what was found before in the same modules holds."""
-    if _known.get() is not None:
-        _known.set(known)
-
-
-def _once(find: Callable[[nn.Module], Found]) -> Callable[[nn.Module], Found]:
-    """While ``looked_up_once`` holds, a module is looked through once."""
-
-    @wraps(find)
-    def look_up(module: nn.Module) -> Found:
-        known = _known.get()
-        if known is None:
-            return find(module)
-        key = find.__name__, id(module)
-        if key not in known:
-            known[key] = find(module)
-        found: Found = known[key]
-        return found
-
-    return look_up
 
 
 def find_parts(block: nn.Module) -> BlockParts | None:
@@ -121,7 +78,7 @@ def parts_of(block: nn.Module, name: str = "") -> BlockParts:
     return parts
 
 
-@_once
+@once
 def _find_parts(block: nn.Module) -> BlockParts | None:
     children = dict(block.named_children())
     norms = [name for name, child in children.items() if channels_of(child) is not None]
@@ -151,7 +108,7 @@ def layers(module: nn.Module, kind: type[Layer]) -> list[Layer]:
     return [part for part in module.modules() if isinstance(part, kind)]
 
 
-@_once
+@once
 def has_heads(module: nn.Module) -> bool:
     """Whether a module, or one inside it, has a number of heads."""
     own, kind = vars(module), type(module)  # a Module looks long for an attribute that it does not have
@@ -172,7 +129,7 @@ def attends(module: nn.Module) -> bool:
     return bool(projections(module))
 
 
-@_once
+@once
 def _holds_block(module: nn.Module) -> bool:
     return any(is_residual_block(child) or _holds_block(child) for child in module.children())
 
