@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from captum_lnstat._version import __version__
-from captum_lnstat.errors import SourceError, one_line
+from captum_lnstat.errors import SourceError, near, one_line
 
 _PACKAGE = __package__.partition(".")[0]
 
@@ -104,6 +104,12 @@ class LazyGroup(OneLineGroup):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.entries)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.entries and not args[0].startswith("-") and not ctx.resilient_parsing:
+            hint = near(args[0], list(self.entries), f"expected one of {', '.join(self.entries)}")
+            fail(f"there is no command {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         entry = self.entries.get(cmd_name)

@@ -122,9 +122,9 @@ def test_a_rule_that_is_not_defined_is_named(monkeypatch):
     [
         ("vit_tinny_patch16_224", "did you mean"),
         ("mine:absent", "AttributeError"),
-        ("no.such.package:model", "ModuleNotFoundError"),
+        ("no.such.package:model", "No module named 'no', neither installed"),
         ("mine:nothing", "returned a NoneType; expected a torch.nn.Module"),
-        ("torchvision:no_such_model", "cannot be made"),
+        ("torchvision:no_such_model", "unknown model 'torchvision:no_such_model'"),
     ],
 )
 def test_a_name_that_means_nothing_is_one_line(name, says):

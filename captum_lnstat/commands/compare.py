@@ -16,6 +16,7 @@ from captum_lnstat.commands.options import (
     check_look,
     check_model,
     check_output,
+    check_scenes,
     check_stream,
     check_there,
     find_images,
@@ -100,6 +101,7 @@ def compare(
     """
     if images and scenes:
         fail("IMAGE and --scene exclude each other; give one of them")
+    check_scenes(scenes)
     if len(targets) > 1:
         fail(f"compare shows one target, {len(targets)} are given; explain shows several, a panel each")
     names = _methods(methods)

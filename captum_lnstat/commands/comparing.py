@@ -48,7 +48,9 @@ def compare_all(
         waiting: list[tuple[Path | int, Prepared]] = []
         for place, source in enumerate(sources):
             try:
-                waiting.append((source, explainer.prepare(read_source(source)[1])))
+                _, item = read_source(source)
+                waiting.append((source, explainer.prepare(item)))
+                warn(item.cautions_of(source))
             except (RecordingError, ValueError) as error:
                 skipped.add(source, error)
             sizes = {prepared.inputs.shape for _, prepared in waiting}

@@ -16,6 +16,7 @@ from captum_lnstat.commands.options import (
     check_look,
     check_model,
     check_output,
+    check_scenes,
     check_stream,
     check_there,
     find_images,
@@ -121,6 +122,7 @@ def explain(
     """
     if images and scene is not None:
         fail("IMAGE and --scene exclude each other; give one of them")
+    check_scenes(() if scene is None else (scene,))
     paths, several = find_images(images)
     many = len(targets) > 1 or top_k is not None
     if many and kind not in (None, "sheet"):

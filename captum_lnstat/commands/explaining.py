@@ -94,7 +94,8 @@ def explain_one(source: Path | int, output: Path, request: Request) -> None:
     except ValueError as error:
         _refuse(subject.name, error)
     except OSError as error:
-        fail(f"{error.filename or str(output)!r} cannot be written: {one_line(error.strerror or error)}")
+        place = "standard output" if output == STREAM else repr(error.filename or str(output))
+        fail(f"{place} cannot be written: {one_line(error.strerror or error)}")
     if request.as_json:
         for each, path in zip(found, _each(maps, found), strict=True):
             click.echo(json.dumps(_record(words, subject, each, output, path)))
@@ -125,7 +126,7 @@ def explain_all(paths: tuple[Path, ...], folder: Path, request: Request) -> None
                 skipped.add(paths[place], error, as_json=request.as_json)
             else:
                 with ProgressBar.external_write_mode():
-                    warn(cautions)
+                    warn([*cautions, *prepared.item.cautions_of(paths[place])])
                     cautions = ()
                     for each, path in zip(found, _each(maps, found), strict=True):
                         record = _record(str(paths[place]), explainer.subject, each, output, path)

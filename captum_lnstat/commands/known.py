@@ -29,8 +29,9 @@ FAMILIES = (
     *("gcvit", "samvit", "maxvit", "maxxvit", "maxxvitv2", "coatnet", "pvt", "twins", "nest", "mvitv2", "hiera"),
     *("tiny", "efficientvit"),
 )
-# The models that come with the package, and what they tell apart.
+# The models and scenes that come with the package, and what they tell apart.
 ZOO = ("swin-mini", "vit-mini")
+SCENES = 400
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "sandal", "bag", "ankle boot")
 # Endings that matplotlib writes, and forms of raw maps.
 FIGURES = frozenset(

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from captum_lnstat import zoo
 from captum_lnstat.commands.known import CLASSES, STREAM, ZOO
-from captum_lnstat.errors import SourceError
 from captum_lnstat.explanation.subject.device import find_device
-from captum_lnstat.explanation.subject.images import Item, read_image, read_item
+from captum_lnstat.explanation.subject.images import Item, read_item
 from captum_lnstat.explanation.subject.subject import Subject, read_subject
 
 _GPU_BATCH = 8
@@ -59,14 +58,12 @@ def read_source(source: Path | int) -> tuple[str, Item]:
     if isinstance(source, int):
         return bundled_scene(source)
     if source == STREAM:
-        data = io.BytesIO(sys.stdin.buffer.read())
-        return "standard input", Item("stdin", read_image("standard input", data))
+        item = read_item("standard input", io.BytesIO(sys.stdin.buffer.read()))
+        return "standard input", replace(item, name="stdin")
     return str(source), read_item(source)
 
 
 def bundled_scene(number: int) -> tuple[str, Item]:
     """A scene of the package, and what it shows in words."""
-    scenes = zoo.scenes()
-    if number >= len(scenes):
-        raise SourceError(f"there is no scene {number}; expected 0 to {len(scenes) - 1}")
-    return f"bundled scene {number}: {scenes[number].title}", Item(f"scene-{number}", scenes[number].image)
+    scene = zoo.scenes()[number]
+    return f"bundled scene {number}: {scene.title}", Item(f"scene-{number}", scene.image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from captum_lnstat.commands.known import CLASSES, FAMILIES, RULES, ZOO
 from captum_lnstat.errors import SourceError, near
 from captum_lnstat.explanation.subject.names import read_class_names
 
-_REGISTERED = re.compile(r"@register_model(?:\(\))?\s+(?:@[^\n]*\s+)*def (\w+)")
+_REGISTERED = re.compile(r"^@register_model(?:\(\))?\s.*?^def (\w+)", re.DOTALL | re.MULTILINE)
+_NAMED = re.compile(r"@register_model\(name=['\"](\w+)")
 _RENAMED = re.compile(r"register_model_deprecations\(__name__, \{(.*?)\}\)", re.DOTALL)
 _KEY = re.compile(r"['\"]([\w.]+)['\"]\s*:")
 
@@ -29,9 +31,9 @@ def models_of(library: str) -> frozenset[str]:
         (True, True)
     """
     found: set[str] = set()
-    for file in _files(library, "models/*.py"):
+    for file in _files(library, "models/**/*.py"):
         text = file.read_text("utf-8")
-        found.update(_REGISTERED.findall(text))
+        found.update(_REGISTERED.findall(text), _NAMED.findall(text))
         for renamed in _RENAMED.findall(text):
             found.update(_KEY.findall(renamed))
     return frozenset(found)
@@ -58,21 +60,29 @@ def _files(library: str, pattern: str) -> list[Path]:
     return [file for folder in folders for file in sorted(Path(folder).glob(pattern))]
 
 
-def check_timm(name: str) -> None:
-    """A name that timm, if it is there, does not have.
+def check_name(name: str) -> None:
+    """A name that timm or torchvision, if it is there, does not have, or whose module is not there.
 
     Raises:
         SourceError: As for ``read_model``.
     """
-    if name in ZOO or ":" in name:
+    library, colon, _ = name.partition(":")
+    if name in ZOO or library == "hf":
         return
-    known = models_of("timm")
-    if not known or name.partition(".")[0] in known:
+    if colon and library != "torchvision":
+        module = library.partition(".")[0]
+        if module not in sys.modules and (not module or importlib.util.find_spec(module) is None):
+            raise SourceError(f"{name!r}: No module named {module!r}, neither installed nor in the current folder")
         return
-    raise SourceError(
-        f"unknown model {name!r}; "
-        f"{near(name, [*ZOO, *sorted(known)], 'expected swin-mini, vit-mini or a name that timm knows')}"
-    )
+    known = [f"torchvision:{each}" for each in models_of(library)] if colon else list(models_of("timm"))
+    if known and (name if colon else name.partition(".")[0]) not in known:
+        own = [] if colon else ZOO
+        otherwise = (
+            "expected a name that torchvision knows"
+            if colon
+            else "expected swin-mini, vit-mini or a name that timm knows"
+        )
+        raise SourceError(f"unknown model {name!r}; {near(name, [*own, *sorted(known)], otherwise)}")
 
 
 class ModelName(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only

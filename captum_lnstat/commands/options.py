@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import click
 
 from captum_lnstat.cli import INCOMPLETE, fail
-from captum_lnstat.commands.known import CLASSES, FIGURES, STREAM, ZOO, Kind
-from captum_lnstat.commands.names import ModelName, check_timm
+from captum_lnstat.commands.known import CLASSES, FIGURES, SCENES, STREAM, ZOO, Kind
+from captum_lnstat.commands.names import ModelName, check_name
 from captum_lnstat.errors import near, one_line
+from captum_lnstat.explanation.subject.files import check_image, check_weights, image_files
 from captum_lnstat.explanation.subject.names import find_class
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -113,9 +114,11 @@ def check_model(
         fail(f"{name} needs transformers, which is not installed; pip install 'captum-lnstat[hf]' brings it")
     if checkpoint is not None and not checkpoint.is_file():
         fail(f"there is no checkpoint file {str(checkpoint)!r}")
+    if checkpoint is not None:
+        check_weights(checkpoint)
     if class_names is not None and not class_names.is_file():
         fail(f"there is no file of class names {str(class_names)!r}")
-    check_timm(name)
+    check_name(name)
     if name in ZOO and checkpoint is None and class_names is None:
         for target in targets:
             find_class(target, CLASSES, len(CLASSES))
@@ -149,8 +152,6 @@ def find_images(given: Sequence[str]) -> tuple[tuple[Path, ...], bool]:
         if path == STREAM and several:
             fail("- is one image, from standard input; give it alone")
         if path.is_dir():
-            from captum_lnstat.explanation.subject.files import image_files
-
             found += image_files(path)
             several = True
             _say_what_is_left_out(path)
@@ -165,14 +166,23 @@ def find_images(given: Sequence[str]) -> tuple[tuple[Path, ...], bool]:
     return tuple(found), several
 
 
+def check_scenes(numbers: Sequence[int]) -> None:
+    """A scene that the package does not have."""
+    for number in numbers:
+        if number >= SCENES:
+            fail(f"there is no scene {number}; expected 0 to {SCENES - 1}")
+
+
 def check_there(images: Sequence[Path]) -> None:
-    """Some image has to be there."""
+    """Some image has to be there, and a single one to be an image."""
     if images and not any(path.is_file() or path == STREAM for path in images):
         fail(
             f"there is no file {str(images[0])!r}"
             if len(images) == 1
             else f"none of the {len(images)} files is there, {str(images[0])!r} for one"
         )
+    if len(images) == 1 and images[0] != STREAM:
+        check_image(images[0])
 
 
 def _say_what_is_left_out(folder: Path) -> None:

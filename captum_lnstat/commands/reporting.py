@@ -44,5 +44,5 @@ def write_report(paths: tuple[Path, ...], output: Path, request: Request, pictur
         write_whole(output, lambda file: file.write(text.encode()))
     except OSError as error:
         fail(f"{str(output)!r} cannot be written: {one_line(error.strerror or error)}")
-    click.echo(f"{len(cards)} images, {output}, {len(text) / 1e6:.1f} MB")
+    click.echo(f"{len(cards)} image{'s' * (len(cards) != 1)}, {output}, {len(text) / 1e6:.1f} MB")
     skipped.finish()

@@ -189,7 +189,8 @@ class Explainer:
                 covers=trace.covers,
                 provenance=self.provenance,
                 cautions=self.cautions(prediction, target, picture=each.item.picture is not None)
-                + _shown(len(each.inputs)),
+                + _shown(len(each.inputs))
+                + ((each.item.caution,) if each.item.caution else ()),
             )
             for place, (each, prediction, target) in enumerate(zip(prepared, predictions, classes, strict=True))
         ]

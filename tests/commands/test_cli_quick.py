@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -67,6 +66,16 @@ _LINES = {
         "unknown model 'vit_tiny_patch16_22'; did you mean 'vit_tiny_patch16_224'",
     ),
     "doctor swin_tny": (2, "unknown model 'swin_tny'"),
+    "doctor torchvision:swn_t": (2, "unknown model 'torchvision:swn_t'; did you mean 'torchvision:swin_t'"),
+    "doctor no_such_module:model": (2, "No module named 'no_such_module', neither installed nor in the current folder"),
+    "doctor :model": (2, "No module named ''"),
+    "explian": (2, "there is no command 'explian'; did you mean 'explain'?"),
+    "cat.jpg": (2, "there is no command 'cat.jpg'; expected one of explain, compare, report"),
+    "explain notes.jpg": (2, "'notes.jpg' cannot be read as an image: cannot identify image file"),
+    "report notes.jpg": (2, "'notes.jpg' cannot be read as an image: cannot identify image file"),
+    "explain --checkpoint notes.jpg": (2, "'notes.jpg' cannot be read as a checkpoint, it begins with b'not an image'"),
+    "explain --scene 400": (2, "there is no scene 400; expected 0 to 399"),
+    "compare --scene 1 --scene 400": (2, "there is no scene 400; expected 0 to 399"),
     "evaluate --output out --data scene": (2, "unknown data 'scene'; did you mean 'scenes'?"),
     "evaluate --output out --data voc:nowhere": (2, "there is no folder 'nowhere'"),
     "evaluate --output out --methods lnstat,centr": (2, "unknown method 'centr'; did you mean 'centre'?"),
@@ -77,6 +86,7 @@ _LINES = {
 
 
 def test_help_and_mistakes_need_no_torch(tmp_path):
+    (tmp_path / "notes.jpg").write_text("not an image")
     done = subprocess.run(
         [sys.executable, "-c", _CODE],
         input="\n".join(_LINES),
@@ -90,7 +100,7 @@ def test_help_and_mistakes_need_no_torch(tmp_path):
     for line, (exit_code, says) in _LINES.items():
         assert f"{exit_code} | {line}\n" in done.stdout, line
         assert says in " ".join((done.stdout + done.stderr).split()), line
-    assert list(Path(tmp_path).iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.jpg"]
 
 
 def test_what_is_written_down_is_what_there_is():
@@ -101,6 +111,7 @@ def test_what_is_written_down_is_what_there_is():
     assert tuple(measures.MEASURES) == known.METRICS
     assert tuple(datasets.KINDS) == known.DATA
     assert known.CLASSES == zoo.models.CLASS_NAMES
+    assert len(zoo.scenes()) == known.SCENES
     assert set(FigureCanvasAgg.get_supported_filetypes()) >= known.FIGURES
     # Other tests register rules of their own.
     assert set(known.RULES) <= set(rule_names())
@@ -109,9 +120,7 @@ def test_what_is_written_down_is_what_there_is():
 
 def test_names_are_read_from_the_libraries_as_they_know_them():
     assert models_of("timm") == set(timm.models._registry._model_entrypoints)
-    assert models_of("torchvision") == {
-        name for name, function in BUILTIN_MODELS.items() if function.__module__.count(".") == 2
-    }
+    assert models_of("torchvision") == set(BUILTIN_MODELS)
     assert models_of("no_such_library") == frozenset()
     info = timm.data.ImageNetInfo("imagenet-1k")
     assert imagenet_names() == tuple(name.split(", ")[0] for name in info.label_descriptions())

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_lnstat import SourceError
-from captum_lnstat.explanation.subject.images import image_files, read_image, read_items, to_rgb
+from captum_lnstat import SourceError, explain
+from captum_lnstat.explanation.subject.images import image_files, read_item, read_items, to_rgb
 
 RED = np.tile(np.array([255, 0, 0], np.uint8), (4, 6, 1))
 
@@ -96,7 +96,21 @@ def test_a_file_cut_short_is_named(tmp_path: Path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
     with pytest.raises(SourceError, match=r"half\.png' cannot be read as an image: "):
-        read_image(tmp_path / "half.png")
+        read_item(tmp_path / "half.png")
+
+
+def test_of_several_pictures_in_a_file_the_first_is_taken_and_said_to_be(tmp_path: Path):
+    first, second = Image.new("RGB", (4, 3), "red"), Image.new("RGB", (4, 3), "blue")
+    for name in ("a.gif", "a.tif", "a.png"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        item = read_item(tmp_path / name)
+        assert item.picture is not None
+        assert item.picture.getpixel((0, 0))[0] > 250
+        assert item.caution == "the file holds 2 pictures; the first is explained"
+    first.save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=[second])
+    first.save(tmp_path / "one.png")
+    assert [read_item(tmp_path / name).caution for name in ("camera.jpg", "one.png")] == ["", ""]
+    assert explain("swin-mini", tmp_path / "a.gif").cautions == ("the file holds 2 pictures; the first is explained",)
 
 
 def test_greyscale_palette_and_deep_images_become_rgb():

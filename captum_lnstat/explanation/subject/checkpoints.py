@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from captum_lnstat.errors import SourceError
+from captum_lnstat.explanation.subject.files import check_weights
 
 # Wrappers of torch that show in the names of parameters, wherever they are.
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -69,6 +70,7 @@ def read_checkpoint(path: Path) -> tuple[Weights, ...]:
     """
     if not path.is_file():
         raise SourceError(f"there is no checkpoint file {str(path)!r}")
+    check_weights(path)
     try:
         if path.suffix == ".safetensors":
             saved: Any = load_file(path)

@@ -15,7 +15,7 @@ from torch import Tensor
 from captum_lnstat.errors import SourceError
 from captum_lnstat.explanation.subject.files import image_files
 
-__all__ = ["ImageLike", "Item", "from_array", "image_files", "read_image", "read_item", "read_items", "to_rgb"]
+__all__ = ["ImageLike", "Item", "from_array", "image_files", "read_item", "read_items", "to_rgb"]
 
 ImageLike = Union[str, Path, Image.Image, "np.ndarray[Any, Any]", Tensor]
 
@@ -28,11 +28,17 @@ class Item:
         name: The file's name without its suffix, or ``"image"`` with a number.
         picture: 8-bit RGB; nothing if a model's input was given instead of an image.
         inputs: ``(channel, height, width)``, an input that goes to the model as it is.
+        caution: What is in its file besides, in words.
     """
 
     name: str
     picture: Image.Image | None
     inputs: Tensor | None = None
+    caution: str = ""
+
+    def cautions_of(self, source: object) -> tuple[str, ...]:
+        """``caution``, if there is one, after what the file is called."""
+        return (f"{source}: {self.caution}",) if self.caution else ()
 
 
 def read_items(images: ImageLike | Sequence[ImageLike]) -> tuple[list[Item], bool]:
@@ -83,11 +89,6 @@ def _item(image: ImageLike, name: str) -> Item:
     )
 
 
-def read_item(path: Path) -> Item:
-    """The image of a file, by the file's name."""
-    return Item(path.stem, read_image(path))
-
-
 def from_array(values: np.ndarray[Any, Any]) -> Image.Image:
     """A Pillow image from ``(height, width)`` or ``(height, width, channel)``, uint8 or floating from 0 to 1."""
     shape = tuple(values.shape)
@@ -109,8 +110,8 @@ def from_array(values: np.ndarray[Any, Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values))
 
 
-def read_image(path: str | Path, file: IO[bytes] | None = None) -> Image.Image:
-    """An RGB image the right way up from any file that Pillow reads.
+def read_item(path: str | Path, file: IO[bytes] | None = None) -> Item:
+    """An RGB image the right way up from any file that Pillow reads, by the file's name; of several in it the first.
 
     Args:
         path: Where it is, and what it is called in messages.
@@ -125,7 +126,11 @@ def read_image(path: str | Path, file: IO[bytes] | None = None) -> Image.Image:
             # A large photograph is no attack; at twice that size Pillow refuses all the same.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file or path) as image:
-                return to_rgb(image)
+                count = getattr(image, "n_frames", 1)
+                # Beside a photograph, cameras put smaller ones of it, as MPO.
+                several = count > 1 and image.format != "MPO"
+                caution = f"the file holds {count} pictures; the first is explained" if several else ""
+                return Item(path.stem, to_rgb(image), caution=caution)
     except FileNotFoundError:
         raise SourceError(f"there is no file {str(path)!r}") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
