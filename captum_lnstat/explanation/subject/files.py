@@ -40,8 +40,8 @@ def check_image(path: Path) -> None:
     try:
         with Image.open(path):
             pass
-    except UnidentifiedImageError as error:
-        raise SourceError(f"{str(path)!r} cannot be read as an image: {error}") from None
+    except UnidentifiedImageError:
+        raise SourceError(f"{str(path)!r} cannot be read as an image: it is in no format that Pillow knows") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         pass  # said when it is read whole
 
