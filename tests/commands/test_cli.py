@@ -215,7 +215,7 @@ def test_no_image_that_cannot_be_read(tmp_path, photo):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "half.png").write_bytes(photo.read_bytes()[:2000])
     assert refused("nowhere.png") == "Error: there is no file 'nowhere.png'\n"
-    assert "text.png' cannot be read as an image: cannot identify" in refused(tmp_path / "text.png")
+    assert "text.png' cannot be read as an image: it is in no format" in refused(tmp_path / "text.png")
     assert "half.png' cannot be read as an image: " in refused(tmp_path / "half.png")
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "nan.tiff")
     assert "nan.tiff' cannot be read as an image: it holds NaN" in refused(tmp_path / "nan.tiff")

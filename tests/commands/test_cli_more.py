@@ -177,6 +177,7 @@ def test_looks(vit, monkeypatch):
     for given, look in (
         ([], PLAIN),
         (["--grey"], Look(grey=True)),
+        (["--colour"], Look(grey=False)),
         (["--colormap", "viridis", "--alpha", "0.4"], Look("viridis", 0.4)),
         (["--contour"], Look(contour=True)),
     ):
