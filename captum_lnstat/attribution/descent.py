@@ -49,7 +49,7 @@ class HeadRelevance:
 
     Attributes:
         name: Dotted name of the block.
-        heads: What each head hands down to the patch tokens that the block reads: ``((1 - alpha) * r) A_h`` with ``r``
+        heads: What each head passes on to the patch tokens that the block reads: ``((1 - alpha) * r) A_h`` with ``r``
             the class-agnostic relevance of the tokens after the block, rolled with the mean of the heads.
         cell: As for ``BlockRelevance``.
     """
@@ -108,7 +108,7 @@ def descend(
 def descend_heads(
     model: nn.Module, inputs: Float[Tensor, "1 channel height width"], *, output: Output = None
 ) -> tuple[HeadRelevance, ...]:
-    """What every head of every block hands down.
+    """What every head of every block passes on.
 
     Args:
         model: The transformer.

@@ -116,7 +116,7 @@ def _occlusion(
     return attribute
 
 
-_SCORE = "of the score, a pixel"
+_SCORE = "score per pixel"
 
 
 def _ours(
@@ -139,55 +139,55 @@ def _ours(
 METHODS: dict[str, Method] = {
     "lnstat": _ours("LNStat", _SCORE, "counted for the class"),
     "lnstat-contrastive": _ours(
-        "LNStat, contrastive", "of the contrast, a pixel", "counted for the class, not for others", contrastive=True
+        "LNStat, contrastive", "contrast per pixel", "counted for the class, not for others", contrastive=True
     ),
     "evidence": _ours("evidence", _SCORE, "counted for the class, and against it", signed=True, rule="evidence"),
     "rollout": _ours(
-        "rollout with token statistics", "share, a pixel", "looked at, whatever the class", per_class=False,
+        "rollout with token statistics", "share per pixel", "looked at, whatever the class", per_class=False,
         rule="rollout",
     ),
     "gradient": _ours(
-        "Chefer's rule with token statistics", "a pixel", "attention by the class's gradient", rule="gradient"
+        "Chefer's rule with token statistics", "per pixel", "attention by the class's gradient", rule="gradient"
     ),
-    "chefer": _ours("Chefer et al. 2021", "a pixel", "attention weighted by the class's gradient", GenericAttention),
+    "chefer": _ours("Chefer et al. 2021", "per pixel", "attention weighted by the class's gradient", GenericAttention),
     "attention-rollout": _ours(
-        "attention rollout", "share, a pixel", "what attention alone carries, whatever the class", AttentionRollout,
+        "attention rollout", "share per pixel", "what attention alone carries, whatever the class", AttentionRollout,
         per_class=False,
     ),
     "raw-attention": _ours(
-        "attention of the last block", "share, a pixel", "whatever the class", RawAttention, per_class=False
+        "attention of the last block", "share per pixel", "whatever the class", RawAttention, per_class=False
     ),
     "frozen-layernorm": _ours(
         "frozen LayerNorm", _SCORE, "input x gradient, LayerNorm's statistics constant", FrozenLayerNorm, signed=True
     ),
     "libragrad": _ours(
-        "LibraGrad FullGrad+", "of the score, a layer and pixel", "gradients of all layers, linearised", LibraGrad,
+        "LibraGrad FullGrad+", "score per layer and pixel", "gradients of all layers, linearised", LibraGrad,
         signed=True,
     ),
     "libragrad-attcat": _ours(
-        "LibraGrad AttCAT", "a pixel", "gradients of all layers, linearised, by attention", LibraGrad, signed=True,
+        "LibraGrad AttCAT", "per pixel", "gradients of all layers, linearised, by attention", LibraGrad, signed=True,
         form="attcat",
     ),
     "libragrad-tokens": _ours(
         "LibraGrad input x gradient", _SCORE, "of the input tokens, linearised", LibraGrad, signed=True,
         form="inputxgradient",
     ),
-    "vitcx": _ours("ViT-CX", "probability, a pixel", "what feature maps leave of the class", ViTCX),
+    "vitcx": _ours("ViT-CX", "probability per pixel", "what feature maps leave of the class", ViTCX),
     "rise": _ours(
-        "RISE", "probability, a pixel", f"what {RISE_MASKS:,} random masks leave of the class", RISE, masks=RISE_MASKS
+        "RISE", "probability per pixel", f"what {RISE_MASKS:,} random masks leave of the class", RISE, masks=RISE_MASKS
     ),
     "gradcam": Method(
-        "Grad-CAM", _cam(GradCam), unit="a pixel", caption="at the last block's first norm", options=("layer",)
+        "Grad-CAM", _cam(GradCam), unit="per pixel", caption="at the last block's first norm", options=("layer",)
     ),
     "hirescam": Method(
-        "HiResCAM", _cam(HiResCAM), unit="a pixel", caption="at the last block's first norm", options=("layer",)
+        "HiResCAM", _cam(HiResCAM), unit="per pixel", caption="at the last block's first norm", options=("layer",)
     ),
-    "legrad": _ours("LeGrad", "a pixel", "what each block's attention does for its own score", LeGrad),
-    "agcam": _ours("AGCAM", "a pixel", "attention's gradients, guided by its scores", AGCAM),
-    "attcat": _ours("AttCAT", "a pixel", "token times gradient, by attention", AttCAT, signed=True),
-    "beyond-intuition": _ours("Beyond Intuition", "a pixel", "token-wise, 20 passes", BeyondIntuition),
+    "legrad": _ours("LeGrad", "per pixel", "what each block's attention does for its own score", LeGrad),
+    "agcam": _ours("AGCAM", "per pixel", "attention's gradients, guided by its scores", AGCAM),
+    "attcat": _ours("AttCAT", "per pixel", "token times gradient, by attention", AttCAT, signed=True),
+    "beyond-intuition": _ours("Beyond Intuition", "per pixel", "token-wise, 20 passes", BeyondIntuition),
     "beyond-intuition-heads": _ours(
-        "Beyond Intuition, heads", "a pixel", "head-wise, 20 passes", BeyondIntuition, approximation="head"
+        "Beyond Intuition, heads", "per pixel", "head-wise, 20 passes", BeyondIntuition, approximation="head"
     ),
     "ig": Method(
         "Integrated Gradients",
@@ -195,9 +195,9 @@ METHODS: dict[str, Method] = {
         True, _SCORE, f"Captum's, {INTEGRATED_STEPS} steps, signed", options=("n_steps", "method"),
     ),
     "inputxgradient": Method("input x gradient", _captum(InputXGradient), True, _SCORE, "Captum's, signed"),
-    "saliency": Method("gradient, absolute", _captum(Saliency), unit="a pixel", caption="Captum's", options=("abs",)),
+    "saliency": Method("gradient, absolute", _captum(Saliency), unit="per pixel", caption="Captum's", options=("abs",)),
     "occlusion": Method(
-        "occlusion", _occlusion, True, "of the score", "what a grey window takes from the class",
+        "occlusion", _occlusion, True, "score", "what a grey window takes from the class",
         options=("window", "stride"),
     ),
 }  # fmt: skip
@@ -207,5 +207,5 @@ def method_of_rule(rule: str) -> Method:
     """The method of a rule of ``LNStatAttribution``, also of one that is registered elsewhere."""
     found = find_rule(rule)
     return METHODS.get(found.name) or _ours(
-        found.name, "a pixel", "", signed=found.complete, per_class=found.class_specific, rule=found.name
+        found.name, "per pixel", "", signed=found.complete, per_class=found.class_specific, rule=found.name
     )

@@ -63,9 +63,10 @@ Examples:
 @click.option(
     "--scale",
     type=click.Choice(SCALES),
-    default="method",
+    default="map",
     show_default=True,
-    help="method: one scale a row. map: one for every map. shared: one for all, in multiples of each map's mean.",
+    help="map: one for every map. method: one a row, so that images can be compared, and weak maps look empty. shared: "
+    "one for all, in multiples of each map's mean.",
 )
 @look_options
 @click.option(
@@ -90,7 +91,7 @@ def compare(
     as_json: bool,
     colormap: str | None,
     alpha: float | None,
-    grey: bool,
+    grey: bool | None,
     contour: bool,
     **model: Any,
 ) -> None:

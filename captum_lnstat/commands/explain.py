@@ -69,7 +69,7 @@ Examples:
     type=click.Choice(KINDS),
     help="sheet: beside attention rollout, Chefer's rule and IntegratedGradients. overlay: the map on what the model "
     "saw. original: on the image itself, at its size. layers: how relevance descends block by block. heads: what "
-    "every attention head hands down. classes: two classes.  [default: sheet, of several images overlay]",
+    "every attention head passes on. classes: two classes.  [default: sheet, of several images overlay]",
 )
 @click.option(
     "--against",
@@ -110,7 +110,7 @@ def explain(
     save_map: str | None,
     colormap: str | None,
     alpha: float | None,
-    grey: bool,
+    grey: bool | None,
     contour: bool,
     **model: Any,
 ) -> None:

@@ -81,15 +81,20 @@ def subject_options(command: Command) -> Command:
 
 
 def look_options(command: Command) -> Command:
-    """``--colormap``, ``--alpha``, ``--grey``, ``--contour``."""
+    """``--colormap``, ``--alpha``, ``--grey`` or ``--colour``, ``--contour``."""
     for option in (
         click.option("--contour", is_flag=True, help="A line around the fifth of the pixels that is most relevant."),
-        click.option("--grey", is_flag=True, help="The photograph in grey below the map, so that colour is the map's."),
+        click.option(
+            "--grey/--colour",
+            default=None,
+            help="The photograph below the map in grey, so that colour is the map's, or in its colours.  [default: in "
+            "colour; below signs grey]",
+        ),
         click.option(
             "--alpha",
             type=click.FloatRange(0, 1),
             metavar="A",
-            help="How much the map covers where it is strongest, 0 to 1.  [default: 0.75; with --grey 0.9]",
+            help="How much the map covers where it is strongest, 0 to 1.  [default: 0.75; on grey 0.9]",
         ),
         click.option(
             "--colormap", metavar="NAME", help="A colormap of matplotlib.  [default: inferno; RdBu_r for signs]"

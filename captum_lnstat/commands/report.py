@@ -63,7 +63,7 @@ def report(
     rule: str,
     colormap: str | None,
     alpha: float | None,
-    grey: bool,
+    grey: bool | None,
     contour: bool,
     output: Path,
     **model: Any,

@@ -85,14 +85,20 @@ class Explanation(Prediction):
         return Image.fromarray(_eight_bits(drawn))
 
     def with_look(
-        self, colormap: str | None = None, alpha: float | None = None, *, grey: bool = False, contour: bool = False
+        self,
+        colormap: str | None = None,
+        alpha: float | None = None,
+        *,
+        grey: bool | None = None,
+        contour: bool = False,
     ) -> Explanation:
         """The same explanation, drawn in another way.
 
         Args:
             colormap: A colormap of matplotlib, in the place of inferno or, for signed maps, of red and blue.
             alpha: How much the strongest relevance covers of the image, 0 to 1.
-            grey: The image in grey, so that colour means relevance alone.
+            grey: The image in grey, so that colour means relevance alone, or in its colours. Default: in grey below
+                signs.
             contour: A line around the fifth of the pixels that is most relevant.
         """
         return replace(self, look=Look(colormap, alpha, grey, contour))

@@ -70,7 +70,7 @@ def stack(found: Sequence[Explained], limit: int) -> str:
     """
     first = found[0]
     pixels = np.asarray(first.image.convert("RGB")) / 255
-    seen = faded(pixels, signed=first.signed) if first.look.grey else pixels
+    seen = faded(pixels, signed=first.signed) if first.look.fades(signed=first.signed) else pixels
     maps = [
         f'<img data-of="{place}"{" hidden" * (place > 0)} alt="Map: {escape(explained(each))}" src="'
         f'{data_uri(_image(rgba(each.relevance, signed=each.signed, look=each.look)), limit)}">'
@@ -114,12 +114,13 @@ def viewer(found: Sequence[Explained]) -> str:
         HTML in which all texts are escaped.
     """
     first = found[0]
+    cover = first.look.cover(signed=first.signed)
     likeliest = ", ".join(f"{first.label(index)} {first.percent(index)}".rstrip() for index in first.ranked(5))
     return (
-        f'<figure class="lnstat" style="--cover:{first.look.cover}">{_STYLE}<div class="stack">'
+        f'<figure class="lnstat" style="--cover:{cover}">{_STYLE}<div class="stack">'
         f"{stack(found, NOTEBOOK_BYTES)}</div><figcaption>"
         f"{menu(found, _CHOOSE)}"
-        f'<label>map <input type="range" min="0" max="1" step="0.05" value="{first.look.cover}" {_FADE}>'
+        f'<label>map <input type="range" min="0" max="1" step="0.05" value="{cover}" {_FADE}>'
         f"</label><p><b>{escape(first.name)}</b>, rule {escape(first.rule)}; predicted {escape(likeliest)}</p>"
         f"{notes(found)}</figcaption></figure>"
     )

@@ -93,7 +93,7 @@ def page(
         cards="\n".join(cards),
         skipped=f'<section id="skipped">{heading}<ul>{listed}</ul></section>' if skipped else "",
         made=escape(json.dumps(made, indent=2)),
-        cover=look.cover,
+        cover=look.cover(signed=signed),
         low="against" if signed else "least",
         high="for" if signed else "most",
         ramp=data_uri(Image.fromarray((ramp * 255).round().astype(np.uint8)), _PICTURE_BYTES),

@@ -65,7 +65,7 @@ def class_sheet(
             overlay(image, apart, scale=differ, look=look),
         )
         bars = (None, *(Bar.of(each, look=look) for each in (scale, scale, differ)))
-        rows.append(Row(label, cells, None, "of the score, a pixel; both classes on one scale", bars=bars))
+        rows.append(Row(label, cells, None, "score per pixel; both classes on one scale", bars=bars))
     heads = ["image", names[0], names[1], f"{names[0]}\nminus {names[1]}"]
     note = "last column: red for the first class, blue for the second"
     if look.colormap is not None:

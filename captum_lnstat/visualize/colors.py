@@ -89,7 +89,8 @@ class Look:
     Attributes:
         colormap: A colormap of matplotlib, in the place of inferno or, for signed maps, of red and blue.
         alpha: How much the strongest relevance covers of the image, 0 to 1; None for what suits the image's colours.
-        grey: The image in grey, lifted and flattened, so that colour means relevance alone; else as it is.
+        grey: The image in grey, lifted and flattened, so that colour means relevance alone; or as it is. None: in grey
+            below maps with signs, since red and blue of a photograph would be taken for relevance.
         contour: A line around the fifth of the pixels that is most relevant.
 
     Example:
@@ -99,20 +100,23 @@ class Look:
 
     colormap: str | None = None
     alpha: float | None = None
-    grey: bool = False
+    grey: bool | None = None
     contour: bool = False
 
     def colors(self, *, signed: bool) -> str:
         """The colormap of a map."""
         return self.colormap or (DIVERGING if signed else SEQUENTIAL)
 
-    @property
-    def cover(self) -> float:
+    def fades(self, *, signed: bool) -> bool:
+        """Whether the image below a map is in grey."""
+        return signed if self.grey is None else self.grey
+
+    def cover(self, *, signed: bool) -> float:
         """``alpha``, or what suits the image's colours."""
-        return self.alpha if self.alpha is not None else 0.9 if self.grey else 0.75
+        return self.alpha if self.alpha is not None else 0.9 if self.fades(signed=signed) else 0.75
 
 
-# The photograph in its colours, and in grey.
+# The photograph in its colours, or below signs in grey; and always in grey.
 PLAIN, GREY = Look(), Look(grey=True)
 
 
@@ -195,8 +199,9 @@ def overlay(
             "width) of one size"
         )
     laid = rgba(relevance, signed=signed, scale=scale, look=look)
-    base = faded(image, signed=signed if scale is None else scale.signed) if look.grey else image
-    weight = look.cover * laid[..., 3:]
+    signed = signed if scale is None else scale.signed
+    base = faded(image, signed=signed) if look.fades(signed=signed) else image
+    weight = look.cover(signed=signed) * laid[..., 3:]
     drawn = np.asarray(base * (1 - weight) + laid[..., :3] * weight)
     if look.contour:
         black, white = outlined(relevance)
@@ -208,6 +213,8 @@ def rgba(
     relevance: Map, *, signed: bool = False, scale: Scale | None = None, look: Look = PLAIN
 ) -> Float[np.ndarray, "height width 4"]:
     """Relevance as colours that an image shows through: laid over it at the opacity ``look.cover``, it is ``overlay``.
+
+    Where ``look.fades``, it is laid over the ``faded`` image.
 
     Args:
         relevance: ``(height, width)``.

@@ -1,4 +1,4 @@
-"""How relevance descends: what every block, and every head of it, hands down, with the token statistics that decide."""
+"""How relevance descends: what every block, and every head of it, passes on, with the token statistics that decide."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def layer_sheet(
 def head_sheet(
     blocks: Sequence[HeadRelevance], image: Picture, title: str, *, most: int = _HEAD_BLOCKS, look: Look = PLAIN
 ) -> Figure:
-    """What every attention head hands down: blocks below each other, one scale a block.
+    """What every attention head passes on: blocks below each other, one scale a block.
 
     Args:
         blocks: From ``descend_heads``, the image's end first.
@@ -107,7 +107,7 @@ def head_sheet(
         wide = math.ceil(len(cells) / lines)
         for start in range(0, len(cells), wide):
             titles = tuple(f"head {number}" for number in range(start, min(start + wide, len(cells))))
-            words = ("", "") if start else (block.name, "share, a token")
+            words = ("", "") if start else (block.name, "share per token")
             row = tuple(cells[start : start + wide])
             rows.append(Row(words[0], row, Bar.of(scale, look=look), words[1], titles))
     note = "from the head of the model (above) to the image (below), one scale a block" + _left_out(blocks, shown)

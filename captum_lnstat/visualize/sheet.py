@@ -14,7 +14,8 @@ from captum_lnstat.visualize.colors import DIVERGING, PLAIN, SEQUENTIAL, Look, S
 if TYPE_CHECKING:
     from captum_lnstat.visualize.maps import Map, Picture
 
-_COLUMNS = 3
+# Of so many pictures to a row those are taken that leave the fewest places empty.
+_COLUMNS = (3, 4)
 BARS = {
     False: Bar(SEQUENTIAL, "least relevant", "most relevant"),
     True: Bar(DIVERGING, "against the target", "for the target"),
@@ -40,7 +41,7 @@ def draw_sheet(
     image: Picture, panels: Sequence[Panel], title: str, *, look: Look = PLAIN, photo: Picture | None = None,
     beside: Sequence[Likely] = (),
 ) -> Figure:  # fmt: skip
-    """One sheet: image, map and overlay of the first panel, then the overlays of the others, three to a row.
+    """One sheet: image, map and overlay of the first panel, then the overlays of the others.
 
     Args:
         image: ``(height, width, 3)``, values from 0 to 1.
@@ -96,9 +97,10 @@ def _sheet(
         cells.append((panel.title, drawn, Bar.of(scale, look=look)))
     titles, pictures, bars = zip(*cells, strict=True)
     bars = told_apart(bars)
+    columns = min(_COLUMNS, key=lambda count: -len(cells) % count)
     rows = [
         Row("", pictures[start:end], titles=titles[start:end], bars=bars[start:end])
-        for start, end in ((start, start + _COLUMNS) for start in range(0, len(cells), _COLUMNS))
+        for start, end in ((start, start + columns) for start in range(0, len(cells), columns))
     ]
     signed = sorted({panel.signed for panel in panels})
     legends = [replace(BARS[each], colormap=look.colors(signed=each), signed=each) for each in signed]

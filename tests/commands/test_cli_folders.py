@@ -223,7 +223,7 @@ def test_compare_draws_methods_by_rows_and_images_by_columns(photos, monkeypatch
     drawn = []
     monkeypatch.setattr(comparing, "compare_sheet", lambda *arguments, **options: drawn.append((arguments, options)))
     monkeypatch.setattr(comparing, "write_figure", lambda path, figure: Path(path).write_text("sheet"))
-    result = run("compare", photos, "--methods", "lnstat,chefer", "--target", "bag", "--scale", "map", "--json")
+    result = run("compare", photos, "--methods", "lnstat,chefer", "--target", "bag", "--json")
     assert result.exit_code == 1
     (((columns, methods, title), how),) = drawn
     assert [column.title.splitlines()[0] for column in columns] == ["a", "c"]
@@ -235,6 +235,8 @@ def test_compare_draws_methods_by_rows_and_images_by_columns(photos, monkeypatch
     assert [each["image"] for each in record["images"]] == [str(photos / "a.png"), str(photos / "c.png")]
     assert [each["image"] for each in record["skipped"]] == [str(photos / "b.png")]
     assert files() == ["compare.png"]
+    assert run("compare", photos / "a.png", "--methods", "lnstat", "--scale", "shared").exit_code == 0
+    assert drawn[1][1]["scale"] == "shared"
 
 
 def test_compare_writes_a_sheet_of_the_bundled_scenes():

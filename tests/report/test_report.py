@@ -159,7 +159,7 @@ def test_colours_laid_over_an_image_are_its_overlay(signed):
 
     noise = np.random.default_rng(1)
     image, values = noise.random((5, 7, 3)), noise.random((5, 7)) - 0.5 * signed
-    look = Look("viridis", 0.4)
+    look = Look("viridis", 0.4, grey=False)
     laid = rgba(values, signed=signed, look=look)
     blended = image + 0.4 * laid[..., 3:] * (laid[..., :3] - image)
     np.testing.assert_allclose(overlay(image, values, signed=signed, look=look), blended)

@@ -182,7 +182,7 @@ def test_heads_share_the_scale_of_their_row():
     heads[0, 0, 0], heads[1, 1, 2] = 1, 0.1
     figure = head_sheet([HeadRelevance("block", heads, (10, 10))], GREY, "title")
     strong, weak = pictures(figure)
-    assert {"head 0", "head 1", "block", "share, a token"} <= set(words(figure))
+    assert {"head 0", "head 1", "block", "share per token"} <= set(words(figure))
     assert np.ptp(strong[5, 5]) > np.ptp(weak[15, 25]) > 0
     assert np.ptp(weak[5, 5]) < 1e-9
 

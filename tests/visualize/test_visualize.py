@@ -141,6 +141,27 @@ def test_the_photograph_keeps_its_colours_unless_grey_is_asked_for():
     np.testing.assert_allclose(signed, matplotlib.colormaps["PuOr"](0.0)[:3])
 
 
+def test_below_signs_the_photograph_is_in_grey_unless_its_colours_are_asked_for():
+    relevance = np.zeros((40, 60))
+    relevance[:, 30:] = -1.0
+    default, asked = (overlay(GREEN, relevance, signed=True, look=look) for look in (PLAIN, GREY))
+    np.testing.assert_array_equal(default, asked)
+    assert np.ptp(default[0, 0]) < 1e-9
+    np.testing.assert_allclose(overlay(GREEN, relevance, signed=True, look=Look(grey=False))[:, :30], GREEN[:, :30])
+    assert [look.cover(signed=True) for look in (PLAIN, GREY, Look(grey=False), Look(alpha=0.4))] == [
+        0.9,
+        0.9,
+        0.75,
+        0.4,
+    ]
+    assert [look.cover(signed=False) for look in (PLAIN, GREY, Look(grey=False), Look(alpha=0.4))] == [
+        0.75,
+        0.9,
+        0.75,
+        0.4,
+    ]
+
+
 def test_a_signed_overlay_is_red_for_and_blue_against():
     against, favour = overlay(np.full((1, 2, 3), 0.5), np.array([[-1.0, 1.0]]), signed=True)[0]
     assert against[2] > against[0] + 0.2
@@ -241,6 +262,14 @@ def test_a_sheet_shows_the_whole_photograph_and_the_likeliest_classes_beside():
         drawn = FigureCanvasAgg(figure).get_renderer()
         name, share = (text.get_window_extent(drawn) for text in figure.texts[-4:-2])
         assert name.x1 < share.x0
+
+
+@pytest.mark.parametrize(("targets", "rows"), [(2, 1), (3, 1), (4, 2), (5, 2), (7, 2), (8, 3)])
+def test_few_places_of_a_sheet_stay_empty(targets, rows):
+    figure = draw_targets(GREEN, [Panel("a class", RAMP)] * targets, "title")
+    shown = [axes for axes in figure.axes if axes.images and axes.images[0].get_array().shape == GREEN.shape]
+    assert len(shown) == 1 + targets
+    assert len({round(axes.get_position().y0, 3) for axes in shown}) == rows
 
 
 def test_a_frame_is_around_what_the_model_saw():
