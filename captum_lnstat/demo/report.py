@@ -138,7 +138,7 @@ def _headline(case: Case, question: Question) -> str:
 
     return (
         f'<p class="headline"><span class="chip"><span>model</span> <b>{escape(case.subject.title)}</b> '
-        f"{'random weights' if case.subject.random else 'trained weights'}</span>"
+        f"{'' if case.subject.random else 'trained weights'}</span>"
         f"{chip('predicted', case.prediction)}{chip('explained', question.target)}</p>"
     )
 

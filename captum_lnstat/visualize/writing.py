@@ -44,7 +44,7 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> Path:
         part.replace(path)
     except OSError as error:
         if error.filename is not None:  # of the file beside it, which nobody asked for
-            error.filename, error.filename2 = str(path), None
+            raise type(error)(error.errno, error.strerror, str(path)) from None
         raise
     finally:
         part.unlink(missing_ok=True)

@@ -193,7 +193,8 @@ def test_random_weights_are_said_to_be_random(drawn, photo):
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"Warning: the weights of {VIT} are random")
     assert said(result)["target"].startswith("espresso (967), confidence ")
-    assert len(drawn) == 1
+    ((_, _, _, title),) = drawn
+    assert title.startswith(f"{VIT} (random weights)\n")
 
 
 def test_a_zoo_model_takes_a_checkpoint_too(drawn, tmp_path):

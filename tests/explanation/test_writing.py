@@ -71,8 +71,7 @@ def test_errors_name_the_file_that_was_asked_for(reference, tmp_path):
     for name in ("nowhere/a.png", "nowhere/a.npy"):
         with pytest.raises(FileNotFoundError) as raised:
             found.save(tmp_path / name)
-        assert str(tmp_path / name) in str(raised.value)
-        assert ".part" not in str(raised.value)
+        assert str(raised.value) == f"[Errno 2] No such file or directory: '{tmp_path / name}'"
     with pytest.raises(ValueError, match=r"'a\.csv' is no kind of map; expected \.npy, \.npz, \.safetensors or \.png"):
         found.save(tmp_path / "a.csv", raw=True)
     (tmp_path / "folder.png").mkdir()

@@ -58,8 +58,9 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """What it is called on a picture: its name, and the file of its weights."""
-        return f"{self.name} ({self.weights.partition(':')[0]})" if self.weights else self.name
+        """What it is called on a picture: its name, and the file of its weights, or that they are random."""
+        weights = "random weights" if self.random else self.weights.partition(":")[0]
+        return f"{self.name} ({weights})" if weights else self.name
 
     def find(self, target: str | None) -> int | None:
         """The class that an index or a name means; none if there is no target."""
