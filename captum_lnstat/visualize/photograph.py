@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 if TYPE_CHECKING:
     from captum_lnstat.visualize.maps import Picture
@@ -35,12 +35,16 @@ def framed(photo: Image.Image, box: tuple[float, float, float, float], shape: tu
     factor = min(_LONGER / max(photo.size), 1.0)
     small = photo.resize((max(round(photo.width * factor), 1), max(round(photo.height * factor), 1)))
     across, down = small.width / photo.width, small.height / photo.height
-    inner = [round(left * across), round(top * down), round(right * across) - 1, round(bottom * down) - 1]
+    inner = [round(left * across), round(top * down)]
+    inner += [max(round(right * across) - 1, inner[0]), max(round(bottom * down) - 1, inner[1])]
     pale = Image.blend(small, Image.new("RGB", small.size, "white"), 0.6)
     seen = Image.new("L", small.size)
     ImageDraw.Draw(seen).rectangle(inner, fill=255)
     pale.paste(small, mask=seen)
     wide = max(round(max(small.size) / 320), 1)
+    if min(inner[2] - inner[0], inner[3] - inner[1]) < 9 * wide:  # of a long strip; the frame goes around it
+        pale = ImageOps.expand(pale, 3 * wide, "white")
+        inner = [*inner[:2], inner[2] + 6 * wide, inner[3] + 6 * wide]
     ImageDraw.Draw(pale).rectangle(inner, outline="black", width=3 * wide)
     ImageDraw.Draw(pale).rectangle([edge + step for edge, step in zip(inner, (wide, wide, -wide, -wide), strict=True)],
                                    outline="white", width=wide)  # fmt: skip

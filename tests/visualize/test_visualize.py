@@ -287,6 +287,19 @@ def test_a_frame_is_around_what_the_model_saw():
     assert framed(photo, (0.4, 0.0, 299.6, 200.0), (224, 224)) is None
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_frame_is_around_what_the_model_saw_of_a_strip(turned):
+    strip, box = Image.new("RGB", (8000, 50), (200, 30, 30)), (3978.0, 3.0, 4022.0, 47.0)
+    if turned:
+        strip, box = strip.rotate(90, expand=True), (3.0, 3978.0, 47.0, 4022.0)
+    drawn = framed(strip, box, (224, 224))
+    drawn = drawn[:, (drawn.shape[1] - 16) // 2 :][:, :16].transpose(1, 0, 2) if turned else drawn
+    assert drawn.shape == (16, 732, 3)
+    np.testing.assert_allclose(drawn[7, 366], np.array([200, 30, 30]) / 255)  # what the model saw
+    assert drawn[7, 20].min() > 0.5  # pale
+    assert drawn[1, 366].max() == 0  # the frame, above it
+
+
 def test_a_contour_is_around_the_fifth_that_is_most_relevant():
     black, white = outlined(RAMP)
     plain, lined = overlay(GREEN, RAMP), overlay(GREEN, RAMP, look=Look(contour=True))
