@@ -265,6 +265,7 @@ def test_weights_that_cannot_be_downloaded_are_one_line(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     line = refused("--model", VIT, "--pretrained")
     assert f"timm cannot make '{VIT}' with pretrained weights: the hub cannot be reached Check your connection" in line
+    assert line.endswith(" Weights in a file go by checkpoint (--checkpoint FILE)\n")
 
 
 def test_no_checkpoint_that_is_none_or_does_not_fit(tmp_path, vit_file):

@@ -205,6 +205,7 @@ def _from_timm(name: str, pretrained: bool) -> Any:
     except Exception as error:  # which ones depends on where timm finds the weights and on the HTTP library
         raise SourceError(
             f"timm cannot make {name!r}{' with pretrained weights' * pretrained}: {one_line(error)}"
+            f"{' Weights in a file go by checkpoint (--checkpoint FILE)' * pretrained}"
         ) from error
 
 
