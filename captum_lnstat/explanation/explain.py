@@ -169,6 +169,8 @@ def explain(
         found = list(explainer.stream(items, _targets(target, items, single), batch_size))
     else:
         found = [each for item in items for each in _likeliest(explainer, item, top_k, batch_size)]
+    if isinstance(model, str):  # nobody else has it
+        explainer.provenance.read_weights()
     if class_names is not None and not found[0].class_names:
         raise SourceError(f"class_names holds {len(class_names)} names, which are not as many as the model has scores")
     return found[0] if single and top_k is None else Explanations(found)

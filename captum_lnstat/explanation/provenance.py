@@ -60,6 +60,10 @@ class Provenance:
     @property
     def weights_sha256(self) -> str | None:
         """Of the weights that the map was made with; nothing if they have been changed since, or are gone."""
+        return self.read_weights()
+
+    def read_weights(self) -> str | None:
+        """The same, read now: of a model that will be gone."""
         model = self._model()
         # To read all weights takes longer than to explain: only when a map is written, if they are still the same.
         if self._digest is None and model is not None and _state(model) == self._state:

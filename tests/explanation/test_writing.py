@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import warnings
 
@@ -64,6 +65,14 @@ def test_the_hash_is_that_of_the_weights_the_map_was_made_with(tmp_path):
     assert second.provenance.weights_sha256 is None
     third = explain(reference, zoo.scenes()[0].image)
     assert third.provenance.weights_sha256 == digest(reference.model) != before
+
+
+def test_the_hash_of_a_model_given_by_its_name_is_there_when_the_model_is_gone(tmp_path):
+    found = explain("vit-mini", zoo.scenes()[0].image)
+    gc.collect()
+    with Image.open(found.save(tmp_path / "a.png")) as file:
+        about = json.loads(file.text["captum-lnstat"])
+    assert about["weights_sha256"] == digest(zoo.load("vit-mini").model)
 
 
 def test_errors_name_the_file_that_was_asked_for(reference, tmp_path):
