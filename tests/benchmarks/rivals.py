@@ -6,8 +6,9 @@
     python tests/benchmarks/rivals.py --tables                     # the page alone, from what is there
 
 writes ``docs/rivals.md`` and ``docs/pictures/rivals.png``. The records are those of ``real.py``, in the same
-``--folder``: a stopped run goes on. Images are added in rounds, a few for every row and part before more for any, so
-that a run that is stopped has a table with fewer images, and not with fewer rows.
+``--folder``: a stopped run goes on. Images are added in rounds: a few for every row and part, then all of those of the
+cheap methods, then those of the slow ones, so that a run that is stopped has a table with fewer images, and not with
+fewer rows.
 """
 
 from __future__ import annotations
@@ -45,20 +46,17 @@ SLOWEST = 150  # and those from which it is given a tenth, of the first part alo
 ROUNDS = (0.2, 0.5, 1.0)
 LEAST = 5  # photographs from which a column counts in the quality
 
+# All that is asked of a map of one photograph is asked at once, for many maps cost more than what they are asked.
 PARTS: dict[str, Part] = {
-    "localisation": real.PARTS["localisation"],
+    "boxes": Part("Boxes", "pointing,energy,iou,ap,maxbox"),
     "mosaics": real.PARTS["mosaics"],
-    "threshold": Part("Boxes at the best threshold of the set", "maxbox"),
-    "pets": real.PARTS["pets"],
+    "masks": Part("Masks, Oxford-IIIT pets", "segmentation", "predicted", 250, photographs="pets"),
     "coefficient": Part("SaCo", "saco"),
     "predicted": Part("Perturbation of the predicted class", "positive,negative", "predicted", photographs="all"),
-    "perturbation": real.PARTS["perturbation"],
+    "perturbation": Part("Perturbation", "positive,negative,insertion(steps=16),deletion(steps=16)"),
 }
 # As many as 100, fewer where each takes many forward passes.
-QUICK = {
-    **{"localisation": 100, "mosaics": 10, "threshold": 100, "pets": 100},
-    **{"coefficient": 40, "predicted": 30, "perturbation": 10},
-}
+QUICK = {"boxes": 100, "mosaics": 10, "masks": 40, "coefficient": 20, "predicted": 20, "perturbation": 10}
 
 
 # Of every method the entries of the summary by the label of the column; forward passes and MiB.
@@ -84,13 +82,13 @@ class Column:
 
 
 COLUMNS = (
-    Column("localisation", "iou", "IoU", "boxes"),
-    Column("localisation", "ap", "AP", "boxes"),
-    Column("localisation", "pointing", "pointing", "boxes"),
-    Column("localisation", "energy", "energy", "boxes"),
-    Column("threshold", "maxbox", "MaxBoxAcc", "boxes"),
-    Column("pets", "segmentation mIoU", "pets mIoU", "masks"),
-    Column("pets", "segmentation mAP", "pets AP", "masks"),
+    Column("boxes", "iou", "IoU", "boxes"),
+    Column("boxes", "ap", "AP", "boxes"),
+    Column("boxes", "pointing", "pointing", "boxes"),
+    Column("boxes", "energy", "energy", "boxes"),
+    Column("boxes", "maxbox", "MaxBoxAcc", "boxes"),
+    Column("masks", "segmentation mIoU", "pets mIoU", "masks"),
+    Column("masks", "segmentation mAP", "pets AP", "masks"),
     Column("mosaics", "grid(size=full,ask=all)", "mosaic energy", "mosaics"),
     Column("mosaics", "grid(size=full,ask=all) pointing", "mosaic pointing", "mosaics"),
     Column("coefficient", "saco", "SaCo", "faithfulness"),
@@ -107,11 +105,11 @@ TABLES = {"Where the object is": ("boxes", "masks"), "Which class, and how faith
 # Running.
 
 
-def rounds(options: argparse.Namespace) -> Iterator[tuple[float, str]]:
-    """A share of the images and a part, the smallest share of every part first."""
-    for share in ROUNDS:
-        for part in options.parts.split(","):
-            yield share, part
+def rounds(parts: Sequence[str]) -> Iterator[tuple[float, str, bool]]:
+    """A share of the images, a part, and whether of the slow methods: a few images for all, then the cheap ones'."""
+    first, *later = ROUNDS
+    yield from ((first, part, slow) for slow in (False, True) for part in parts)
+    yield from ((share, part, slow) for slow in (False, True) for share in later for part in parts)
 
 
 def run(models: Sequence[Photographs], methods: Sequence[str], options: argparse.Namespace) -> None:
@@ -119,7 +117,7 @@ def run(models: Sequence[Photographs], methods: Sequence[str], options: argparse
     ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     costs = {model.name: cost(model, methods, options.folder) for model in models}
     figure.png = lambda summary, title: b""  # a second for each of thousands of runs, and nobody looks at it
-    for share, part in rounds(options):
+    for share, part, slow in rounds(options.parts.split(",")):
         whole = QUICK[part] if options.quick else PARTS[part].images
         for model in models:
             for method in methods:
@@ -127,7 +125,7 @@ def run(models: Sequence[Photographs], methods: Sequence[str], options: argparse
                     print("the time is over", file=sys.stderr)
                     return
                 passes = costs[model.name][method]["passes"] or 0
-                if passes > SLOWEST and part != next(iter(PARTS)):
+                if (passes > SLOW) != slow or (passes > SLOWEST and part != next(iter(PARTS))):
                     continue
                 limit = max(1, round(whole * share / (10 if passes > SLOWEST else 5 if passes > SLOW else 1)))
                 asked = argparse.Namespace(limit=limit, again=False, batch_size=options.batch_size)

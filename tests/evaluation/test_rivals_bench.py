@@ -44,18 +44,14 @@ def test_images_are_added_in_rounds(monkeypatch, tmp_path):
         lambda model, part, methods, folder, options, parts: asked.append((part, methods[0], options.limit)),
     )
     options = rivals.argparse.Namespace(
-        parts="localisation,pets", quick=True, minutes=None, folder=tmp_path, batch_size=8
+        parts="boxes,masks", quick=True, minutes=None, folder=tmp_path, batch_size=8
     )
     monkeypatch.setattr(rivals.figure, "png", None)
     rivals.run([rivals.argparse.Namespace(name="mini")], ["a", "b", "c"], options)
-    assert asked[:5] == [
-        ("localisation", "a", 20),
-        ("localisation", "b", 4),
-        ("localisation", "c", 2),
-        ("pets", "a", 20),
-        ("pets", "b", 4),
-    ]
-    assert asked[-5:-2] == [("localisation", "a", 100), ("localisation", "b", 20), ("localisation", "c", 10)]
+    # A few for all, the slow ones last; then all of the cheap one's, then the others'.
+    assert asked[:5] == [("boxes", "a", 20), ("masks", "a", 8), ("boxes", "b", 4), ("boxes", "c", 2), ("masks", "b", 2)]
+    assert asked[5:9] == [("boxes", "a", 50), ("masks", "a", 20), ("boxes", "a", 100), ("masks", "a", 40)]
+    assert asked[-3:] == [("boxes", "b", 20), ("boxes", "c", 10), ("masks", "b", 8)]
     asked.clear()
     options.minutes = 1e-9
     rivals.run([rivals.argparse.Namespace(name="mini")], ["a"], options)
@@ -74,8 +70,8 @@ def test_the_page_and_its_picture(tmp_path, monkeypatch, scenes):  # noqa: F811
     page.write_text("# Mine\n\n<!-- tables -->\n\nold\n")
     common = ["--folder", str(folder), "--page", str(page), "--picture", str(picture), "--models", "mini"]
     common += ["--methods", "rollout,chefer,random,centre"]
-    monkeypatch.setattr(sys, "argv", ["rivals.py", *common, "--parts", "localisation,mosaics", "--quick"])
-    monkeypatch.setattr(rivals, "QUICK", {"localisation": 12, "mosaics": 2})
+    monkeypatch.setattr(sys, "argv", ["rivals.py", *common, "--parts", "boxes,mosaics", "--quick"])
+    monkeypatch.setattr(rivals, "QUICK", {"boxes": 12, "mosaics": 2})
     rivals.main()
     text = page.read_text()
     assert text.startswith("# Mine\n\n<!-- tables -->\n\nSplit: **report**.")
