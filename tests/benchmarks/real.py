@@ -69,8 +69,8 @@ class Part:
         explained: Which class.
         images: How many, unless ``--limit`` says otherwise.
         unit: Of what.
-        photographs: Which: ``"small"`` objects that are classed right, ``"sure"`` ones for mosaics, ``"pets"``, or
-            ``"all"`` of the split.
+        photographs: Which: ``"small"`` objects that are classed right, ``"sure"`` ones for mosaics, ``"pets"``,
+            ``"pairs"``, scenes with two objects, or ``"all"`` of the split.
     """
 
     title: str
@@ -116,6 +116,8 @@ def dataset_of(model: Photographs, part: Part, folder: Path) -> tuple[str, Datas
         return None if model.pets is None else (model.pets, open_dataset(model.pets))
     if part.photographs == "all":
         return model.data, model.dataset
+    if part.photographs == "pairs":
+        return model.data, model.pairs()
     seen = model.seen(folder / model.name / model.split / "seen.json")
     return model.data, model.confident_ones(seen) if part.photographs == "sure" else model.small_objects(seen)
 

@@ -32,6 +32,7 @@ TINY_TUNING = 5  # training images of each class of Tiny-ImageNet that the other
 CONFIDENT = 0.8  # least probability of the true class in a mosaic; the small models are trained with soft labels
 TINY_CONFIDENT = 0.5
 TIMM = {"deit": "deit_tiny_patch16_224", "vit": "vit_tiny_patch16_224"}
+CLOTHES = ("swin-mini", "vit-mini")  # of the package, on its scenes, which have masks
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class Photographs:
         """Photographs for the mosaics: the model is sure of each alone."""
         return Only(self.dataset, [name for name, one in seen.items() if one.confidence >= confident(self.name)])
 
+    def pairs(self) -> Only:
+        """Scenes with two objects, each asked for in turn."""
+        names = [self.dataset.name(index) for index in range(len(self.dataset))]
+        return Only(self.dataset, {name.partition("#")[0] for name in names if name.endswith("#1")})
+
 
 def in_split(name: str, split: Split) -> bool:
     """By the number at the end of the name: even ones are for choosing, odd ones for the report.
@@ -148,6 +154,8 @@ def title(name: str) -> str:
     """What the page says of a model."""
     if name in TIMM:
         return f"{TIMM[name]}, ImageNet-1k, 224 px"
+    if name in CLOTHES:
+        return f"{name}, the package's scenes, 64 px"
     return f"{name.removeprefix('tiny-')}, 100 classes of Tiny-ImageNet, 64 px"
 
 
@@ -160,12 +168,14 @@ def open_model(name: str, split: Split, real: Path, folder: Path, device: str = 
     """A model by its name, with its photographs.
 
     Args:
-        name: ``deit``, ``vit``, or ``tiny-`` and a file's stem in ``weights``.
+        name: ``deit``, ``vit``, ``tiny-`` and a file's stem in ``weights``, or one of ``CLOTHES``.
         split: Which photographs.
         real: The folder of the data.
         folder: Where Tiny-ImageNet's images are unpacked to.
         device: Where the model is.
     """
+    if name in CLOTHES:
+        return Photographs(name, lambda: read(name, device=device), "scenes", split, None)
     if not real.is_dir():
         raise SystemExit(f"there is no folder {str(real)!r} with photographs and weights; give it as --data")
     if name in TIMM:

@@ -22,25 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import real
 import torch
 from real import Part
-from real_subjects import REAL, Photographs, open_model, title
-from rivals_cost import cost
+from real_subjects import CLOTHES, REAL, Photographs, open_model, title
+from rivals_cost import Costs, cost
+from rivals_picture import BLIND, draw
 
 from captum_lnstat.evaluation import figure, measures
 from captum_lnstat.evaluation.methods import names
 from captum_lnstat.evaluation.summary import SURE, summarize, table
-from captum_lnstat.visualize.writing import write_figure
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "rivals.md"
 PICTURE = HERE.parents[1] / "docs" / "pictures" / "rivals.png"
-MODELS = ("deit", "vit", "tiny-swin-0")
-OURS = ("lnstat", "lnstat-contrastive", "evidence", "rollout", "gradient")
-BLIND = ("random", "centre")
+MODELS = ("deit", "vit", "tiny-swin-0", *CLOTHES)
 SLOW = 15  # forward passes from which a method is given a fifth of the images
 SLOWEST = 150  # and those from which it is given a tenth, of the first part alone
 ROUNDS = (0.2, 0.5, 1.0)
@@ -54,14 +51,26 @@ PARTS: dict[str, Part] = {
     "coefficient": Part("SaCo", "saco"),
     "predicted": Part("Perturbation of the predicted class", "positive,negative", "predicted", photographs="all"),
     "perturbation": Part("Perturbation", "positive,negative,insertion(steps=16),deletion(steps=16)"),
+    "scenes": Part("Scenes", "pointing,energy,iou,ap", photographs="all"),
+    "pairs": Part("Scenes with two objects", "two", photographs="pairs"),
 }
+SCENES = ("scenes", "pairs")
+OF_CLOTHES = (*SCENES, "predicted")  # what the models of clothes are asked
 # As many as 100, fewer where each takes many forward passes.
-QUICK = {"boxes": 100, "mosaics": 10, "masks": 40, "coefficient": 20, "predicted": 20, "perturbation": 10}
+QUICK = {
+    "boxes": 100,
+    "mosaics": 10,
+    "masks": 40,
+    "coefficient": 20,
+    "predicted": 20,
+    "perturbation": 10,
+    "scenes": 100,
+    "pairs": 100,
+}
 
 
-# Of every method the entries of the summary by the label of the column; forward passes and MiB.
+# Of every method the entries of the summary by the label of the column.
 Found = dict[str, dict[str, dict[str, Any]]]
-Costs = dict[str, dict[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,11 @@ COLUMNS = (
     Column("boxes", "maxbox", "MaxBoxAcc", "boxes"),
     Column("masks", "segmentation mIoU", "pets mIoU", "masks"),
     Column("masks", "segmentation mAP", "pets AP", "masks"),
+    Column("scenes", "iou", "mask IoU", "masks"),
+    Column("scenes", "ap", "mask AP", "masks"),
+    Column("scenes", "pointing", "pointing at it", "masks"),
+    Column("scenes", "energy", "energy in it", "masks"),
+    Column("pairs", "two", "of two objects", "mosaics"),
     Column("mosaics", "grid(size=full,ask=all)", "mosaic energy", "mosaics"),
     Column("mosaics", "grid(size=full,ask=all) pointing", "mosaic pointing", "mosaics"),
     Column("coefficient", "saco", "SaCo", "faithfulness"),
@@ -112,6 +126,11 @@ def rounds(parts: Sequence[str]) -> Iterator[tuple[float, str, bool]]:
     yield from ((share, part, slow) for slow in (False, True) for share in later for part in parts)
 
 
+def asked_of(model: str, part: str) -> bool:
+    """Whether a part has images for a model."""
+    return part in OF_CLOTHES if model in CLOTHES else part not in SCENES
+
+
 def run(models: Sequence[Photographs], methods: Sequence[str], options: argparse.Namespace) -> None:
     """All rounds, or as many as the time allows."""
     ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
@@ -120,6 +139,8 @@ def run(models: Sequence[Photographs], methods: Sequence[str], options: argparse
     for share, part, slow in rounds(options.parts.split(",")):
         whole = QUICK[part] if options.quick else PARTS[part].images
         for model in models:
+            if not asked_of(model.name, part):
+                continue
             for method in methods:
                 if time.monotonic() > ends:
                     print("the time is over", file=sys.stderr)
@@ -215,58 +236,6 @@ def with_cost(line: str, total: dict[str, str], costs: Costs) -> str:
     cells = (known.get("passes"), ".2f"), (known.get("mib"), ".0f")
     shown = [total.get(key, ""), *("" if value is None else format(value, form) for value, form in cells)]
     return f"|{name}| {' | '.join(shown)} |{rest}"
-
-
-def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Rising heights moved as little as needs be to be a gap apart.
-
-    >>> apart([0.0, 0.0, 1.0], 0.5)
-    [-0.25, 0.25, 1.0]
-    """
-    up, down = list(heights), list(heights)
-    for place in range(1, len(up)):
-        up[place] = max(up[place], up[place - 1] + gap)
-        down[-1 - place] = min(down[-1 - place], down[-place] - gap)
-    return [(one + other) / 2 for one, other in zip(up, down, strict=True)]
-
-
-def draw(pages: dict[str, tuple[dict[str, float], Costs, set[str]]], path: Path) -> None:
-    """Quality against cost, a panel a model."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    sheet, axes = plt.subplots(1, len(pages), figsize=(5.4 * len(pages), 6), sharey=True, squeeze=False)
-    for axis, (model, (total, costs, few)) in zip(axes[0], pages.items(), strict=True):
-        rows = sorted((m for m in total if m not in BLIND and m in costs), key=lambda m: total[m])
-        cheap = [method for method in rows if (costs[method]["passes"] or 0) < SLOW]
-        heights = dict(zip(cheap, apart([total[method] for method in cheap], 0.042), strict=True))
-        for method in rows:
-            x, y = costs[method]["passes"] or 0.0, total[method]
-            colour = "#c0392b" if method in OURS else "#34495e"
-            axis.scatter(x, y, s=40, color="white" if method in few else colour, edgecolor=colour, zorder=3)
-            axis.annotate(
-                method, (x, y), (4, heights[method]) if method in heights else (x * 1.12, y), va="center", fontsize=8,
-                color=colour, weight="bold" if method in OURS else "normal",
-                arrowprops={"arrowstyle": "-", "color": "#bdc3c7", "linewidth": 0.6} if method in heights else None,
-            )  # fmt: skip
-        for height, name in ((total.get("centre"), "a Gaussian in the centre"), (0.0, "a random map")):
-            if height is not None:
-                axis.axhline(height, color="#95a5a6", linestyle="--", linewidth=1)
-                axis.text(0.99, height + 0.01, name, ha="right", fontsize=8, color="#7f8c8d",
-                          transform=axis.get_yaxis_transform())  # fmt: skip
-        axis.set_xscale("log")
-        axis.set_ylim(min(-0.1, *total.values()) - 0.05, 1.12)
-        axis.set_xlim(0.85, max(600, 3 * max(costs[m]["passes"] or 1 for m in rows)))
-        axis.set_xlabel("cost: forward passes")
-        axis.set_title(title(model), fontsize=10)
-        axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("quality: 0 a random map, 1 the best row in every column")
-    sheet.suptitle(
-        "Up is better, left is cheaper. Red: this package's rules; hollow: on fewer photographs", fontsize=11
-    )
-    sheet.tight_layout()
-    write_figure(path, sheet)
-    plt.close(sheet)
 
 
 def write(models: Sequence[str], methods: Sequence[str], options: argparse.Namespace) -> None:

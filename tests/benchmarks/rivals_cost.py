@@ -16,6 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from captum_lnstat.evaluation.methods import build
 
+# Of every method, forward passes and MiB.
+Costs = dict[str, dict[str, float | None]]
+
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
     return sdpa_flop_count(query, key, value)
@@ -60,10 +63,10 @@ def _mebibytes(run: Any) -> float | None:
     return _resident("VmHWM") - before
 
 
-def cost(model: Photographs, methods: Sequence[str], folder: Path) -> dict[str, dict[str, float | None]]:
+def cost(model: Photographs, methods: Sequence[str], folder: Path) -> Costs:
     """Forward passes and MiB of one photograph, kept in a file; a pass is counted in floating-point operations."""
     path = folder / model.name / "cost.json"
-    known: dict[str, dict[str, float | None]] = json.loads(path.read_text()) if path.exists() else {}
+    known: Costs = json.loads(path.read_text()) if path.exists() else {}
     if set(methods) <= set(known):
         return known
     subject = model.subject

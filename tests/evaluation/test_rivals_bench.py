@@ -5,12 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from evaluation.test_real_bench import scenes  # noqa: F401
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import real
+import real_subjects
 import rivals
+import rivals_own_code
 
 
 def entry(value, higher=True, n=30):
@@ -43,9 +47,7 @@ def test_images_are_added_in_rounds(monkeypatch, tmp_path):
         "measure",
         lambda model, part, methods, folder, options, parts: asked.append((part, methods[0], options.limit)),
     )
-    options = rivals.argparse.Namespace(
-        parts="boxes,masks", quick=True, minutes=None, folder=tmp_path, batch_size=8
-    )
+    options = rivals.argparse.Namespace(parts="boxes,masks", quick=True, minutes=None, folder=tmp_path, batch_size=8)
     monkeypatch.setattr(rivals.figure, "png", None)
     rivals.run([rivals.argparse.Namespace(name="mini")], ["a", "b", "c"], options)
     # A few for all, the slow ones last; then all of the cheap one's, then the others'.
@@ -89,3 +91,37 @@ def test_the_page_and_its_picture(tmp_path, monkeypatch, scenes):  # noqa: F811
     rivals.main()
     assert {path: path.read_bytes() for path in kept} == kept
     assert page.read_text() == text
+
+
+def test_the_models_of_clothes_are_asked_about_scenes():
+    assert [part for part in rivals.PARTS if rivals.asked_of("vit-mini", part)] == ["predicted", "scenes", "pairs"]
+    assert [part for part in rivals.PARTS if not rivals.asked_of("deit", part)] == ["scenes", "pairs"]
+    model = real_subjects.open_model("vit-mini", "report", Path("nowhere"), Path("nowhere"))
+    pairs = model.pairs()
+    assert {pairs[index].only_two for index in (0, len(pairs) - 1)} == {True}
+    assert (len(pairs), len(model.dataset)) == (320, 560)
+
+
+def test_other_packages_get_the_same_model():
+    """The weights in torchvision's form: the same scores."""
+    torch.manual_seed(0)
+    deit = timm.create_model("deit_tiny_patch16_224", num_classes=1000).eval()
+    for parameter in deit.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected, found = deit(image), rivals_own_code.as_torchvision(deit)(image)
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_differs_by_a_factor_agrees_at_the_best_scale():
+    """Row by row: the worst image's difference, the same at the best scale, the least correlation."""
+    other = torch.rand(14, 14)
+    factor = rivals_own_code.Row("a", "b", lambda deit: lambda image, target: other,
+                                 lambda deit: lambda image, target: 4 * other + image.mean(), "")  # fmt: skip
+    taken = rivals_own_code.Photographs(torch.tensor([0.0, 1.0]), torch.empty(0), torch.tensor([1, 2]), (1, 2))
+    first = rivals_own_code.Photographs(taken.images[:1], taken.boxes, taken.targets[:1], (1,))
+    difference, scaled, correlation = rivals_own_code.compared(factor, None, first)
+    assert (difference, scaled, correlation) == (pytest.approx(0.75), pytest.approx(0, abs=1e-6), pytest.approx(1))
+    assert rivals_own_code.compared(factor, None, taken)[1] > 0.01
