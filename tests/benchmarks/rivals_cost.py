@@ -14,6 +14,7 @@ import torch
 from real_subjects import Photographs
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.evaluation.methods import build
 
 # Of every method, forward passes and MiB.
@@ -64,7 +65,10 @@ def _mebibytes(run: Any) -> float | None:
 
 
 def cost(model: Photographs, methods: Sequence[str], folder: Path) -> Costs:
-    """Forward passes and MiB of one photograph, kept in a file; a pass is counted in floating-point operations."""
+    """Forward passes and MiB of one photograph, kept in a file; a pass is counted in floating-point operations.
+
+    What is refused on the model has None for both.
+    """
     path = folder / model.name / "cost.json"
     known: Costs = json.loads(path.read_text()) if path.exists() else {}
     if set(methods) <= set(known):
@@ -86,9 +90,14 @@ def cost(model: Photographs, methods: Sequence[str], folder: Path) -> Costs:
             def run(method: Any = method) -> None:
                 method.maps(image, target, ["one"])
 
-            passes = _operations(run) / plain  # the first run, which loads what is loaded when first used
-            known[name] = {"passes": passes, "mib": _mebibytes(run)}
-            print(f"{model.name}: {name}, {passes:.2f} forward passes", file=sys.stderr)
+            try:  # the first run, which loads what is loaded when first used
+                passes = _operations(run) / plain
+            except (UnsupportedModelError, ValueError) as error:
+                known[name] = {"passes": None, "mib": None}
+                print(f"{model.name}: {name} is refused: {error}", file=sys.stderr)
+            else:
+                known[name] = {"passes": passes, "mib": _mebibytes(run)}
+                print(f"{model.name}: {name}, {passes:.2f} forward passes", file=sys.stderr)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(known, indent=1))
     return known

@@ -39,9 +39,8 @@ def test_quality_is_the_way_from_the_random_map_to_the_best():
 
 def test_images_are_added_in_rounds(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(
-        rivals, "cost", lambda model, methods, folder: {"a": {"passes": 2}, "b": {"passes": 20}, "c": {"passes": 900}}
-    )
+    costs = {name: {"passes": passes} for name, passes in (("a", 2), ("refused", None), ("b", 20), ("c", 900))}
+    monkeypatch.setattr(rivals, "cost", lambda model, methods, folder: costs)
     monkeypatch.setattr(
         real,
         "measure",
@@ -49,7 +48,7 @@ def test_images_are_added_in_rounds(monkeypatch, tmp_path):
     )
     options = rivals.argparse.Namespace(parts="boxes,masks", quick=True, minutes=None, folder=tmp_path, batch_size=8)
     monkeypatch.setattr(rivals.figure, "png", None)
-    rivals.run([rivals.argparse.Namespace(name="mini")], ["a", "b", "c"], options)
+    rivals.run([rivals.argparse.Namespace(name="mini")], list(costs), options)
     # A few for all, the slow ones last; then all of the cheap one's, then the others'.
     assert asked[:5] == [("boxes", "a", 20), ("masks", "a", 8), ("boxes", "b", 4), ("boxes", "c", 2), ("masks", "b", 2)]
     assert asked[5:9] == [("boxes", "a", 50), ("masks", "a", 20), ("boxes", "a", 100), ("masks", "a", 40)]
@@ -96,6 +95,7 @@ def test_the_page_and_its_picture(tmp_path, monkeypatch, scenes):  # noqa: F811
 def test_the_models_of_clothes_are_asked_about_scenes():
     assert [part for part in rivals.PARTS if rivals.asked_of("vit-mini", part)] == ["predicted", "scenes", "pairs"]
     assert [part for part in rivals.PARTS if not rivals.asked_of("deit", part)] == ["scenes", "pairs"]
+    assert [part for part in rivals.PARTS if rivals.asked_of("dinov2", part)] == ["masks"]
     model = real_subjects.open_model("vit-mini", "report", Path("nowhere"), Path("nowhere"))
     pairs = model.pairs()
     assert {pairs[index].only_two for index in (0, len(pairs) - 1)} == {True}
