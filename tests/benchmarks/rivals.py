@@ -42,7 +42,7 @@ MODELS = ("deit", "vit", DINO, "tiny-swin-0", *CLOTHES)
 SLOW = 15  # forward passes from which a method is given a fifth of the images
 SLOWEST = 150  # and those from which it is given a tenth, of the first part alone
 ROUNDS = (0.2, 0.5, 1.0)
-LEAST = 5  # photographs from which a column counts in the quality
+LEAST = 5  # photographs from which a number counts in the quality
 
 # All that is asked of a map of one photograph is asked at once, for many maps cost more than what they are asked.
 PARTS: dict[str, Part] = {
@@ -196,10 +196,11 @@ def quality(found: Found) -> dict[str, float]:
     shares: dict[str, dict[str, list[float]]] = {method: {} for method in found}
     few = fewer(found)
     for column in COLUMNS:
-        values = {m: e[column.label]["value"] for m, e in found.items() if column.label in e}
-        if "random" not in values or found["random"][column.label]["n"] < LEAST:
+        label = column.label
+        values = {m: e[label]["value"] for m, e in found.items() if label in e and e[label]["n"] >= LEAST}
+        if "random" not in values:
             continue
-        higher = next(e[column.label]["higher_is_better"] for e in found.values() if column.label in e)
+        higher = found["random"][label]["higher_is_better"]
         best = (max if higher else min)(value for method, value in values.items() if method not in few)
         for method, value in values.items():
             share = (value - values["random"]) / (best - values["random"] or 1)

@@ -30,8 +30,10 @@ def test_quality_is_the_way_from_the_random_map_to_the_best():
     }
     # What is best on other photographs is no measure for those.
     found["slow"] = {"IoU": entry(0.9, n=6), "AP": entry(0.1), "SaCo": entry(0.0), "deletion": entry(0.5, False)}
-    assert rivals.fewer(found) == {"slow"}
+    found["slowest"] = {**found["one"], "deletion": entry(0.1, False, n=4), "SaCo": entry(0.4, n=4)}
+    assert rivals.fewer(found) == {"slow", "slowest"}
     total = rivals.quality(found)
+    assert "slowest" not in total  # with too few photographs in a whole group
     assert total.pop("slow") == pytest.approx((0.7 / 0.4 + 0) / 2 / 2)
     # Boxes: (1 + .5) / 2 and (.5 + 1) / 2; faithfulness: (1 + 1) / 2 and (.5 + .5) / 2.
     assert total == {"one": pytest.approx(0.875), "two": pytest.approx(0.625), "random": 0.0}
