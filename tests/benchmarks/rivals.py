@@ -65,7 +65,7 @@ QUICK = {
     "coefficient": 20,
     "predicted": 20,
     "perturbation": 10,
-    "scenes": 100,
+    "scenes": 250,
     "pairs": 100,
 }
 

@@ -1,4 +1,4 @@
-"""Which method for which question: every figure there is one of the pages that the row links to."""
+"""Which method for which question, and what is said of the comparison: figures are those of the pages."""
 
 import re
 from pathlib import Path
@@ -24,3 +24,11 @@ def test_every_method_that_it_names_is_one():
     taken = {name for row in ROWS[1:] for name in re.findall(r"`([\w-]+)`", row.split("|")[2])}
     assert taken - {"relevance_per_target"} <= set(names())
     assert {"lnstat", "evidence", "rollout"} <= taken
+
+
+def test_what_is_said_of_the_comparison_has_figures_of_its_tables():
+    said, _, tables = (DOCS / "rivals.md").read_text(encoding="utf-8").partition("<!-- tables -->")
+    figures = re.findall(r"\d*\.\d+", said.partition("What stands out")[2].partition("## Beside")[0])
+    assert len(figures) > 10
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", tables), figure
