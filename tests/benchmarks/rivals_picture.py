@@ -42,14 +42,16 @@ def draw(pages: dict[str, tuple[dict[str, float], Costs, set[str]]], path: Path)
     for axis, (model, (total, costs, few)) in zip(axes.flat, pages.items(), strict=False):
         rows = sorted((m for m in total if m not in BLIND and m in costs), key=lambda m: total[m])
         cheap = [method for method in rows if (costs[method]["passes"] or 0) < SLOW]
+        beside = 1.5 * max([2.7, *(costs[method]["passes"] or 0 for method in cheap)])
         heights = dict(zip(cheap, apart([total[method] for method in cheap], 0.042), strict=True))
         for method in rows:
             x, y = costs[method]["passes"] or 0.0, total[method]
             colour = "#c0392b" if method in OURS else "#34495e"
             axis.scatter(x, y, s=40, color="white" if method in few else colour, edgecolor=colour, zorder=3)
+            label = (beside, heights[method]) if method in heights else (x * 1.12, y)
             axis.annotate(
-                method, (x, y), (4, heights[method]) if method in heights else (x * 1.12, y), va="center", fontsize=8,
-                color=colour, weight="bold" if method in OURS else "normal",
+                method, (x, y), label, va="center", fontsize=8, color=colour,
+                weight="bold" if method in OURS else "normal",
                 arrowprops={"arrowstyle": "-", "color": "#bdc3c7", "linewidth": 0.6} if method in heights else None,
             )  # fmt: skip
         for height, name in ((total.get("centre"), "a Gaussian in the centre"), (0.0, "a random map")):
