@@ -6,15 +6,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Rows of the README: the method's name in the records.
-IN_RIVALS = {
-    "**lnstat**": "lnstat",
-    "LibraGrad 2025": "libragrad",
-    "AGCAM 2024": "agcam",
-    "Chefer et al. 2021": "chefer",
-    "Grad-CAM, last block": "gradcam",
-    "attention rollout": "attention-rollout",
-    "*a spot in the centre*": "centre",
+# Rows of the README: the page, and the method's name there.
+IN_QUALITY = {
+    "**lnstat**": ("real", "lnstat"),
+    "LibraGrad 2025": ("rivals", "libragrad"),
+    "Chefer et al. 2021": ("real", "chefer"),
+    "Grad-CAM, last block": ("real", "gradcam"),
+    "attention rollout": ("real", "attention-rollout"),
+    "*a spot in the centre*": ("real", "centre"),
+}
+# Where their numbers stand: heading and column, of boxes and of mosaics.
+COLUMNS = {
+    "real": (("### Boxes", "iou ↑"), ("### Mosaics", "grid(size=full,ask=all) ↑")),
+    "rivals": (("### Where the object is", "IoU ↑"), ("### Which class, and how faithful", "mosaic energy ↑")),
 }
 IN_COST = {
     "torchcam, Grad-CAM": "torchcam GradCAM",
@@ -58,19 +62,18 @@ def test_the_snippets_run_in_order(capsys):
     assert "windowed transformer, 16 x 16 patches" in capsys.readouterr().out
 
 
-def test_the_quality_is_that_of_the_page():
-    page = (ROOT / "docs" / "rivals.md").read_text(encoding="utf-8")
+def test_the_quality_is_that_of_the_pages():
     table = rows(part("## How good"))
-    assert table.keys() - {"method", "---"} == IN_RIVALS.keys()
-    columns = (("### Where the object is", "IoU ↑"), ("### Which class, and how faithful", "mosaic energy ↑"))
-    for place, model in enumerate(("deit_tiny_patch16_224", "vit_tiny_patch16_224", "swin-0")):
-        for column, (heading, quantity) in enumerate(columns):
-            measured = rows(part(heading, part(f"## {model}", page)))
-            score = measured["method"].index(quantity)
-            for method, name in IN_RIVALS.items():
-                found = measured[name][score]
-                expected = found if name == "lnstat" else re.sub(r" \[.*\]", "", found)
-                assert table[method][2 * place + column] == expected, (model, heading, method)
+    assert table.keys() - {"method"} == IN_QUALITY.keys()
+    for method, (name, row) in IN_QUALITY.items():
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        expected = []
+        for model in ("deit_tiny_patch16_224", "vit_tiny_patch16_224", "swin-0"):
+            for heading, quantity in COLUMNS[name]:
+                measured = rows(part(heading, part(f"## {model}", page)))
+                found = measured[row][measured["method"].index(quantity)]
+                expected.append(found if row == "lnstat" else re.sub(r" \[.*\]", "", found))
+        assert table[method] == expected, method
 
 
 def test_the_cost_is_that_of_the_record():
