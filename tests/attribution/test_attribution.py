@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.choices import pairwise
 from helpers.contract import (
     CLASS_AGNOSTIC,
     METHODS,
@@ -191,7 +192,11 @@ def failing(module: nn.Module, error: BaseException) -> Iterator[None]:
         handle.remove()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("half-way"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("model", "make", "error"),
+    pairwise((vit, swin), METHODS, [RuntimeError("half-way"), KeyboardInterrupt()]),
+    indirect=["model", "make"],
+)
 def test_an_error_half_way_leaves_nothing(model: nn.Module, make: Make, error: BaseException) -> None:
     method, image = make(model), images().requires_grad_()
     expected = method.attribute(image, target=1)

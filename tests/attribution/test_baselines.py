@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.choices import pairwise
 from helpers.contract import untouched
 from helpers.models import CASES, FEW, SWINS, VITS, build, explain, float32_model, images, targets
 from helpers.oracles import Frozen, assert_same, dense, middle_heavy
@@ -25,9 +26,7 @@ def test_raw_attention_is_the_dense_map(name):
     assert torch.allclose(found.total, torch.ones(2).double(), atol=1e-9)
 
 
-@pytest.mark.parametrize("name", FEW)
-@pytest.mark.parametrize("block", [0, 1, -2, -1])
-@pytest.mark.parametrize("fusion", ["max", "min", middle_heavy])
+@pytest.mark.parametrize(("name", "block", "fusion"), pairwise(FEW, [0, 1, -2, -1], ["max", "min", middle_heavy]))
 def test_raw_attention_settings_are_the_dense_map(name, block, fusion):
     found = explain(RawAttention(build(name), block=block, head_fusion=fusion), images(CASES[name]))
     assert_same(found, dense(name).raw_attention(block, fusion), name)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from captum.attr import NoiseTunnel
-from helpers.contract import images, swin, untouched, vit
+from helpers.choices import diagonal
+from helpers.contract import METHODS, images, swin, untouched, vit
 from torch import Tensor, nn
 
 from captum_lnstat import LayerLNStat, LNStatAttribution
@@ -17,6 +19,8 @@ Make = Callable[..., Any]
 COUNT = 5
 # Kernels differ from one batch size to the next by a rounding.
 same = {"rtol": 1e-4, "atol": 1e-6}
+# A batch is cut before any method sees it: every method on every model, with the ways of cutting it in turn.
+BOTH = list(product((vit, swin), METHODS))
 
 
 class Sizes(nn.Module):
@@ -31,7 +35,11 @@ class Sizes(nn.Module):
         return self.model(x)
 
 
-@pytest.mark.parametrize(("size", "chunks"), [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (9, [5])])
+@pytest.mark.parametrize(
+    ("model", "make", "size", "chunks"),
+    diagonal(BOTH, [(1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (9, [5])]),
+    indirect=["model", "make"],
+)
 def test_same_as_the_whole_batch(model: nn.Module, make: Make, size: int, chunks: list[int]) -> None:
     noted, image, target = Sizes(model), images(COUNT), [0, 1, 2, 3, 4]
     whole = make(model).attribute(image, target=target)
@@ -47,7 +55,11 @@ def test_same_as_the_whole_batch(model: nn.Module, make: Make, size: int, chunks
     torch.testing.assert_close(grid, make(model).relevance(image, target=target), **same)
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("model", "make", "mode"),
+    diagonal(BOTH, [torch.enable_grad, torch.no_grad, torch.inference_mode]),
+    indirect=["model", "make"],
+)
 def test_in_every_grad_mode_and_in_tuples(model: nn.Module, make: Make, mode: Any) -> None:
     image = images(3)
     whole = make(model).attribute(image, target=1)
@@ -75,7 +87,11 @@ def test_targets_go_with_their_images(model: nn.Module, form: str) -> None:
     torch.testing.assert_close(found, method.attribute(image, target=TARGETS[form]), **same)
 
 
-@pytest.mark.parametrize("target", [[0, 1, 2, 3], [0, 1, 2, 3, 4, 0], torch.zeros(6, dtype=torch.int64), [0]])
+@pytest.mark.parametrize(
+    ("model", "make", "target"),
+    diagonal(BOTH, [[0, 1, 2, 3], [0, 1, 2, 3, 4, 0], torch.zeros(6, dtype=torch.int64), [0], [1, 2]]),
+    indirect=["model", "make"],
+)
 def test_targets_that_are_not_as_many_as_the_images(model: nn.Module, make: Make, target: Any) -> None:
     with untouched(model), pytest.raises(AssertionError, match="does not match with the number of targets"):
         make(model).attribute(images(COUNT), target=target, internal_batch_size=2)
@@ -119,15 +135,17 @@ def test_arguments_that_cannot_be_split(model: nn.Module, make: Make) -> None:
         method.attribute(images(COUNT), 1, torch.ones(3), internal_batch_size=2)
 
 
+NO_SIZES = [
+    (0, ValueError, "internal_batch_size is 0; expected at least 1"),
+    (-3, ValueError, "internal_batch_size is -3; expected at least 1"),
+    (2.0, TypeError, r"internal_batch_size is 2\.0; expected a positive int"),
+    (True, TypeError, "internal_batch_size is True"),
+    ("2", TypeError, "internal_batch_size is '2'"),
+]
+
+
 @pytest.mark.parametrize(
-    ("size", "error", "message"),
-    [
-        (0, ValueError, "internal_batch_size is 0; expected at least 1"),
-        (-3, ValueError, "internal_batch_size is -3; expected at least 1"),
-        (2.0, TypeError, r"internal_batch_size is 2\.0; expected a positive int"),
-        (True, TypeError, "internal_batch_size is True"),
-        ("2", TypeError, "internal_batch_size is '2'"),
-    ],
+    ("model", "make", "size", "error", "message"), diagonal(BOTH, NO_SIZES), indirect=["model", "make"]
 )
 def test_sizes_that_are_none(model: nn.Module, make: Make, size: Any, error: type[Exception], message: str) -> None:
     method = make(model)

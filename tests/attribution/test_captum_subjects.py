@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import NoiseTunnel
+from helpers.choices import diagonal, pairwise
 from helpers.contract import (
     METHODS,
     WITH_A_GRAPH,
@@ -50,7 +51,9 @@ def _line(call: Callable[[], Any]) -> int:
     return call.__code__.co_firstlineno
 
 
-@pytest.mark.parametrize("wrap", ["plain", "no_grad", "compiled", "DataParallel", "callable"])
+@pytest.mark.parametrize(
+    ("make", "wrap"), diagonal(METHODS, ["plain", "no_grad", "compiled", "DataParallel", "callable"]), indirect=["make"]
+)
 def test_train_mode_warns_at_the_callers_line(make: Make, wrap: str) -> None:
     model, image = vit().train(), images(1)
     given: Any = {
@@ -219,7 +222,12 @@ def test_relevance_is_a_contribution(name: str) -> None:
 # Wrappers around the model.
 
 
-@pytest.mark.parametrize("given", ["DataParallel", "compiled", "blocks", "sequential"])
+# Compiled models are in ``test_attribution.test_compiled_module``.
+@pytest.mark.parametrize(
+    ("model", "make", "given"),
+    pairwise((vit, swin), METHODS, ["DataParallel", "blocks", "sequential"]),
+    indirect=["model", "make"],
+)
 def test_wrapped_models_give_the_same_bits(model: nn.Module, make: Make, given: str) -> None:
     _check_wrapped(model, make, given)
 
@@ -248,17 +256,13 @@ def _check_wrapped(model: nn.Module, make: Make, given: str) -> None:
         assert torch.equal(make(wrapped).attribute(image, target=1), expected)
 
 
-@pytest.mark.parametrize("where", ["model", "blocks"])
-def test_checkpointing_gives_the_same_map(model: nn.Module, make: Make, where: str) -> None:
+def test_checkpointing_of_the_whole_model_gives_the_same_map(model: nn.Module, make: Make) -> None:
+    """That of its blocks is in ``test_attribution.test_gradient_checkpointing``."""
     expected = make(model).attribute(images(), target=1)
     inside = copy.deepcopy(model)
-    if where == "blocks":
-        inside.set_grad_checkpointing(True)
-        assert same_when_checkpointed(make, make(inside).attribute(images(), target=1), expected)
-    else:
-        method = make(lambda x: checkpoint(inside, x, use_reentrant=False), inside)
-        with untouched(inside):
-            assert same_when_checkpointed(make, method.attribute(images(), target=1), expected)
+    method = make(lambda x: checkpoint(inside, x, use_reentrant=False), inside)
+    with untouched(inside):
+        assert same_when_checkpointed(make, method.attribute(images(), target=1), expected)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.choices import pairwise
 from helpers.contract import CLASS_AGNOSTIC, EVERY_METHOD, METHODS, WITH_A_GRAPH, images, lively, swin, untouched, vit
 from helpers.oracles import Frozen
 from timm.models.beit import Beit
@@ -25,33 +26,39 @@ REFUSED = (RecordingError, UnsupportedModelError)
 Make = Callable[..., Any]
 
 
+# What is wrong with a call is seen before the model is looked at: every method with every mistake, on one model or the
+# other.
+MODELS = (vit, swin)
+BAD_INPUTS: list[tuple[Any, type[Exception], str]] = [
+    (images()[0], ValueError, r"shape \(3, 32, 32\); expected \(batch, channels, height, width\)"),
+    (images()[None], ValueError, r"expected \(batch, channels, height, width\)"),
+    (torch.randn(2, 32), ValueError, "expected"),
+    (images()[:0], ValueError, "at least one image"),
+    (images(1).mul(torch.nan), ValueError, "NaN or infinite"),
+    (images(1).masked_fill(images(1) > 2, torch.inf), ValueError, "NaN or infinite"),
+    (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, r"torch\.uint8; expected a floating-point image"),
+    (torch.zeros(1, 3, 32, 32, dtype=torch.complex64), TypeError, "floating-point"),
+    (images(1).to_sparse(), TypeError, r"torch\.sparse_coo tensor; expected a dense one"),
+    (images(1).to("meta"), TypeError, "meta tensor; expected a dense one"),
+    (
+        torch.nested.nested_tensor([*images()], layout=torch.jagged),
+        TypeError,
+        "nested tensor; expected a dense one",
+    ),
+    ([images(1)], TypeError, "list; expected a torch.Tensor or a tuple"),
+    (images(1).numpy(), TypeError, "ndarray; expected a torch.Tensor or a tuple"),
+    (None, TypeError, "NoneType"),
+    ((), ValueError, "tuple of 0"),
+    ((images(1), images(1)), ValueError, "tuple of 2; expected one image batch"),
+    ((images(1).numpy(),), TypeError, "ndarray"),
+]
+
+
 @pytest.mark.parametrize(
-    ("inputs", "error", "message"),
-    [
-        (images()[0], ValueError, r"shape \(3, 32, 32\); expected \(batch, channels, height, width\)"),
-        (images()[None], ValueError, r"expected \(batch, channels, height, width\)"),
-        (torch.randn(2, 32), ValueError, "expected"),
-        (images()[:0], ValueError, "at least one image"),
-        (images(1).mul(torch.nan), ValueError, "NaN or infinite"),
-        (images(1).masked_fill(images(1) > 2, torch.inf), ValueError, "NaN or infinite"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, r"torch\.uint8; expected a floating-point image"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.complex64), TypeError, "floating-point"),
-        (images(1).to_sparse(), TypeError, r"torch\.sparse_coo tensor; expected a dense one"),
-        (images(1).to("meta"), TypeError, "meta tensor; expected a dense one"),
-        (
-            torch.nested.nested_tensor([*images()], layout=torch.jagged),
-            TypeError,
-            "nested tensor; expected a dense one",
-        ),
-        ([images(1)], TypeError, "list; expected a torch.Tensor or a tuple"),
-        (images(1).numpy(), TypeError, "ndarray; expected a torch.Tensor or a tuple"),
-        (None, TypeError, "NoneType"),
-        ((), ValueError, "tuple of 0"),
-        ((images(1), images(1)), ValueError, "tuple of 2; expected one image batch"),
-        ((images(1).numpy(),), TypeError, "ndarray"),
-    ],
+    ("make", "number", "model"), pairwise(METHODS, range(len(BAD_INPUTS)), MODELS), indirect=["make", "model"]
 )
-def test_wrong_inputs(model: nn.Module, make: Make, inputs: Any, error: type[Exception], message: str) -> None:
+def test_wrong_inputs(model: nn.Module, make: Make, number: int) -> None:
+    inputs, error, message = BAD_INPUTS[number]
     with untouched(model), pytest.raises(error, match=message):
         make(model).attribute(inputs, target=1)
     with untouched(model), pytest.raises(error, match=message):
@@ -63,10 +70,13 @@ def test_describe_takes_the_same_inputs(model: nn.Module) -> None:
         LNStatAttribution(model).describe((images(1), images(1)))
 
 
-@pytest.mark.parametrize("size", [16, 40, (32, 64)])
-def test_wrong_size_and_channels(model: nn.Module, make: Make, size: Any) -> None:
-    image = images(1, size)
-    height, width = image.shape[2:]
+@pytest.mark.parametrize(
+    ("make", "model", "height", "width"),
+    pairwise(METHODS, MODELS, [(16, 16), (40, 40), (32, 64)]),
+    indirect=["make", "model"],
+)
+def test_wrong_size_and_channels(model: nn.Module, make: Make, height: int, width: int) -> None:
+    image = images(1, (height, width))
     with untouched(model, image), pytest.raises(ValueError, match=f"inputs are {height} x {width} .* takes .32, 32."):
         make(model).attribute(image, target=1)
     with untouched(model), pytest.raises(ValueError, match="inputs have 1 channels; the model takes 3"):
@@ -95,9 +105,11 @@ BAD_TARGETS: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "error", "message"), BAD_TARGETS, ids=[str(number) for number in range(18)])
-def test_bad_targets(model: nn.Module, make: Make, target: Any, error: type[Exception], message: str) -> None:
-    image = images()
+@pytest.mark.parametrize(
+    ("make", "number", "model"), pairwise(METHODS, range(len(BAD_TARGETS)), MODELS), indirect=["make", "model"]
+)
+def test_bad_targets(model: nn.Module, make: Make, number: int) -> None:
+    image, (target, error, message) = images(), BAD_TARGETS[number]
     with untouched(model, image), pytest.raises(error, match=message):
         make(model).attribute(image, target=target)
 
@@ -528,7 +540,11 @@ def _made(model: nn.Module, how: str) -> Any:
 
 # torch.jit warns of its own deprecation, tracing of Python values in timm.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("how", ["trace", "script", "fx", "export"])
+@pytest.mark.parametrize(
+    ("model", "make", "how"),
+    pairwise(MODELS, METHODS, ["trace", "script", "fx", "export"]),
+    indirect=["model", "make"],
+)
 def test_scripted_and_exported_models(model: nn.Module, make: Make, how: str) -> None:
     made = _made(model, how)
     with pytest.raises(UnsupportedModelError):

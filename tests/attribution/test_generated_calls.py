@@ -67,13 +67,13 @@ KINDS = (
 BAD_CALLS: dict[str, tuple[int, set[type[Exception]]]] = {
     "options": (70, {TypeError}),
     "function": (50, {TypeError, RecordingError}),
-    "family": (10, {UnsupportedModelError}),
-    "inputs": (70, {ValueError, TypeError}),
-    "layout": (8, {TypeError}),
-    "target": (70, {AssertionError, IndexError}),
-    "further": (40, {TypeError}),
-    "keywords": (20, {TypeError}),
-    "state": (20, {RecordingError}),
+    "family": (6, {UnsupportedModelError}),
+    "inputs": (40, {ValueError, TypeError}),
+    "layout": (6, {TypeError}),
+    "target": (40, {AssertionError, IndexError}),
+    "further": (20, {TypeError}),
+    "keywords": (10, {TypeError}),
+    "state": (10, {RecordingError}),
     "layer": (40, {ValueError}),
 }
 STATES = ("eval", "train", "float64", "bfloat16", "float16")
