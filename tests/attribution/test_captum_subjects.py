@@ -256,8 +256,8 @@ def _check_wrapped(model: nn.Module, make: Make, given: str) -> None:
         assert torch.equal(make(wrapped).attribute(image, target=1), expected)
 
 
-def test_checkpointing_of_the_whole_model_gives_the_same_map(model: nn.Module, make: Make) -> None:
-    """That of its blocks is in ``test_attribution.test_gradient_checkpointing``."""
+def test_checkpointing_gives_the_same_map(model: nn.Module, make: Make) -> None:
+    """Of the whole model; that of its blocks is in ``test_attribution.test_gradient_checkpointing``."""
     expected = make(model).attribute(images(), target=1)
     inside = copy.deepcopy(model)
     method = make(lambda x: checkpoint(inside, x, use_reentrant=False), inside)

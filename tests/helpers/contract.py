@@ -187,14 +187,17 @@ def _bits(tensor: Tensor) -> tuple[Any, ...]:
 
 _KERNELS = ("flash", "mem_efficient", "math")
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
+_NO_HOOKS = frozenset(_HOOKS)
 
 
 def _module_state(module: nn.Module) -> dict[str, Any]:
-    state: dict[str, Any] = {"training": module.training, "forward": module.forward.__func__, "attributes": {}}
-    for name in _HOOKS:
-        state[name] = tuple((key, id(hook)) for key, hook in getattr(module, name).items())
-    state["attributes"] = {name: id(value) for name, value in vars(module).items() if name not in _HOOKS}
-    return state
+    held = vars(module)
+    return {
+        "training": module.training,
+        "forward": module.forward.__func__,
+        "hooks": [tuple((key, id(hook)) for key, hook in held[name].items()) if held[name] else () for name in _HOOKS],
+        "attributes": {name: id(value) for name, value in held.items() if name not in _NO_HOOKS},
+    }
 
 
 def snapshot(*objects: nn.Module | Tensor) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def norm_matrix(x: Tensor, norm: Any) -> Tensor:
     return (norm.weight / deviation(x, norm)[..., None])[..., None] * centring
 
 
-@dataclass
+@dataclass(eq=False)
 class DenseBlock:
     """One block. Columns of ``attention`` and ``values``: the tokens, then the padded places of the windows."""
 
@@ -158,14 +158,15 @@ class DenseBlock:
         d = self.update - torch.einsum("bica,ba->bic", self.out, common.flatten(1)) - self.offset
         d = d - d.mean(-1, keepdim=True)
         for h in range(heads):
-            out = self.out[..., h * channels : (h + 1) * channels]
-            for column in range(total.shape[-1]):
-                f = torch.einsum("bica,ba->bic", out, self.values[:, h, column] - common[:, h])
+            out, apart = self.out[..., h * channels : (h + 1) * channels], self.values[:, h] - common[:, None, h]
+            for query in range(total.shape[1]):
+                f = apart @ out[:, query].transpose(1, 2)  # what every column would add to this token: (b, column, c)
                 f = f - f.mean(-1, keepdim=True)
-                total[..., column] += self.attention[:, h, :, column] * (f * d).sum(-1)
+                total[:, query] += self.attention[:, h, query] * (f @ d[:, query, :, None])[..., 0]
         positive = total.clamp(min=0)
         return normalised(torch.where(positive.any(-1, keepdim=True), positive, self.attention.mean(1)))
 
+    @lru_cache(64)  # noqa: B019 - tests of one model follow one another
     def fused(self, fusion: Fusion) -> Tensor:
         if fusion in ("deviation", "variance"):
             return self.by_variance(self.mean if fusion == "deviation" else torch.zeros_like(self.mean))
@@ -522,12 +523,12 @@ class Dense:
             r = r + (u * step.mlp).sum(-1)
             said = torch.zeros_like(step.attention[:, 0, 0])
             pulled = torch.einsum("bic,bica->bia", u, step.out)
-            heads, channels = step.values.shape[1], step.values.shape[-1]
+            heads, channels, apart = step.values.shape[1], step.values.shape[-1], step.apart
             for h in range(heads):
                 w = pulled[..., h * channels : (h + 1) * channels]
                 for key in range(said.shape[1]):
                     # Over the queries i: A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)
-                    said[:, key] += (step.attention[:, h, :, key] * (w @ step.apart[:, h, key, :, None])[..., 0]).sum(1)
+                    said[:, key] += (step.attention[:, h, :, key] * (w @ apart[:, h, key, :, None])[..., 0]).sum(1)
             common = torch.einsum("bica,ba->bic", step.out, step.mean.flatten(1)) + step.offset
             constant = constant + (u * common).sum((1, 2)) + said[:, count:].sum(1)
             share = step.share(residual)

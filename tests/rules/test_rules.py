@@ -186,19 +186,19 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", BATCHED)
-def test_a_batch_of_eight_is_eight_of_one(name, method):
+def test_a_batch_of_four_is_four_of_one(name, method):
     explainer = METHODS[method](build(name))
-    x, target = images(CASES[name], 8), targets(8)
+    x, target = images(CASES[name], 4), targets(4)
     together = explainer.relevance(x, target)
-    alone = torch.cat([explainer.relevance(x[i : i + 1], target[i : i + 1]) for i in range(8)])
+    alone = torch.cat([explainer.relevance(x[i : i + 1], target[i : i + 1]) for i in range(4)])
     assert _close(together, alone)
     assert not _close(together, alone.roll(1, 0))
-    order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
+    order = torch.tensor([3, 0, 1, 2])
     assert _close(explainer.relevance(x[order], target[order]), together[order])
 
 
 @pytest.mark.parametrize("name", ["vit-class", "swin1-shift"])
-def test_a_batch_of_eight_is_eight_of_one_in_float32(name):
+def test_a_batch_is_its_images_one_by_one_in_float32(name):
     explainer = LNStatAttribution(float32_model(name), rule="evidence")
     x, target = images(CASES[name], 8, dtype=torch.float32), targets(8)
     together = explainer.relevance(x, target)
