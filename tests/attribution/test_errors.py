@@ -84,11 +84,13 @@ def test_wrong_size_and_channels(model: nn.Module, make: Make, height: int, widt
 
 
 BAD_TARGETS: list[tuple[Any, type[Exception], str]] = [
-    (5, IndexError, "index 5 is out of bounds"),
-    (-6, IndexError, "out of bounds"),
+    # Said before the class is looked up: on a GPU that would end the process.
+    (5, IndexError, "target 5 is none of the 5 classes that forward_func scores: index 5 is out of bounds"),
+    (-6, IndexError, "target -6 is none of the 5 classes"),
     (np.int64(99), IndexError, "index 99"),
     ([1, 99], RuntimeError, "index 99 is out of bounds"),
-    ([1, -1], RuntimeError, "index -1 is out of bounds"),
+    ([1, -1], RuntimeError, "target -1 is none of the 5 classes"),
+    ([1, 5], RuntimeError, "target 5 is none of the 5 classes"),
     (torch.tensor([1, 99]), RuntimeError, "index 99 is out of bounds"),
     ([1], AssertionError, "length does not match"),
     ([], AssertionError, "length does not match"),
