@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.choices import pairwise
 from helpers.contract import lively
 from helpers.models import CLASSES, OPTIONS, Case, enliven, images, targets
 from helpers.oracles import Dense
@@ -170,9 +171,9 @@ def oracle(name: str) -> SwinDense:
 # Against dense matrices.
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("rule", ["rollout", "evidence", "gradient"])
-@pytest.mark.parametrize("merging", ["uniform", "variance"])
+@pytest.mark.parametrize(
+    ("name", "rule", "merging"), pairwise(MODELS, ["rollout", "evidence", "gradient"], ["uniform", "variance"])
+)
 def test_rules_are_the_dense_products(name, rule, merging):
     target, dense = targets(2), oracle(name)
     # A row of hardly any positive gradient, divided by its sum, is mostly the float error of a softmax in float32.
