@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -264,6 +265,21 @@ def test_what_is_even_stays_even(build):
     assert groups
     for one in groups:
         assert one.index.flatten().sort().values.tolist() == list(range(one.count))
+
+
+@pytest.mark.parametrize("grid", [(4, 5), (3, 4), (3, 7)])
+@pytest.mark.parametrize("stride", [(1, 2), (2, 1), (3, 2)])
+def test_cells_of_a_stride_of_its_own_for_each_axis(grid, stride):
+    for after in (
+        [-(-n // step) for n, step in zip(grid, stride, strict=True)],
+        [n // s for n, s in zip(grid, stride, strict=True)],
+    ):
+        found = geometry.cells(grid, tuple(after), stride).index.reshape(*after, *stride).tolist()
+        for row, column in itertools.product(*map(range, after)):
+            for down, right in itertools.product(*map(range, stride)):
+                y, x = row * stride[0] + down, column * stride[1] + right
+                expected = y * grid[1] + x if y < grid[0] and x < grid[1] else -1
+                assert found[row][column][down][right] == expected
 
 
 def test_nest_blocks_are_those_that_its_code_cuts():
