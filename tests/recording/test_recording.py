@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,19 @@ def test_probabilities_are_in_the_accumulation_dtype(dtype):
     assert probabilities.dtype == values.dtype == expected
     exact = (q.double() @ k.double().transpose(-2, -1) / D**0.5).softmax(-1)
     assert torch.allclose(probabilities.double(), exact, atol=1e-6)
+
+
+def test_attention_after_an_error_that_the_model_caught_is_the_models_own():
+    def broken(x: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    def attend(q: Tensor) -> Tensor:
+        with suppress(ZeroDivisionError):
+            model.inner(q)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    model = Call(attend, inner=Call(broken))
+    assert only_site(record(model, torch.randn(B, H, L, D))[1]).module == ""
 
 
 def test_attention_without_a_batch_is_refused_loudly():
