@@ -852,6 +852,15 @@ def test_the_callers_grad_mode_does_not_matter(name, method, mode):
         assert not tensor.is_inference()
 
 
+def test_the_recorder_gives_back_the_grad_mode_that_its_head_switched():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(2, 3, 4)
+    with torch.no_grad():
+        with Recorder(model, head_begins=model[1]):
+            assert model(x).requires_grad
+            assert torch.is_grad_enabled()
+        assert not torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("method", ["lnstat", "rollout", "gradient"])
 def test_a_target_made_under_inference_mode(method):
     model, x = build("vit-class"), images(CASES["vit-class"])
