@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +20,11 @@ from captum_lnstat.recording.swapped import swapped
 class Inside:
     """The tensors that were made inside blocks in one pass.
 
-    Args:
-        mark: Marks a tensor as a place that a score may read, by a name.
-
     Attributes:
-        read: Those that were read outside, by that name.
+        read: Those that were read outside, by the name of the place that a score may read.
     """
 
-    def __init__(self, mark: Callable[[str, Tensor], Tensor]) -> None:
-        self._mark = mark
+    def __init__(self) -> None:
         # By identity; a tensor that is gone gives its identity away.
         self._made: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         # What is held here keeps its identity.
@@ -50,19 +47,20 @@ class Inside:
                 self.made(module, args, one)
         return output
 
-    def outside(self, value: Any) -> Any:
-        """What a function outside is given: the same, with what was made inside blocks marked."""
-        return swapped(value, self._seen) if self._made else value
+    def outside(self, value: Any, mark: Callable[[str, Tensor], Tensor]) -> Any:
+        """What a function outside is given: the same, with what was made inside blocks as ``mark`` marks it."""
+        return swapped(value, partial(self._seen, mark)) if self._made else value
 
-    def _seen(self, tensor: Tensor) -> Tensor:
+    def _seen(self, mark: Callable[[str, Tensor], Tensor], tensor: Tensor) -> Tensor:
         reference, module = self._made.get(id(tensor), (None, ""))
         if reference is None or reference() is not tensor or not tensor.is_floating_point():
             return tensor
         if id(tensor) not in self._marked:
             if torch.is_inference_mode_enabled():
                 return tensor
-            before = sum(name.startswith(f"the inside of {module}") for name in self.read)
-            name = f"the inside of {module}" + (f" ({before + 1})" if before else "")
+            name = f"the inside of {module}"
+            before = sum(other.partition(" (")[0] == name for other in self.read)
+            name += f" ({before + 1})" if before else ""
             self.read[name] = tensor.detach()
-            self._marked[id(tensor)] = tensor, self._mark(name, tensor)
+            self._marked[id(tensor)] = tensor, mark(name, tensor)
         return self._marked[id(tensor)][1]

@@ -53,7 +53,7 @@ class Places:
         self._entered: list[tuple[nn.Module, bool]] = []
         self.any_left = False  # the first of the modules has run: what comes now may be the head's
         self.edges: dict[str, GradientEdge] = {}
-        self.within = Inside(self.mark)
+        self.within = Inside()
 
     def __bool__(self) -> bool:
         return bool(self._modules)

@@ -254,7 +254,7 @@ class Recorder(TorchFunctionMode):
         # In a block of a trunk without a graph few functions are looked at, once tokens are placed.
         if inside and self.following.is_over and function not in WATCHED and not self._softmaxes.reads_one(args):
             return within.made(self._running[-1], args, function(*args, **kwargs))
-        args, kwargs = (args, kwargs) if inside else within.outside((args, kwargs))
+        args, kwargs = (args, kwargs) if inside else within.outside((args, kwargs), self._places.mark)
         if function in TO_NUMPY and self._differentiable == "head":
             function = torch.no_grad()(function)  # whether it may be run is for the caller's grad mode to say
         if self._beside_the_trunk and function is not torch._C._set_grad_enabled:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,28 +11,28 @@ from captum_lnstat.recording.inside import Inside
 from captum_lnstat.recording.places import Places
 
 
-def _inside() -> Inside:
-    return Places(nn.Identity(), (), lambda before, after: None).within
+def _outside(inside: Inside, value: Any) -> Any:
+    return inside.outside(value, Places(nn.Identity(), (), lambda before, after: None).mark)
 
 
 def test_a_tensor_with_the_identity_of_an_earlier_one_is_given_as_it_is() -> None:
-    inside = _inside()
+    inside = Inside()
     seen: set[int] = set()
     for number in range(64):  # each takes the place of the one before, once nothing holds that
         made: Tensor = torch.full((2, 3), float(number))
         seen.add(id(made))
         inside.made("block", (), made)
-        given = inside.outside((made,))[0]
+        given = _outside(inside, (made,))[0]
         assert given.requires_grad
         assert torch.equal(given, made)
         again = torch.full((1,), -1.0)
-        assert inside.outside((again,))[0] is again
+        assert _outside(inside, (again,))[0] is again
         del made, given, again
     assert len(inside.read) == 64
 
 
 def test_a_tensor_that_is_gone_leaves_nothing_behind() -> None:
-    inside = _inside()
+    inside = Inside()
     made = torch.zeros(2)
     address = id(made)
     inside.made("block", (), made)
@@ -38,22 +40,22 @@ def test_a_tensor_that_is_gone_leaves_nothing_behind() -> None:
     others = [torch.ones(2) for _ in range(64)]
     taken = [other for other in others if id(other) == address]
     assert taken
-    assert all(inside.outside(other) is other for other in taken)
+    assert all(_outside(inside, other) is other for other in taken)
 
 
 def test_what_is_handed_through_or_no_number_or_in_a_graph_is_not_taken_for_made() -> None:
-    inside = _inside()
+    inside = Inside()
     through, index, graph = torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, requires_grad=True)
     inside.made("block", (through,), through)
     inside.made("block", (), (index, graph, 3))
     for one in (through, index, graph):
-        assert inside.outside({"x": [one]})["x"][0] is one
+        assert _outside(inside, {"x": [one]})["x"][0] is one
     assert not inside.read
 
 
 def test_the_same_tensor_is_marked_once() -> None:
-    inside, made = _inside(), torch.zeros(2)
+    inside, made = Inside(), torch.zeros(2)
     inside.made("block", (), [made])
-    first, second = inside.outside([made, made])
+    first, second = _outside(inside, [made, made])
     assert first is second
     assert list(inside.read) == ["the inside of block"]
