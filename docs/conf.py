@@ -3,12 +3,19 @@
 Nothing is fetched while it builds, and the pages ask nothing of other hosts: no intersphinx, no MathJax, system fonts.
 """
 
+import sys
+from pathlib import Path
+
 from docutils.nodes import Node, SkipNode
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
 from captum_lnstat import __version__
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _repository import address
 
 project = "captum-lnstat"
 copyright = "the captum-lnstat maintainers, BSD-3-Clause"  # noqa: A001  Sphinx reads this name
@@ -20,6 +27,10 @@ html_theme = "furo"
 html_title = f"captum-lnstat {release}"
 html_extra_path = ["llms.txt"]
 html_static_path = ["_static"]
+repository = address(Path(__file__).parent)
+# In the footer of every page, once the clone that the pages are built from has an address on the web.
+_link = {"name": "Repository", "url": repository, "html": "<span>Repository</span>", "class": ""}
+html_theme_options = {"footer_icons": [_link] if repository else []}
 html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
 html_js_files = [("rows.js", {"defer": "defer"})]

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from captum_lnstat import AttentionRollout, GenericAttention, LNStatAttribution
+from captum_lnstat import GenericAttention, LNStatAttribution
 from captum_lnstat.metrics import average_precision
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -33,8 +33,6 @@ load = importlib.import_module("dinov2_saliency").load
 PAGE = Path(__file__).parents[2] / "docs" / "photographs.md"
 METHODS = {
     "lnstat": lambda model: LNStatAttribution(model),
-    "rollout": lambda model: LNStatAttribution(model, rule="rollout"),
-    "attention rollout": lambda model: AttentionRollout(model),
     "Chefer generic attention": lambda model: GenericAttention(model),
 }
 

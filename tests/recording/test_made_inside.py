@@ -17,10 +17,8 @@ def _outside(inside: Inside, value: Any) -> Any:
 
 def test_a_tensor_with_the_identity_of_an_earlier_one_is_given_as_it_is() -> None:
     inside = Inside()
-    seen: set[int] = set()
     for number in range(64):  # each takes the place of the one before, once nothing holds that
         made: Tensor = torch.full((2, 3), float(number))
-        seen.add(id(made))
         inside.made("block", (), made)
         given = _outside(inside, (made,))[0]
         assert given.requires_grad
