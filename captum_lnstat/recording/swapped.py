@@ -17,5 +17,7 @@ def swapped(value: Any, other: Callable[[Tensor], Tensor]) -> Any:
         return value if all(found[key] is value[key] for key in value) else found
     if isinstance(value, tuple | list):
         parts = [swapped(one, other) for one in value]
-        return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
+        if all(a is b for a, b in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # a named tuple, or not
     return value

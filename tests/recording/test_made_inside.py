@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,22 @@ def test_a_tensor_with_the_identity_of_an_earlier_one_is_given_as_it_is() -> Non
         assert _outside(inside, (again,))[0] is again
         del made, given, again
     assert len(inside.read) == 64
+
+
+class _Pair(NamedTuple):
+    one: Tensor
+    other: int
+
+
+def test_what_holds_it_keeps_its_kind() -> None:
+    inside, made, plain = Inside(), torch.zeros(2), torch.zeros(2)
+    inside.made("block", (), made)
+    pair, listed = _outside(inside, (_Pair(made, 3), [plain, made]))
+    assert type(pair) is _Pair
+    assert pair.other == 3
+    assert pair.one.requires_grad
+    assert listed[0] is plain
+    assert listed[1] is pair.one
 
 
 def test_a_tensor_that_is_gone_leaves_nothing_behind() -> None:
