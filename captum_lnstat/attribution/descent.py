@@ -100,7 +100,7 @@ def descend(
         with torch.no_grad():
             share = _patches(block.residual_share(lnstat.settings.residual), after, block)
             block.forget()
-            variance = _patches(block.statistics[0].variance, after, block)
+            variance = _patches(block.own_statistics.variance, after, block)
         found.append(BlockRelevance(block.name, relevance.grid[0], share, variance, _cell(outcome.trace, above)))
     return tuple(found)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from captum_lnstat.recording.constant_weights import either, few_rows, plain, writable
 from captum_lnstat.recording.devices import has_a_queue
-from captum_lnstat.recording.sites import FusedSite, Queries, SoftmaxSite
+from captum_lnstat.recording.sites import FusedSite, Queries, SoftmaxSite, less_the_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -159,7 +159,7 @@ class ObservedProduct(torch.autograd.Function):
         few = few_rows(d_output.movedim(2, 0))
         d_output = (d_output if few is None else d_output[:, :, few]).contiguous()
         d_attention = d_output @ value.transpose(-2, -1)
-        d_value = (attention if few is None else attention[:, :, few]).transpose(-2, -1) @ d_output
+        d_value = less_the_least(attention if few is None else attention[:, :, few]).transpose(-2, -1) @ d_output
         if few is not None:
             d_attention = torch.zeros_like(attention).index_copy_(2, few, d_attention)
         if ctx.observer is not None:

@@ -28,6 +28,35 @@ def recorded_name(dotted: str) -> str:
     return dotted.replace("._orig_mod", "")
 
 
+def names_and_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module of ``model`` with the name that a recording has for it, in the order in which they are defined.
+
+    As ``named_modules``, whose generators take much of the time of all that is not the pass of a small model. One that
+    is in several places has the first of its names; what ``torch.compile`` wraps has that of its wrapper.
+
+    Example:
+        >>> [name for name, _ in names_and_modules(nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU())))]
+        ['', '0', '1', '1.0']
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+
+    def look(dotted: str, module: nn.Module) -> None:
+        seen.add(module)
+        found.append((recorded_name(dotted), module))
+        for name, child in module._modules.items():
+            if child is not None and child not in seen:
+                look(f"{dotted}.{name}" if dotted else name, child)
+
+    look("", model)
+    return found
+
+
+def named(model: nn.Module) -> dict[str, nn.Module]:
+    """The same by name: of a wrapper of ``torch.compile`` and what it wraps, that."""
+    return dict(names_and_modules(model))
+
+
 class _Eagerly:
     """While any thread records, ``torch.compile`` directives are ignored: Dynamo cannot trace into a recorder.
 

@@ -132,11 +132,30 @@ class Hooks:
                 for name in _DICTIONARIES:
                     view = held.get(name)
                     if type(view) is _View:
-                        view.added = {key: entry for key, entry in view.added.items() if key is not self._key}
-                        view.first = {key: entry for key, entry in view.first.items() if key is not self._first_key}
+                        view.added, view.first = _less(view.added, self._key), _less(view.first, self._first_key)
                         if not view.added and not view.first:
                             held[name] = view.own
         self._modules.clear()
+
+
+def _less(entries: dict[Any, Any], key: object) -> dict[Any, Any]:
+    """The others; those who are going through the entries see no change."""
+    return {other: entry for other, entry in entries.items() if other is not key} if key in entries else entries
+
+
+def stamps(name: str, running: list[str]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks before and after a module of which only has to be known that this thread is running it."""
+    thread = threading.get_ident()
+
+    def entering(module: nn.Module, inputs: Any) -> None:
+        if threading.get_ident() == thread:
+            running.append(name)
+
+    def leaving(module: nn.Module, inputs: Any, output: Any) -> None:
+        if threading.get_ident() == thread:
+            running.pop()
+
+    return entering, leaving
 
 
 def unseen(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -99,7 +99,7 @@ def _around(model: nn.Module, modules: set[nn.Module]) -> set[nn.Module]:
 
     def look(part: nn.Module) -> bool:
         if part not in holds:
-            below = [look(child) for child in part.children()]
+            below = [look(child) for child in part._modules.values() if child is not None]
             holds[part] = part in modules or any(below)
         return holds[part]
 

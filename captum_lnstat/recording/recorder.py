@@ -7,10 +7,10 @@ inputs and outputs of the modules a topology asked for, and mark where the head 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
@@ -20,11 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from captum_lnstat.recording.attention_backward import ObservedAttention, can_be_observed
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
-from captum_lnstat.recording.eager import recorded_name
+from captum_lnstat.recording.eager import names_and_modules
 from captum_lnstat.recording.ending import StreamEnd, over
 from captum_lnstat.recording.following import Following
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer
-from captum_lnstat.recording.hooks import Hooks, unseen
+from captum_lnstat.recording.hooks import Hooks, stamps, unseen
 from captum_lnstat.recording.joins import Joins
 from captum_lnstat.recording.kept import Arena, Kept, edge
 from captum_lnstat.recording.multi_head import MultiHeadSite
@@ -97,7 +97,7 @@ class Recorder(TorchFunctionMode):
         self._freezer = Freezer() if differentiable == "affine" else None
         self.following = Following(images)
         self._places = Places(model, places if differentiable == "head" else (), self.following.same)
-        self._thread = threading.get_ident()
+        self._thread = get_ident()
         self._grad_enabled = torch.is_grad_enabled()
         self._hooks = Hooks()
         self._running: list[str] = [""]
@@ -129,14 +129,15 @@ class Recorder(TorchFunctionMode):
     def __enter__(self) -> Recorder:
         self._grad_enabled = torch.is_grad_enabled()
         try:
-            stamped = self._taps | {self._model, self._head_begins, self._head_follows}
-            for dotted, module in self._model.named_modules():
-                if type(module) in LEAVES and module not in stamped:
-                    continue
-                name = recorded_name(dotted)
-                first = self._passing_on(name) if module in self._places or module is self._head_follows else None
-                leaving = self._leaving(name, rms_channels(module) is not None)
-                self._hooks.add(module, unseen(self._entering(name)), unseen(leaving), first and unseen(first))
+            looked_at = self._taps | {self._model, self._head_begins, self._head_follows}
+            for name, module in names_and_modules(self._model):
+                passed_on = module in self._places or module is self._head_follows
+                rms_norm = rms_channels(module) is not None
+                if module in looked_at or passed_on or rms_norm:
+                    first = unseen(self._passing_on(name)) if passed_on else None
+                    self._hooks.add(module, unseen(self._entering(name)), unseen(self._leaving(name, rms_norm)), first)
+                elif type(module) not in LEAVES:
+                    self._hooks.add(module, *stamps(name, self._running))
         except BaseException:
             self._hooks.remove()
             raise
@@ -157,13 +158,13 @@ class Recorder(TorchFunctionMode):
 
     def _keep(self, tensor: Tensor) -> Kept:
         # Of the graph beside the trunk nothing is kept alive by what was recorded of the trunk.
-        if self._places and self._end.tensor is None:
+        if tensor.requires_grad and self._places and self._end.tensor is None:
             tensor = tensor.detach()
         return Kept.on(self._arena, tensor)
 
     # Other threads may run the same model while this one records: their calls are none of our business.
     def _elsewhere(self) -> bool:
-        return threading.get_ident() != self._thread
+        return get_ident() != self._thread
 
     def _entering(self, name: str) -> Callable[[nn.Module, Any], Any]:
         def hook(module: nn.Module, inputs: Any) -> Any:
@@ -248,7 +249,7 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._elsewhere():
+        if get_ident() != self._thread:
             return function(*args, **kwargs)
         inside, within = self._places.inside and self._end.tensor is None, self._places.within
         # In a block of a trunk without a graph few functions are looked at, once tokens are placed.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.recording.multi_head import MultiHeadSite
-from captum_lnstat.recording.sites import AttentionSite, FusedSite
+from captum_lnstat.recording.sites import AttentionSite, FusedSite, less_the_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,6 +26,8 @@ def stacked_probabilities(sites: Sequence[AttentionSite]) -> Float[Tensor, "site
     scores = flat.view(*query.shape[:3], *flat.shape[1:])
     nothing = [site.hide(one) for site, one in zip(fused, scores, strict=True)]
     probabilities = scores.softmax(-1)
+    if any(site.mask is not None for site in fused):
+        probabilities = less_the_least(probabilities)
     for one, hidden in zip(probabilities, nothing, strict=True):
         if hidden is not None:
             one.masked_fill_(hidden, 0.0)

@@ -103,7 +103,7 @@ def check_size(image: Tensor, model: nn.Module, entrance: str, *, direct: bool) 
         entrance: Name of its patch embedding.
         direct: The images are given to the transformer as they are, so that their channels are its own.
     """
-    embed = dict(model.named_modules()).get(entrance) if entrance else None
+    embed = model.get_submodule(entrance) if entrance else None
     reason = size_not_taken(embed, (image.shape[-2], image.shape[-1]))
     if reason is not None:
         raise ValueError(

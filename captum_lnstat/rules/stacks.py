@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,7 +25,7 @@ from captum_lnstat.recording.stacked_sites import stacked_probabilities, stacked
 from captum_lnstat.recording.statistics import ResidualShare, share_of_inverses, standardised
 from captum_lnstat.rules.relation import Propagated
 from captum_lnstat.rules.variance import LEAST
-from captum_lnstat.rules.wiring import PROBED, ROUNDED, Comparison, Wiring, length_of, probed, scattered
+from captum_lnstat.rules.wiring import PROBED, ROUNDED, Comparison, Wiring, directions_of, length_of, scattered
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.deviations import less_the_mean
 from captum_lnstat.trace.stacked_maps import StackedMap, apply_stacked, pull_back_stacked, stacked_path
@@ -192,7 +191,7 @@ class Stack:
         """The updates from both sides, as in ``rules.wiring``."""
         update, base, dtype = self._update, self._streams("base"), self._blocks[0].site.dtype
         tokens, channels = update.shape[2:]
-        w = _directions(self.names, channels, update.device, update.dtype)
+        w = directions_of(self.names, channels, update.device, update.dtype)
         z = scattered(tokens, update.device, update.dtype)[:, None]
         u = (z * w[:, None])[:, None]  # (block, 1, token, channel)
         carried, offset = self._carried(u)
@@ -203,17 +202,6 @@ class Stack:
         streams = torch.linalg.vector_norm(base * (z * (size * kind.eps / channels**0.5)), dim=(2, 3))
         typical, least = torch.linalg.vector_norm(terms, dim=2), size * kind.smallest_normal * length_of(tokens)
         return Comparison(self.names, found, terms.sum(2), typical, streams, dtype, least)
-
-
-@lru_cache(16)
-@torch.inference_mode(False)
-def _directions(names: tuple[str, ...], channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """In what direction each block's update is looked at: as in ``rules.wiring``, other channels in every block."""
-    w = torch.zeros(len(names), channels, device=device, dtype=dtype)
-    for row, name in zip(w, names, strict=True):
-        some = row[probed(name, channels)]
-        some.copy_(scattered(len(some), device, dtype))
-    return w
 
 
 @dataclass(frozen=True)

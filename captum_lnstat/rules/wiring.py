@@ -49,6 +49,17 @@ def probed(name: str, channels: int) -> slice:
     return slice(min(first, max(0, channels - PROBED)), first + PROBED)
 
 
+@lru_cache(64)
+@torch.inference_mode(False)
+def directions_of(names: tuple[str, ...], channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """In what direction each block's update is looked at: of the compared channels, others in every block."""
+    w = torch.zeros(len(names), channels, device=device, dtype=dtype)
+    for row, name in zip(w, names, strict=True):
+        some = row[probed(name, channels)]
+        some.copy_(scattered(len(some), device, dtype))
+    return w
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Updates of some blocks, weighted and added up, from both sides.
@@ -119,8 +130,7 @@ class Probe:
         self._block = block
         batch, tokens, channels = block.between.shape
         self._channels = probed(block.name, channels)
-        w = block.between.new_zeros(channels)
-        w[self._channels] = scattered(len(w[self._channels]), w.device, w.dtype)
+        w = directions_of((block.name,), channels, block.between.device, block.between.dtype)[0]
         self._w, self._z = w, scattered(tokens, w.device, w.dtype)
         everywhere = torch.arange(tokens, device=w.device)
         directions = w.expand(batch, 1, 1, channels)
@@ -162,7 +172,7 @@ class Probe:
             found = found + (self._constant[..., 0] * counted).sum(1)
         terms = z * ((block.between[..., self._channels] - block.base[..., self._channels]) @ w)
         # The update is a difference of two streams, and a small one of large streams is known to their rounding only.
-        own, kind = block.statistics[0], torch.finfo(block.site.dtype)
+        own, kind = block.own_statistics, torch.finfo(block.site.dtype)
         size = kind.eps * (own.variance + own.mean.square()).sqrt() + kind.smallest_normal
         rounding = ROUNDED * w.norm() * (z * size).square().sum(1).sqrt()
         expected, typical = terms.sum(1), terms.square().sum(1).sqrt()

@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from captum_lnstat.errors import UnsupportedModelError
-from captum_lnstat.recording.eager import eager
+from captum_lnstat.recording.eager import eager, named
 from captum_lnstat.recording.recorder import Differentiable, Recorder
 from captum_lnstat.recording.recording import Recording
-from captum_lnstat.topology.anatomy.embedding import convolutions, named, outside
+from captum_lnstat.topology.anatomy.embedding import convolutions, outside
 from captum_lnstat.topology.anatomy.once import Known, known_so_far, recall
 from captum_lnstat.topology.anatomy.parts import channels_of
 from captum_lnstat.topology.anatomy.refusal import calls_parts, no_family, several_models

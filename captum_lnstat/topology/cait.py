@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Groups, WholeImage
+from captum_lnstat.recording.eager import named
 from captum_lnstat.recording.kept import Kept, edge
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.sites import SoftmaxSite
@@ -28,7 +29,6 @@ from captum_lnstat.topology.anatomy.embedding import (
     block_lists,
     convolutions,
     grid_of,
-    named,
     patch_of,
     reads_images,
 )

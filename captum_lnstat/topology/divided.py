@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import PADDING, Grid, Groups
+from captum_lnstat.recording.eager import named
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.embedding import block_lists, check_prefix_first, lists_of, named, reads_images
+from captum_lnstat.topology.anatomy.embedding import block_lists, check_prefix_first, lists_of, reads_images
 from captum_lnstat.topology.anatomy.parts import has_heads, layers
 from captum_lnstat.topology.anatomy.pooling import pooling_as_read
 from captum_lnstat.topology.anatomy.volumes import channel_axis, patch_of, place_of_tubelets

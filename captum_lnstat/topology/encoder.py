@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid, Layout, WholeImage, windows
+from captum_lnstat.recording.eager import named
 from captum_lnstat.recording.joined_heads import JoinedHeads
 from captum_lnstat.recording.recording import ModuleCall, Recording
 from captum_lnstat.recording.statistics import stream
@@ -23,7 +24,6 @@ from captum_lnstat.topology.anatomy.embedding import (
     convolutions,
     grid_of,
     lists_of,
-    named,
     outside,
     patch_of,
     pooled_after,

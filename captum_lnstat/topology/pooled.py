@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid, Groups, Layout, WholeImage
+from captum_lnstat.recording.eager import named
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, named, patch_of, reads_images
+from captum_lnstat.topology.anatomy.embedding import convolutions, grid_of, patch_of, reads_images
 from captum_lnstat.topology.anatomy.parts import (
     BLOCK_PARTS,
     BlockParts,

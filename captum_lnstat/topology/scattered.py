@@ -11,7 +11,8 @@ from functools import cached_property
 
 from torch import nn
 
-from captum_lnstat.topology.anatomy.embedding import LISTS, block_lists, convolutions, named, reads_images
+from captum_lnstat.recording.eager import named
+from captum_lnstat.topology.anatomy.embedding import LISTS, block_lists, convolutions, reads_images
 from captum_lnstat.topology.anatomy.parts import find_parts
 from captum_lnstat.topology.base import register_topology
 from captum_lnstat.topology.branches import branch_lists, find_branches, is_called

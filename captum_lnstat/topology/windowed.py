@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,14 +73,9 @@ class WindowedTopology(Topology):
     def entrance(self) -> str:
         return self._names[id(self._entrance)]
 
-    @cached_property
+    @property
     def _entrance(self) -> nn.Module:
-        """What holds the patch convolution and nothing else of the model: it may pad the images before."""
-        found: nn.Module = self._patches
-        for module in self.model.modules():
-            if module is not self.model and self._patches in module._modules.values():
-                found = found if _steps_in(module, self._steps) else module
-        return found
+        return _entrance(self.model)
 
     @property
     def head_follows(self) -> nn.Module:
@@ -117,7 +111,7 @@ class WindowedTopology(Topology):
     def _pooling(self, recording: Recording, last: str) -> Pooling:
         norms = [] if self._last_norm is None else [self._names[id(self._last_norm)]]
         set_to: Pooling | None = None
-        if _pools_by_mean(self.model, self._steps):
+        if _pools_by_mean(self.model):
             tokens = stream(recording.call(last).output.read())
             weights = tokens.new_full((tokens.shape[1],), 1 / tokens.shape[1])
             set_to = FixedPooling("mean of the tokens", weights)
@@ -182,6 +176,17 @@ def _patch_convolution(model: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
     return first if first is not None and first.kernel_size == first.stride else None
 
 
+@once
+def _entrance(model: nn.Module) -> nn.Module:
+    """What holds the patch convolution and nothing else of the model: it may pad the images before."""
+    patches: Any = _patch_convolution(model)
+    found: nn.Module = patches
+    for module in model.modules():
+        if module is not model and patches in module._modules.values():
+            found = found if _steps_in(module, _steps_of(model)) else module
+    return found
+
+
 def _last_norm(model: nn.Module) -> nn.Module | None:
     return next((child for child in model.children() if channels_of(eager(child)) is not None), None)
 
@@ -195,9 +200,10 @@ def _is_swin(model: nn.Module, steps: list[Any]) -> bool:
     return _last_norm(model) is not None or not isinstance(model, nn.Sequential)
 
 
-def _pools_by_mean(model: nn.Module, steps: list[Any]) -> bool:
+@once
+def _pools_by_mean(model: nn.Module) -> bool:
     """Whether an average pooling is all that the head is set to: torch's own, or one of several kinds of pooling."""
-    pools = _outside(model, steps)
+    pools = _outside(model, _steps_of(model))
     average = any(
         isinstance(pool, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d) for pool in pools
     )

@@ -121,8 +121,13 @@ class Block(_Step):
     @cached_property
     def statistics(self) -> tuple[TokenStatistics, TokenStatistics]:
         """Of every token before and after the attention's update: what the block's two LayerNorms read."""
-        first, second = self.norms or (None, None)
-        return _statistics(self.base, first, self.centred), _statistics(self.between, second, self.centred)
+        second = None if self.norms is None else self.norms[1]
+        return self.own_statistics, _statistics(self.between, second, self.centred)
+
+    @cached_property
+    def own_statistics(self) -> TokenStatistics:
+        """Of every token before the attention's update."""
+        return _statistics(self.base, None if self.norms is None else self.norms[0], self.centred)
 
     def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
         """Share of each token after the attention that is the token before it; 1 where it takes no part.

@@ -27,6 +27,7 @@ from captum_lnstat import (
     UnsupportedModelError,
 )
 from captum_lnstat.recording.sites import AttentionSite
+from captum_lnstat.recording.stacked_sites import stacked_probabilities
 from captum_lnstat.rules.engine import run
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.maps import FrozenNorm
@@ -123,6 +124,25 @@ def test_fused_attention_is_computed_again(case, queries):
     for query in range(queries):
         expected = 0.0 if query == blind else 1.0
         assert torch.allclose(probabilities[:, :, query].sum(-1), torch.tensor(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", ["fused", "explicit", "stacked"])
+def test_what_a_mask_left_of_a_weight_is_nothing(way, dtype):
+    """Products of numbers such as 1e-44 are slow. Nothing else is changed, however small."""
+    q, k, v = (tensor.to(dtype) for tensor in _qkv(S))
+    mask = torch.zeros(S, S, dtype=dtype)
+    mask[:, 2], mask[:, 3] = -50, -200
+    if way == "explicit":
+        _, recording = record(lambda: ((q @ k.mT) / D**0.5 + mask).softmax(-1) @ v)
+    else:
+        _, recording = record(F.scaled_dot_product_attention, q, k, v, attn_mask=mask)
+    site = only_site(recording)
+    found = stacked_probabilities([site, site])[1] if way == "stacked" else whole(site)[0]
+    expected = ((q @ k.mT).double() / D**0.5 + mask).softmax(-1)
+    assert (found[..., 3] == 0).all()
+    assert (found[..., 2] > 0).all()
+    assert torch.allclose(found[..., :3].double(), expected[..., :3], rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize("case", SDPA)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid
+from captum_lnstat.recording.eager import named
 from captum_lnstat.recording.recording import Recording
-from captum_lnstat.topology.anatomy.embedding import convolutions, named, outside
+from captum_lnstat.topology.anatomy.embedding import convolutions, outside
 
 
 def patch_linear(model: nn.Module, lists: Iterable[nn.Module]) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.layout import Grid
-from captum_lnstat.recording.eager import recorded_name
+from captum_lnstat.recording.eager import named, names_and_modules
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.topology.anatomy.once import once
 from captum_lnstat.topology.anatomy.parts import Layer, is_residual_block
@@ -21,15 +21,10 @@ LISTS = (nn.ModuleList, nn.Sequential)
 IMAGE_CHANNELS = 16
 
 
-def named(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by the names that a recording has for them."""
-    return {recorded_name(name): module for name, module in model.named_modules()}
-
-
 @once
 def names_of(model: nn.Module) -> dict[int, str]:
     """The names that a recording has for modules, by their ``id``: for one wrapped by ``torch.compile``, too."""
-    return {id(module): recorded_name(name) for name, module in model.named_modules()}
+    return {id(module): name for name, module in names_and_modules(model)}
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-_NUMBERS = (int, bool, float, str, type(None))
-_SEVERAL = (tuple, list)
+_NUMBERS = frozenset({int, bool, float, str, type(None)})
+_SEVERAL = frozenset({tuple, list})
+_LOOKED_AT = _NUMBERS | _SEVERAL
 # What says nothing of the structure, or is a module's own bookkeeping.
 _PASSING = {"training", "_is_full_backward_hook", "_compiled_call_impl", "call_super_init"}
 
@@ -42,9 +43,11 @@ def structure_of(model: nn.Module) -> Structure:
         found += [None if parameter is None else parameter.shape for parameter in parameters.values()]
         for name, value in vars(module).items():
             kind = type(value)
+            if kind not in _LOOKED_AT:
+                continue
             if kind in _NUMBERS:
                 if name not in _PASSING:
                     found += (name, value)
-            elif kind in _SEVERAL and all(type(one) in _NUMBERS for one in value):
+            elif all(type(one) in _NUMBERS for one in value):
                 found += (name, tuple(value))
     return tuple(found)
