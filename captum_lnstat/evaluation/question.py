@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ class Batch:
         seed: The run's.
         fill: What replaces pixels, unless a metric says otherwise; empty for what is usual for each.
         partners: So many other images, all of different classes, for the grid game; None if there are not as many.
+        autocast: The dtype in which the model is asked of images with replaced pixels; None for its own.
     """
 
     examples: tuple[Example, ...]
@@ -58,6 +60,7 @@ class Batch:
     seed: int
     fill: str
     partners: Callable[[Example, int], list[Example] | None]
+    autocast: torch.dtype | None = None
 
     @property
     def names(self) -> list[str]:
@@ -82,8 +85,9 @@ class Batch:
         return torch.stack([_region(one) for one in self.examples]).to(self.images.device)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Class scores."""
-        with torch.no_grad():
+        """Class scores of images with replaced pixels."""
+        kind, dtype = images.device.type, self.autocast
+        with torch.no_grad(), torch.autocast(kind, dtype) if dtype else nullcontext():
             scores: Tensor = self.subject.forward(images)
         return scores
 

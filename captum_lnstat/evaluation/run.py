@@ -153,6 +153,7 @@ def _manifest(settings: Settings, dataset: Dataset, subject: Subject) -> dict[st
         "class": settings.explained,
         "fill": settings.fill,
         "seed": settings.seed,
+        **({"autocast": settings.autocast} if settings.autocast else {}),  # runs from before it was there go on
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ExplainedClass = Literal["true", "predicted"]
+Autocast = Literal["", "bfloat16", "float16"]
 
 
 class RunError(RuntimeError):
@@ -23,6 +24,7 @@ class Settings:
         metrics: The same.
         explained: Which class is explained: the image's own, or the predicted one.
         fill: What replaces pixels, for all metrics that do; empty for what is usual for each.
+        autocast: The dtype in which the model is asked of images with replaced pixels; empty for its own.
         seed: Of everything random.
         limit: So many samples, drawn by the seed; all if None.
         batch_size: Images at a time.
@@ -37,6 +39,7 @@ class Settings:
     metrics: str
     explained: ExplainedClass
     fill: str = ""
+    autocast: Autocast = ""
     seed: int = 0
     limit: int | None = None
     batch_size: int = 16

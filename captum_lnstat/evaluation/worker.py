@@ -79,7 +79,9 @@ class Worker:
                 raise RunError(f"{missing} has no class to ask for; take --class predicted")
             targets = torch.tensor([one.sample.target for one in examples], device=images.device)
         fill, seed = self.settings.fill, self.settings.seed
-        return Batch(examples, images, targets, predicted, self.subject, seed, fill, self.partners), confidence
+        autocast = getattr(torch, self.settings.autocast) if self.settings.autocast else None
+        batch = Batch(examples, images, targets, predicted, self.subject, seed, fill, self.partners, autocast)
+        return batch, confidence
 
     def _values(self, batch: Batch, method: Method) -> list[Record]:
         """What a method gets on every image; image by image if it fails on one of them."""

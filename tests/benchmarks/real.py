@@ -150,6 +150,7 @@ def measure(
             asked.metrics,
             asked.explained,
             limit=limit,
+            autocast=getattr(options, "autocast", ""),
             batch_size=options.batch_size,
         )
         try:

@@ -1,14 +1,11 @@
 """Every method that the package offers on the bench of ``real.py``, in one page: quality, cost, and both in a picture.
 
     python tests/benchmarks/rivals.py                              # all of it: many hours of one core
-    python tests/benchmarks/rivals.py --quick                      # 100 images a part at most, a fifth for slow methods
+    python tests/benchmarks/rivals.py --quick                      # 100 images a part at most, fewer for slow methods
     python tests/benchmarks/rivals.py --quick --minutes 60         # as many as the time allows
     python tests/benchmarks/rivals.py --tables                     # the page alone, from what is there
 
-writes ``docs/rivals.md`` and ``docs/pictures/rivals.png``. The records are those of ``real.py``, in the same
-``--folder``: a stopped run goes on. Images are added in rounds: a few for every row and part, then all of those of the
-cheap methods, then those of the slow ones, so that a run that is stopped has a table with fewer images, and not with
-fewer rows.
+writes ``docs/rivals.md`` and ``docs/pictures/rivals.png``. What is done in which order: ``rivals_running.py``.
 """
 
 from __future__ import annotations
@@ -16,8 +13,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +22,12 @@ from typing import Any
 
 import numpy as np
 import real
-import torch
-from real import Part
-from real_subjects import CLOTHES, DINO, REAL, Photographs, open_model, title
-from rivals_cost import Costs, cost
+from real_subjects import CLOTHES, DINO, REAL, title
+from rivals_cost import Costs
 from rivals_picture import BLIND, draw
+from rivals_running import PARTS, run
 
-from captum_lnstat.evaluation import figure, measures
+from captum_lnstat.evaluation import measures
 from captum_lnstat.evaluation.methods import names
 from captum_lnstat.evaluation.summary import SURE, summarize, table
 
@@ -39,36 +35,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "rivals.md"
 PICTURE = HERE.parents[1] / "docs" / "pictures" / "rivals.png"
 MODELS = ("deit", "vit", DINO, "tiny-swin-0", *CLOTHES)
-SLOW = 15  # forward passes from which a method is given a fifth of the images
-SLOWEST = 150  # and those from which it is given a tenth, of the first part alone
-ROUNDS = (0.2, 0.5, 1.0)
 LEAST = 5  # photographs from which a number counts in the quality
-
-# All that is asked of a map of one photograph is asked at once, for many maps cost more than what they are asked.
-PARTS: dict[str, Part] = {
-    "boxes": Part("Boxes", "pointing,energy,iou,ap,maxbox"),
-    "mosaics": real.PARTS["mosaics"],
-    "masks": Part("Masks, Oxford-IIIT pets", "segmentation", "predicted", 250, photographs="pets"),
-    "coefficient": Part("SaCo", "saco"),
-    "predicted": Part("Perturbation of the predicted class", "positive,negative", "predicted", photographs="all"),
-    "perturbation": Part("Perturbation", "positive,negative,insertion(steps=16),deletion(steps=16)"),
-    "scenes": Part("Scenes", "pointing,energy,iou,ap", photographs="all"),
-    "pairs": Part("Scenes with two objects", "two", photographs="pairs"),
-}
-SCENES = ("scenes", "pairs")
-OF_CLOTHES = (*SCENES, "predicted")  # what the models of clothes are asked
-# As many as 100, fewer where each takes many forward passes.
-QUICK = {
-    "boxes": 100,
-    "mosaics": 10,
-    "masks": 40,
-    "coefficient": 20,
-    "predicted": 20,
-    "perturbation": 10,
-    "scenes": 250,
-    "pairs": 100,
-}
-
 
 # Of every method the entries of the summary by the label of the column.
 Found = dict[str, dict[str, dict[str, Any]]]
@@ -115,45 +82,6 @@ COLUMNS = (
     Column("perturbation", "deletion(steps=16)", "deletion", "faithfulness"),
 )
 TABLES = {"Where the object is": ("boxes", "masks"), "Which class, and how faithful": ("mosaics", "faithfulness")}
-
-
-# Running.
-
-
-def rounds(parts: Sequence[str]) -> Iterator[tuple[float, str, bool]]:
-    """A share of the images, a part, and whether of the slow methods: a few images for all, then the cheap ones'."""
-    first, *later = ROUNDS
-    yield from ((first, part, slow) for slow in (False, True) for part in parts)
-    yield from ((share, part, slow) for slow in (False, True) for share in later for part in parts)
-
-
-def asked_of(model: str, part: str) -> bool:
-    """Whether a part has images for a model, and its score is asked of them."""
-    if model == DINO:
-        return part == "masks"
-    return part in OF_CLOTHES if model in CLOTHES else part not in SCENES
-
-
-def run(models: Sequence[Photographs], methods: Sequence[str], options: argparse.Namespace) -> None:
-    """All rounds, or as many as the time allows."""
-    ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-    costs = {model.name: cost(model, methods, options.folder) for model in models}
-    figure.png = lambda summary, title: b""  # a second for each of thousands of runs, and nobody looks at it
-    for share, part, slow in rounds(options.parts.split(",")):
-        whole = QUICK[part] if options.quick else PARTS[part].images
-        for model in models:
-            if not asked_of(model.name, part):
-                continue
-            for method in methods:
-                if time.monotonic() > ends:
-                    print("the time is over", file=sys.stderr)
-                    return
-                passes = costs[model.name][method]["passes"]
-                if passes is None or (passes > SLOW) != slow or (passes > SLOWEST and part != next(iter(PARTS))):
-                    continue
-                limit = max(1, round(whole * share / (10 if passes > SLOWEST else 5 if passes > SLOW else 1)))
-                asked = argparse.Namespace(limit=limit, again=False, batch_size=options.batch_size)
-                real.measure(model, part, [method], options.folder, asked, PARTS)
 
 
 # The page.
@@ -277,6 +205,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="100 images a part at most")
     parser.add_argument("--minutes", type=float, help="stop then, and write the page")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="%(default)s")
     parser.add_argument("--device", default="cpu", help="%(default)s")
     parser.add_argument("--tables", action="store_true", help="measure nothing; write the page")
     parser.add_argument("--data", type=Path, default=REAL, help="photographs and weights; %(default)s")
@@ -284,7 +213,6 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE, help="%(default)s")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="%(default)s")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     models, methods = options.models.split(","), real.names_of(options.methods)
     if unknown := set(options.parts.split(",")) - set(PARTS):
         parser.error(f"unknown part {unknown.pop()!r}; expected {', '.join(PARTS)}")
@@ -294,8 +222,7 @@ def main() -> None:
             measured = [name for name in models if name != DINO]
         else:
             measured = models
-        opened = [open_model(name, options.split, options.data, options.folder, options.device) for name in measured]
-        run(opened, methods, options)
+        run(measured, methods, options)
     write(models, methods, options)
 
 

@@ -15,6 +15,7 @@ import real
 import real_subjects
 import rivals
 import rivals_own_code
+import rivals_running
 
 
 def entry(value, higher=True, n=30):
@@ -42,22 +43,29 @@ def test_quality_is_the_way_from_the_random_map_to_the_best():
 def test_images_are_added_in_rounds(monkeypatch, tmp_path):
     asked = []
     costs = {name: {"passes": passes} for name, passes in (("a", 2), ("refused", None), ("b", 20), ("c", 900))}
-    monkeypatch.setattr(rivals, "cost", lambda model, methods, folder: costs)
+    monkeypatch.setattr(rivals_running, "cost", lambda model, methods, folder: costs)
+    monkeypatch.setattr(rivals_running, "model_of", lambda name, options: rivals_running.argparse.Namespace(name=name))
+    monkeypatch.setattr(real, "dataset_of", lambda model, part, folder: None)
     monkeypatch.setattr(
         real,
         "measure",
         lambda model, part, methods, folder, options, parts: asked.append((part, methods[0], options.limit)),
     )
-    options = rivals.argparse.Namespace(parts="boxes,masks", quick=True, minutes=None, folder=tmp_path, batch_size=8)
-    monkeypatch.setattr(rivals.figure, "png", None)
-    rivals.run([rivals.argparse.Namespace(name="mini")], list(costs), options)
+    options = rivals.argparse.Namespace(parts="boxes,masks", quick=True, minutes=9, folder=tmp_path, batch_size=8)
+    options.processes = 1
+    monkeypatch.setattr(rivals_running.figure, "png", rivals_running.figure.png)
+    rivals.run(["mini"], list(costs), options)
     # A few for all, the slow ones last; then all of the cheap one's, then the others'.
-    assert asked[:5] == [("boxes", "a", 20), ("masks", "a", 8), ("boxes", "b", 4), ("boxes", "c", 2), ("masks", "b", 2)]
+    assert asked[:5] == [("boxes", "a", 20), ("masks", "a", 8), ("boxes", "b", 4), ("boxes", "c", 1), ("masks", "b", 2)]
     assert asked[5:9] == [("boxes", "a", 50), ("masks", "a", 20), ("boxes", "a", 100), ("masks", "a", 40)]
-    assert asked[-3:] == [("boxes", "b", 20), ("boxes", "c", 10), ("masks", "b", 8)]
+    assert asked[-3:] == [("boxes", "b", 20), ("boxes", "c", 5), ("masks", "b", 8)]
+    asked.clear()
+    options.minutes = None  # nothing is done twice where it need not be stopped
+    rivals.run(["mini"], ["b", "a"], options)
+    assert asked == [("boxes", "a", 100), ("masks", "a", 40), ("boxes", "b", 20), ("masks", "b", 8)]
     asked.clear()
     options.minutes = 1e-9
-    rivals.run([rivals.argparse.Namespace(name="mini")], ["a"], options)
+    rivals.run(["mini"], ["a"], options)
     assert asked == []
 
 
@@ -67,14 +75,14 @@ def test_photographs_that_the_last_row_lacks_are_left_out():
 
 
 def test_the_page_and_its_picture(tmp_path, monkeypatch, scenes):  # noqa: F811
-    monkeypatch.setattr(rivals, "open_model", real.open_model)
-    monkeypatch.setattr(rivals.figure, "png", rivals.figure.png)
+    monkeypatch.setattr(rivals_running, "opened", lambda name, split, *places: real.open_model(name, split, *places))
+    monkeypatch.setattr(rivals_running.figure, "png", rivals_running.figure.png)
     page, picture, folder = tmp_path / "page.md", tmp_path / "rivals.png", tmp_path / "real"
     page.write_text("# Mine\n\n<!-- tables -->\n\nold\n")
     common = ["--folder", str(folder), "--page", str(page), "--picture", str(picture), "--models", "mini"]
-    common += ["--methods", "rollout,chefer,random,centre"]
+    common += ["--methods", "rollout,chefer,random,centre", "--processes", "1"]
     monkeypatch.setattr(sys, "argv", ["rivals.py", *common, "--parts", "boxes,mosaics", "--quick"])
-    monkeypatch.setattr(rivals, "QUICK", {"boxes": 12, "mosaics": 2})
+    monkeypatch.setattr(rivals_running, "QUICK", {"boxes": 12, "mosaics": 2})
     rivals.main()
     text = page.read_text()
     assert text.startswith("# Mine\n\n<!-- tables -->\n\nSplit: **report**.")
@@ -95,9 +103,10 @@ def test_the_page_and_its_picture(tmp_path, monkeypatch, scenes):  # noqa: F811
 
 
 def test_the_models_of_clothes_are_asked_about_scenes():
-    assert [part for part in rivals.PARTS if rivals.asked_of("vit-mini", part)] == ["predicted", "scenes", "pairs"]
-    assert [part for part in rivals.PARTS if not rivals.asked_of("deit", part)] == ["scenes", "pairs"]
-    assert [part for part in rivals.PARTS if rivals.asked_of("dinov2", part)] == ["masks"]
+    asked = {name: [part for part in rivals.PARTS if rivals_running.asked_of(name, part)] for name in rivals.MODELS}
+    assert asked["vit-mini"] == ["predicted", "scenes", "pairs"]
+    assert set(rivals.PARTS) - set(asked["deit"]) == {"scenes", "pairs"}
+    assert asked["dinov2"] == ["masks"]
     model = real_subjects.open_model("vit-mini", "report", Path("nowhere"), Path("nowhere"))
     pairs = model.pairs()
     assert {pairs[index].only_two for index in (0, len(pairs) - 1)} == {True}
