@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.attribution.lnstat import LNStatAttribution
 from captum_lnstat.recording.hooks import Hooks
+from captum_lnstat.topology.anatomy.structure import structure_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,6 +52,8 @@ class GradCam:
     def __init__(self, forward: Callable[..., Any], model: nn.Module, layer: str | None = None) -> None:
         self.forward, self.model = forward, model
         self.layer = last_first_norm(model) if layer is None else layer
+        self._asked: Any = None
+        self._found: tuple[tuple[int, ...], int] = (0, 0), 0
         try:
             self.module = model.get_submodule(self.layer)
         except AttributeError:
@@ -121,19 +124,27 @@ class GradCam:
 
     def _grid(self, tokens: int, images: Tensor) -> tuple[int, int, int]:
         """Rows, columns and prefix tokens of a flat sequence of tokens."""
-        found = LNStatAttribution(self.forward, self.model, rule="rollout").describe(images[:1])
-        rows, columns = found.grid
+        (height, width), before = self._patches(images)
+        rows, columns = height, width
         while rows >= 1 and columns >= 1:
-            for prefix in dict.fromkeys((found.prefix_tokens, 0)):
+            for prefix in dict.fromkeys((before, 0)):
                 if tokens == prefix + rows * columns:
                     return rows, columns, prefix
             if (rows, columns) == (1, 1):
                 break
             rows, columns = -(-rows // 2), -(-columns // 2)
         raise ValueError(
-            f"layer {self.layer!r} has {tokens} tokens, neither the {found.grid[0]} x {found.grid[1]} patches "
-            f"after {found.prefix_tokens} prefix tokens nor a stage of them; name another layer"
+            f"layer {self.layer!r} has {tokens} tokens, neither the {height} x {width} patches "
+            f"after {before} prefix tokens nor a stage of them; name another layer"
         )
+
+    def _patches(self, images: Tensor) -> tuple[tuple[int, ...], int]:
+        """Rows and columns of patches, and the tokens before them: a forward pass, once for a size and a model."""
+        asked = images.shape[1:], self.forward, structure_of(self.model)
+        if self._asked != asked:
+            found = LNStatAttribution(self.forward, self.model, rule="rollout").describe(images[:1])
+            self._asked, self._found = asked, (tuple(found.grid), found.prefix_tokens)
+        return self._found
 
 
 class HiResCAM(GradCam):

@@ -170,13 +170,24 @@ def with_cost(line: str, total: dict[str, str], costs: Costs) -> str:
     return f"|{name}| {' | '.join(shown)} |{rest}"
 
 
+def rounded(folder: Path) -> str:
+    """What is said of the parts in which the models were asked in half the digits."""
+    found = {
+        (path.parents[1].name, kept["autocast"])
+        for path in folder.rglob("manifest.json")
+        if "autocast" in (kept := json.loads(path.read_text()))
+    }
+    names = sorted(f"{PARTS[part].title.lower()} in {dtype}" for part, dtype in found if part in PARTS)
+    return f" The models were asked of perturbed images in half the digits: {', '.join(names)}." if names else ""
+
+
 def write(models: Sequence[str], methods: Sequence[str], options: argparse.Namespace) -> None:
     """The page and its picture, from all records that there are; what stands above the tables stays."""
     text = [
         f"Split: **{options.split}**. Made by `python tests/benchmarks/rivals.py`. In brackets: 95 % bootstrap "
         f"interval over photographs, 2,000 resamples. `+` better, `-` worse than `{methods[0]}`: p < {SURE}, paired "
         "permutation test on the photographs that both have, not corrected for the number of comparisons. ↑ higher is "
-        "better, ↓ lower."
+        "better, ↓ lower." + rounded(options.folder)
     ]
     pages = {}
     for model in models:

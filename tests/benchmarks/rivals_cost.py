@@ -6,7 +6,7 @@ import ctypes
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +37,28 @@ class _NoModules:
         pass
 
 
-def _operations(run: Any) -> int:
-    """Floating-point operations, counted; the fused kernel of the CPU as the attention that it is."""
+def _measured(run: Callable[[], object]) -> tuple[float, float | None]:
+    """Floating-point operations, and the most MiB held at once over what is held before (Linux, the CPU).
+
+    The fused kernel of the CPU counts as the attention that it is.
+    """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter: Any = FlopCounterMode(display=False, custom_mapping={kernel: _attention})
     counter.mod_tracker = _NoModules()
+    seen = Path("/proc/self/clear_refs").exists()
+    if seen:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
     with counter:
         run()
-    return counter.get_total_flops()
+    return counter.get_total_flops(), _resident("VmHWM") - before if seen else None
 
 
 def _resident(field: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
-
-
-def _mebibytes(run: Any) -> float | None:
-    """The most that is held at once over what is held before (Linux, the CPU)."""
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    run()
-    return _resident("VmHWM") - before
 
 
 def cost(model: Photographs, methods: Sequence[str], folder: Path) -> Costs:
@@ -82,7 +79,7 @@ def cost(model: Photographs, methods: Sequence[str], folder: Path) -> Costs:
             subject.forward(image)
 
     forward()
-    plain = _operations(forward)
+    plain, _ = _measured(forward)
     for name in methods:
         if name not in known:
             (method,) = build(name, subject)
@@ -90,14 +87,17 @@ def cost(model: Photographs, methods: Sequence[str], folder: Path) -> Costs:
             def run(method: Any = method) -> None:
                 method.maps(image, target, ["one"])
 
-            try:  # the first run, which loads what is loaded when first used
-                passes = _operations(run) / plain
+            try:
+                operations, mib = _measured(run)
+                # The first run loads what is loaded once, and asks the model where patches lie.
+                if operations < 10 * plain:
+                    operations, mib = _measured(run)
             except (UnsupportedModelError, ValueError) as error:
                 known[name] = {"passes": None, "mib": None}
                 print(f"{model.name}: {name} is refused: {error}", file=sys.stderr)
             else:
-                known[name] = {"passes": passes, "mib": _mebibytes(run)}
-                print(f"{model.name}: {name}, {passes:.2f} forward passes", file=sys.stderr)
+                known[name] = {"passes": operations / plain, "mib": mib}
+                print(f"{model.name}: {name}, {operations / plain:.2f} forward passes", file=sys.stderr)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(known, indent=1))
     return known

@@ -166,11 +166,26 @@ def test_a_limit_is_a_draw_that_a_larger_one_goes_on_with():
     assert drawn(1000, 0) == drawn(None, 0) == list(range(1000))
 
 
+def test_images_with_replaced_pixels_can_be_asked_for_in_another_dtype(tmp_path, subject, small_scenes):
+    """Maps, and what is measured on them alone, are the same; probabilities are rounded."""
+    asked = {"methods": "lnstat", "metrics": "iou,deletion(steps=4),saco"}
+    run(tmp_path / "own", subject, small_scenes, **asked)
+    run(tmp_path / "rounded", subject, small_scenes, autocast="bfloat16", **asked)
+    own, rounded = rows_of(tmp_path / "own"), rows_of(tmp_path / "rounded")
+    assert [row["iou"] for row in own] == [row["iou"] for row in rounded]
+    name = "deletion(steps=4)"  # asked once of a scene with two objects
+    pairs = [[float(row[name]) for row in rows if row[name]] for rows in (own, rounded)]
+    assert len(pairs[0]) == 8
+    assert pairs[0] != pairs[1]
+    np.testing.assert_allclose(*pairs, atol=0.02)
+
+
 def test_other_settings_or_weights_do_not_go_on(tmp_path, subject, small_scenes):
     run(tmp_path / "run", subject, small_scenes, limit=2)
     for more, named in (
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"fill": "mean"}, "fill"),
+        ({"autocast": "bfloat16"}, "autocast"),
         ({"metrics": "iou"}, "metrics"),
     ):
         with pytest.raises(ResumeError, match=named):

@@ -219,6 +219,23 @@ def test_gradcam_is_captums_where_the_layer_is_an_image(family):
         torch.testing.assert_close(method.maps(images, TARGETS, ["a", "b"]), expected[:, 0])
 
 
+def test_gradcam_asks_for_the_grid_once(images):
+    """One pass of the model a call: where its patches lie is known from the first."""
+    model = VisionTransformer(img_size=64, patch_size=16, embed_dim=8, depth=2, num_heads=2, dynamic_img_size=True)
+    passes = []
+    model.eval().register_forward_pre_hook(lambda *_: passes.append(1))
+    method = GradCam(model, model)
+    counted = []
+    for asked in (images, images, images[..., :32, :], images):
+        method.attribute(asked, 1)
+        counted.append(len(passes))
+        passes.clear()
+    assert counted == [2, 1, 2, 2]
+    model.blocks = model.blocks[:1]
+    with pytest.raises(ValueError, match="ran 0 times"):
+        method.attribute(images, 1)
+
+
 def test_gradcam_at_a_convolution_is_captums(subject, images):
     layer = subject.model.patch_embed.proj
     for parameter in subject.model.parameters():

@@ -1,6 +1,7 @@
 """The page that compares all methods: rounds, cost, quality, and a run that goes on."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -100,6 +101,23 @@ def test_the_page_and_its_picture(tmp_path, monkeypatch, scenes):  # noqa: F811
     rivals.main()
     assert {path: path.read_bytes() for path in kept} == kept
     assert page.read_text() == text
+
+
+def test_processes_share_the_rows(tmp_path):
+    """The same records as one process makes."""
+    found = []
+    for processes in ("1", "2"):
+        folder = tmp_path / processes
+        options = ["--folder", folder, "--page", tmp_path / "page.md", "--picture", tmp_path / "picture.png"]
+        options += ["--models", "vit-mini", "--parts", "pairs", "--methods", "centre,random", "--quick"]
+        command = [sys.executable, rivals.__file__, *map(str, options), "--processes", processes]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        rows = sorted(folder.rglob("*.jsonl"))
+        assert len(rows) == 2
+        records = [[json.loads(line) for line in path.read_text().splitlines()] for path in rows]
+        found.append([[(one["index"], one["methods"].popitem()[1]["two"]) for one in row] for row in records])
+    assert found[0] == found[1]
 
 
 def test_the_models_of_clothes_are_asked_about_scenes():
