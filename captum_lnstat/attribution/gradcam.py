@@ -52,8 +52,8 @@ class GradCam:
     def __init__(self, forward: Callable[..., Any], model: nn.Module, layer: str | None = None) -> None:
         self.forward, self.model = forward, model
         self.layer = last_first_norm(model) if layer is None else layer
-        self._asked: Any = None
-        self._found: tuple[tuple[int, ...], int] = (0, 0), 0
+        # What was asked last, and the answer.
+        self._last: tuple[Any, tuple[tuple[int, ...], int]] = None, ((0, 0), 0)
         try:
             self.module = model.get_submodule(self.layer)
         except AttributeError:
@@ -141,10 +141,12 @@ class GradCam:
     def _patches(self, images: Tensor) -> tuple[tuple[int, ...], int]:
         """Rows and columns of patches, and the tokens before them: a forward pass, once for a size and a model."""
         asked = images.shape[1:], self.forward, structure_of(self.model)
-        if self._asked != asked:
-            found = LNStatAttribution(self.forward, self.model, rule="rollout").describe(images[:1])
-            self._asked, self._found = asked, (tuple(found.grid), found.prefix_tokens)
-        return self._found
+        known, found = self._last  # another thread may ask for another size meanwhile
+        if known != asked:
+            described = LNStatAttribution(self.forward, self.model, rule="rollout").describe(images[:1])
+            found = tuple(described.grid), described.prefix_tokens
+            self._last = asked, found
+        return found
 
 
 class HiResCAM(GradCam):
