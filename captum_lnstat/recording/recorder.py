@@ -131,12 +131,14 @@ class Recorder(TorchFunctionMode):
         try:
             looked_at = self._taps | {self._model, self._head_begins, self._head_follows}
             for name, module in names_and_modules(self._model):
+                if type(module) in LEAVES and module not in looked_at:
+                    continue
                 passed_on = module in self._places or module is self._head_follows
                 rms_norm = rms_channels(module) is not None
                 if module in looked_at or passed_on or rms_norm:
                     first = unseen(self._passing_on(name)) if passed_on else None
                     self._hooks.add(module, unseen(self._entering(name)), unseen(self._leaving(name, rms_norm)), first)
-                elif type(module) not in LEAVES:
+                else:
                     self._hooks.add(module, *stamps(name, self._running))
         except BaseException:
             self._hooks.remove()
