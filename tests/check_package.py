@@ -17,7 +17,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WHEEL_BYTES, IMPORT_SECONDS = 12_000_000, 1.0
+WHEEL_BYTES = 12_000_000
+# Imports take so much of the time that those of torch and timm take; seconds are not the same on two machines.
+IMPORT_PART = 0.4
 
 # What a stranger does first, with every warning an error, as in ``python -W error``.
 FIRST_USE = """
@@ -116,8 +118,8 @@ def main() -> None:
             print(f"import of {step}: {taken:.2f} s of CPU time")
         own = sum(seconds.values()) - seconds["torch and timm"]
         print(f"beyond torch and timm: {own:.2f} s")
-        if own > IMPORT_SECONDS:
-            sys.exit(f"imports take more than {IMPORT_SECONDS} s beyond torch and timm")
+        if own > IMPORT_PART * seconds["torch and timm"]:
+            sys.exit(f"imports take more than {IMPORT_PART} of the time that those of torch and timm take")
 
 
 if __name__ == "__main__":
