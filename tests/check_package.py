@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WHEEL_BYTES = 12_000_000
 # Imports take so much of the time that those of torch and timm take; seconds are not the same on two machines.
-IMPORT_PART = 0.4
+IMPORT_PART = 0.3
 
 # What a stranger does first, with every warning an error, as in ``python -W error``.
 FIRST_USE = """
