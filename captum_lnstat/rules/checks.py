@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, warn_caller
+from captum_lnstat.recording.eager import named
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.rules.verdicts import expect
 from captum_lnstat.topology.anatomy.projections import without_gradient
@@ -103,7 +104,7 @@ def check_size(image: Tensor, model: nn.Module, entrance: str, *, direct: bool) 
         entrance: Name of its patch embedding.
         direct: The images are given to the transformer as they are, so that their channels are its own.
     """
-    embed = model.get_submodule(entrance) if entrance else None
+    embed = named(model).get(entrance) if entrance else None
     reason = size_not_taken(embed, (image.shape[-2], image.shape[-1]))
     if reason is not None:
         raise ValueError(

@@ -53,7 +53,7 @@ def read_many(
     scratch, more = weights.new_empty(0), DEVICE if has_a_queue(weights.device) else 1
     for image, its_groups, its_keys in _pieces(images, groups // images, keys, SIDE_BY_SIDE * more):
         # Keys last, those of several groups side by side.
-        some_weights = _less_the_least(weights[its_groups, :, :, its_keys].permute(2, 1, 0, 3).flatten(2))
+        some_weights = weights[its_groups, :, :, its_keys].permute(2, 1, 0, 3).flatten(2).contiguous()
         some_values = values[its_groups, :, its_keys].permute(1, 3, 0, 2).flatten(2).contiguous()
         total = some_weights.new_zeros(scores, some_weights.shape[-1])
         for first, last in _runs(used[its_groups], max(1, HELD * more // (width * total.shape[1]))):
@@ -64,15 +64,6 @@ def read_many(
             torch.addmm(total, rows[image, :, first * width : last * width], weighted.flatten(0, 2), out=total)
         found[its_groups, its_keys] = total.reshape(scores, its_groups.stop - its_groups.start, -1).permute(1, 2, 0)
     return found
-
-
-def _less_the_least(weights: Tensor) -> Tensor:
-    """Zeros for what is too small to be seen in a sum with the largest of them.
-
-    A mask of -100 before a softmax leaves 1e-44, and products of such numbers take a CPU twenty times as long.
-    """
-    size = weights.abs()
-    return torch.where(size < size.amax() * torch.finfo(weights.dtype).eps ** 4, 0, weights).contiguous()
 
 
 def _pieces(images: int, per_image: int, keys: int, beside: int) -> Iterator[tuple[int, slice, slice]]:

@@ -59,7 +59,7 @@ class WindowedTopology(Topology):
 
     @property
     def taps(self) -> Iterable[nn.Module]:
-        yield from (self._patches, self._entrance)
+        yield from (self._patches, _entrance(self.model))
         if self._last_norm is not None:
             yield self._last_norm
         for step in self._steps:
@@ -71,11 +71,7 @@ class WindowedTopology(Topology):
 
     @property
     def entrance(self) -> str:
-        return self._names[id(self._entrance)]
-
-    @property
-    def _entrance(self) -> nn.Module:
-        return _entrance(self.model)
+        return self._names[id(_entrance(self.model))]
 
     @property
     def head_follows(self) -> nn.Module:

@@ -41,30 +41,6 @@ def test_pieces_add_up_to_the_sum(
     torch.testing.assert_close(said, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-30])
-def test_what_a_mask_left_of_a_weight_is_not_multiplied(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers below the smallest normal one, as ``softmax`` makes them of -100: products of them are slow."""
-    weights = torch.rand(2, 2, 3, 5) * scale
-    weights[:, :, :, ::2] *= 3.7e-44 / scale
-    values, directions = torch.randn(2, 2, 5, 4), torch.randn(1, 3, 6, 8)
-    seen: list[torch.Tensor] = []
-    product = torch.addmm
-
-    def addmm(total: torch.Tensor, rows: torch.Tensor, weighted: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        seen.append(weighted.clone())
-        return product(total, rows, weighted, out=out)
-
-    monkeypatch.setattr(torch, "addmm", addmm)
-    found = read_many(weights, values, directions, torch.ones(2, 3, dtype=torch.bool))
-    split = directions.double().reshape(3, 6, 2, 4)
-    expected = torch.einsum("whkj,whjc,kshc->wjs", weights.double(), values.double(), split)
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    least = torch.finfo(torch.float32).tiny
-    assert seen
-    # Of scores as small as that themselves nothing is taken away.
-    assert scale < 1 or all(bool(((one == 0) | (one.abs() >= least)).all()) for one in seen)
-
-
 @pytest.mark.parametrize("rule", ["lnstat", "evidence"])
 @pytest.mark.parametrize("size", [(96, 128), (112, 112), (60, 92)])
 def test_four_stages_with_shift_mask_and_padding(size: tuple[int, int], rule: str) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 
 _NUMBERS = frozenset({int, bool, float, str, type(None)})
-_SEVERAL = frozenset({tuple, list})
-_LOOKED_AT = _NUMBERS | _SEVERAL
+_LOOKED_AT = _NUMBERS | {tuple, list}
 # What says nothing of the structure, or is a module's own bookkeeping.
 _PASSING = {"training", "_is_full_backward_hook", "_compiled_call_impl", "call_super_init"}
 
