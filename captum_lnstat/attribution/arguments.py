@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
+from captum_lnstat.recording.verdicts import expect
 from captum_lnstat.rules.checks import check_image
-from captum_lnstat.rules.verdicts import expect
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -22,10 +22,17 @@ def check_switch(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r}; expected True or False")
 
 
+def check_memory(value: object) -> int | None:
+    """The bytes, if they are a positive number of them; ``None`` is no bound."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"max_memory is {value!r}; expected a number of bytes, or None for as many as fit")
+    return value
+
+
 def check_finite(grid: Tensor) -> Tensor:
     """The relevance, if it is finite."""
     expect(
-        torch.isfinite(grid),
+        grid - grid == 0,
         lambda: RecordingError(
             "the relevance is not finite: something in the forward pass overflowed. Expected activations whose "
             "variance fits the model's dtype"

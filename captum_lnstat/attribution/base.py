@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from copy import copy
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from captum.attr import GradientAttribution
 from torch import Tensor, nn
 
-from captum_lnstat.attribution.arguments import check_choice, check_finite, joined, the_image
+from captum_lnstat.attribution.arguments import check_choice, check_finite, check_memory, joined, the_image
 from captum_lnstat.attribution.batches import chunks
+from captum_lnstat.attribution.compiled import CompiledAttribution
 from captum_lnstat.attribution.describe import describe_pass
 from captum_lnstat.attribution.pixels import Interpolation, check_interpolation, to_pixels
 from captum_lnstat.description import Description
 from captum_lnstat.errors import warn_caller
+from captum_lnstat.recording.devices import maps_within
 from captum_lnstat.recording.forward import (
     ForwardArgs,
     Output,
@@ -27,11 +31,14 @@ from captum_lnstat.recording.forward import (
     log_usage,
 )
 from captum_lnstat.recording.fusion import check_fusion
+from captum_lnstat.recording.verdicts import read_at_the_end, remark
 from captum_lnstat.rules.checks import check_fits
 from captum_lnstat.rules.engine import Pass, run
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import Rule
-from captum_lnstat.rules.verdicts import read_at_the_end
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 UNREAD = (
     "the score has no gradient at the tokens. It is saturated or constant there (a sure sigmoid or softmax, a clamp, a "
@@ -77,6 +84,7 @@ class GridAttribution(OnePass):
         settings: Settings,
         interpolation: Interpolation,
         output: Output = None,
+        max_memory: int | None = None,
     ) -> None:
         if not callable(forward_func):
             raise TypeError(
@@ -101,6 +109,7 @@ class GridAttribution(OnePass):
         self.settings = settings
         self.interpolation = interpolation
         self.output = output
+        self.max_memory = check_memory(max_memory)
 
     @property
     @abstractmethod
@@ -159,6 +168,53 @@ class GridAttribution(OnePass):
         For a method that is the same for every class a target does not matter, but has to fit the output.
         """
         return self._attribute(inputs, target, additional_forward_args, internal_batch_size)[0]
+
+    def compile(
+        self,
+        example: Tensor | tuple[Tensor, ...],
+        target: Target = None,
+        additional_forward_args: ForwardArgs = None,
+        *,
+        backend: str | Callable[..., Any] | None = "inductor",
+        mode: str | None = None,
+    ) -> CompiledAttribution:
+        """The method for images of one shape as one graph with the model, without Python on the way.
+
+        On a GPU at small batches, and for small models on a CPU, most of the time of an explanation is that of the
+        host; a compiled one has none. It takes some ten seconds to compile.
+
+        Args:
+            example: Images of the shape, dtype and device that it will be given, as for ``attribute``.
+            target: A tensor of one class an image, which then goes with every call; or any other form of target, which
+                then is that of all calls.
+            additional_forward_args: As for ``attribute``; the same in all calls.
+            backend: As for ``torch.compile``; ``None`` runs the graph as it was captured.
+            mode: As for ``torch.compile``: ``"reduce-overhead"`` replays it as a CUDA graph.
+
+        Returns:
+            An object with ``attribute(inputs, target)`` and ``relevance(inputs, target)``.
+
+        Raises:
+            UnsupportedModelError: The model is in train mode, or something in it is no function of torch.
+            RecordingError: The compiled map is not that of the method.
+
+        Example:
+            >>> import torch
+            >>> from captum_lnstat import LNStatAttribution, zoo
+            >>> lnstat = LNStatAttribution(zoo.load("vit-mini").model)
+            >>> images, classes = torch.rand(2, 3, 64, 64), torch.tensor([1, 4])
+            >>> compiled = lnstat.compile(images, classes, backend=None)
+            >>> compiled.attribute(torch.rand(2, 3, 64, 64), target=torch.tensor([0, 6])).shape
+            torch.Size([2, 3, 64, 64])
+        """
+        method = copy(self)
+
+        def explain(image: Tensor, wanted: Target) -> tuple[Tensor, Tensor]:
+            outcome, relevance = explain_batch(method, image, [wanted], additional_forward_args)
+            with torch.inference_mode(False), torch.no_grad():
+                return check_fits(method._to_inputs(outcome, relevance.grid, image)), relevance.grid
+
+        return CompiledAttribution(explain, self.transformer, the_image(example), target, backend=backend, mode=mode)
 
     def describe(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None
@@ -248,10 +304,10 @@ def explain_batch(
     additional_forward_args: ForwardArgs = None,
 ) -> tuple[Pass, Relevance]:
     """The pass and the relevance of the first target; a map of nothing is warned about."""
-    with read_at_the_end():
+    with read_at_the_end(), maps_within(method.max_memory):
         outcome = record(method, inputs, targets, additional_forward_args)
         relevance = relevance_of(method, outcome)
-    warn_of_nothing(method.method, outcome, relevance)
+        warn_of_nothing(method.method, outcome, relevance)
     return outcome, relevance[0]
 
 
@@ -264,16 +320,18 @@ def warn_of_nothing(rule: Rule, outcome: Pass, found: Sequence[Relevance], *, un
         found: The relevance of every score.
         unread_only: Only of the maps of scores without a gradient.
     """
-    empty = ~torch.stack([one.grid for one in found], 1).flatten(2).any(-1)  # (batch, score)
-    if not bool(empty.any()):
-        return
+    grids = found[0].grid[:, None] if len(found) == 1 else torch.stack([one.grid for one in found], 1)
+    something = grids.flatten(2).any(-1)  # (batch, score)
+    remark(something, partial(_say_what_is_empty, something, rule, outcome, unread_only))
+
+
+def _say_what_is_empty(something: Bool[Tensor, "batch score"], rule: Rule, outcome: Pass, unread_only: bool) -> None:
+    empty = ~something
     known = rule.class_specific and rule.differentiable == "head" and not outcome.head.reads
     unread = outcome.head.cotangent[0].unread() if known else torch.zeros_like(empty)
     for which, why in ((empty & unread, UNREAD), (empty & ~unread, NOTHING)):
         images = which.any(1).nonzero()[:, 0].tolist()
         if images and not (unread_only and why is NOTHING):
             of = f" for targets {', '.join(map(str, which.any(0).nonzero()[:, 0].tolist()))} of those given"
-            warn_caller(
-                f"the map of image {', '.join(map(str, images))} of the batch{of if len(found) > 1 else ''} is zero "
-                f"everywhere: {why}"
-            )
+            of = of if empty.shape[1] > 1 else ""
+            warn_caller(f"the map of image {', '.join(map(str, images))} of the batch{of} is zero everywhere: {why}")

@@ -138,7 +138,7 @@ def _heads(block: Block, outcome: Pass, lnstat: LNStatAttribution) -> HeadReleva
     trace, settings = outcome.trace, lnstat.settings
     at_output = rollout(outcome.above(block, into=False), settings)[0]
     row = torch.cat([at_output.prefix, at_output.grid.flatten(1)], 1)[:, -block.after.shape[1] :]
-    rest = ((1 - block.residual_share(settings.residual)) * row)[..., None]
+    rest = (block.shares_of(settings.residual)[1] * row)[..., None]
     grids, above = [], trace.above(block, into=True)
     for head in range(block.site.shape[1]):
         came = propagate(block, rest, fusion=lambda maps, head=head: maps[:, head])  # type: ignore[misc]

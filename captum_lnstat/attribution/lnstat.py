@@ -11,12 +11,13 @@ from captum_lnstat.attribution.arguments import check_switch, joined
 from captum_lnstat.attribution.base import GridAttribution, record, relevance_of, warn_of_nothing
 from captum_lnstat.attribution.pixels import Interpolation
 from captum_lnstat.errors import warn_caller
+from captum_lnstat.recording.devices import maps_within
 from captum_lnstat.recording.forward import ForwardArgs, Output, Target, TensorOrTuple, log_usage
 from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.recording.statistics import ResidualShare
+from captum_lnstat.recording.verdicts import read_at_the_end
 from captum_lnstat.rules import Rule, Settings, find_rule, rule_names
 from captum_lnstat.rules.rule import DEFAULT
-from captum_lnstat.rules.verdicts import read_at_the_end
 from captum_lnstat.trace.steps import MergingShare
 
 
@@ -89,6 +90,9 @@ class LNStatAttribution(GridAttribution):
         output (str, int or Callable, optional): Which scores to explain if ``forward_func`` returns several: a key or
             attribute, a position, or a function of what it returns. By default the tensor itself, or a Hugging Face
             output's ``logits``.
+        max_memory (int, optional): Bytes that attention maps, and what is made of them, may take at once. By default as
+            many as stay in the cache on a CPU, and half of what a GPU has left. A small bound is slower, not another
+            map; some queries of one head are always taken.
         evidence_residual (str, optional): Deprecated: ``residual`` is the share of every rule.
 
     Raises:
@@ -124,6 +128,7 @@ class LNStatAttribution(GridAttribution):
         normalized: bool = True,
         interpolation: Interpolation = "bilinear",
         output: Output = None,
+        max_memory: int | None = None,
         evidence_residual: ResidualShare | None = None,
     ) -> None:
         chosen = find_rule(rule)
@@ -132,7 +137,9 @@ class LNStatAttribution(GridAttribution):
         check_switch("normalized", normalized)
         fusion = chosen.head_fusion if head_fusion is None else head_fusion
         settings = Settings(residual, fusion, merging, normalized)
-        super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
+        super().__init__(
+            forward_func, model, settings=settings, interpolation=interpolation, output=output, max_memory=max_memory
+        )
         given = {
             "residual": residual != "deviation",
             "head_fusion": head_fusion is not None,
@@ -198,10 +205,10 @@ class LNStatAttribution(GridAttribution):
             )
         if not targets:
             raise ValueError("targets is empty; expected at least one")
-        with read_at_the_end():
+        with read_at_the_end(), maps_within(self.max_memory):
             outcome = record(self, inputs, targets, additional_forward_args)
             relevance = relevance_of(self, outcome)
-        warn_of_nothing(self.method, outcome, relevance)
+            warn_of_nothing(self.method, outcome, relevance)
         return joined([one.grid[None] for one in relevance])
 
     @overload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from captum_lnstat.metrics.checks import check_images, result_dtype
 from captum_lnstat.metrics.perturbation import fill_images, removal_ranks
-from captum_lnstat.metrics.targets import Classes, class_indices, class_scores
+from captum_lnstat.metrics.targets import Classes, class_indices, scores_of_each
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -66,16 +67,12 @@ def saco(
     classes, other = class_indices(target, images), fill_images(fill, images)
     group = removal_ranks(maps, "positive") * groups // pixels
 
-    def probability(changed: Tensor) -> Tensor:
-        return class_scores(forward, changed, classes).softmax(1).gather(1, classes[:, None])[:, 0]
-
-    before = probability(images)
-    falls, sums = [], []
-    for index in range(groups):
-        chosen = group == index
-        falls.append(before - probability(torch.where(chosen[:, None], other, images)))
-        sums.append((maps.double() * chosen).sum((1, 2)) / chosen.sum((1, 2)))
-    d, s = torch.stack(falls, 1), torch.stack(sums, 1)
+    chosen = [group == index for index in range(groups)]
+    changed = itertools.chain([images], (torch.where(some[:, None], other, images) for some in chosen))
+    found = scores_of_each(forward, changed, classes)
+    before, *after = (scores.softmax(1).gather(1, classes[:, None])[:, 0] for scores in found)
+    d = before[:, None] - torch.stack(after, 1)
+    s = torch.stack([(maps.double() * some).sum((1, 2)) / some.sum((1, 2)) for some in chosen], 1)
     first, second = torch.triu_indices(groups, groups, 1, device=maps.device)
     gap = s[:, first] - s[:, second]
     signed = torch.where(d[:, first] >= d[:, second], gap, -gap).sum(1)

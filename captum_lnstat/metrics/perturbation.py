@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.metrics.checks import check_images, check_maps
-from captum_lnstat.metrics.targets import Classes, class_indices, class_scores
+from captum_lnstat.metrics.targets import Classes, class_indices, scores_of_each
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -141,7 +141,7 @@ def perturbation_curve(
         steps: Shares of the pixels that are replaced, rising. The number of pixels is rounded down.
 
     Returns:
-        A ``Curve`` of 0 and 1, float32: one forward pass a step.
+        A ``Curve`` of 0 and 1, float32. Every step is a forward pass; those of small batches are made together.
 
     Example:
         >>> import torch
@@ -157,7 +157,7 @@ def perturbation_curve(
     check_images(images, maps)
     chosen, classes = _check_steps(steps), class_indices(target, images)
     path = _path(images, fill_images(fill, images), removal_ranks(maps, order), chosen)
-    right = [class_scores(forward, changed, classes).argmax(1) == classes for changed in path]
+    right = [scores.argmax(1) == classes for scores in scores_of_each(forward, path, classes)]
     return _curve(chosen, right, images)
 
 
@@ -237,7 +237,8 @@ def _probability(
     classes, other = class_indices(target, images), fill_images(fill, images)
     begin, end = (other, images) if insert else (images, other)
     path = _path(begin, end, removal_ranks(maps, "positive"), chosen)
-    shares = [class_scores(forward, changed, classes).softmax(1).gather(1, classes[:, None])[:, 0] for changed in path]
+    found = scores_of_each(forward, path, classes)
+    shares = [scores.softmax(1).gather(1, classes[:, None])[:, 0] for scores in found]
     return _curve(chosen, shares, images)
 
 

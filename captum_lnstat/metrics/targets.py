@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 Classes = int | Sequence[int] | Tensor
+# Numbers of images given to a model in one pass: what stays near a CPU's cache, and some 200 images of 224 px.
+AT_ONCE = 1 << 20
+AT_ONCE_ON_DEVICE = 1 << 25
 
 
 def class_indices(target: Classes, batch: Tensor, name: str = "target") -> Int[Tensor, " batch"]:
@@ -79,3 +82,36 @@ def class_scores(forward: Callable[[Tensor], Any], images: Tensor, target: Tenso
     if bool(scores.isnan().any()):
         raise ValueError("forward returned scores that are NaN; no class can be read off them")
     return scores.double()
+
+
+def scores_of_each(
+    forward: Callable[[Tensor], Any], batches: Iterable[Tensor], target: Tensor
+) -> Iterator[Float[Tensor, "batch classes"]]:
+    """``class_scores`` of several changes of one batch, as many of them in one pass as ``AT_ONCE`` numbers hold.
+
+    A device is idle while few small images go through a model.
+
+    Example:
+        >>> images, passes = torch.rand(2, 3, 4, 4), []
+        >>> def forward(given):
+        ...     passes.append(len(given))
+        ...     return given.mean((2, 3))
+        >>> found = list(scores_of_each(forward, [images, 2 * images, 3 * images], torch.tensor([0, 1])))
+        >>> len(found), found[0].shape, passes
+        (3, torch.Size([2, 3]), [6])
+    """
+    waiting: list[Tensor] = []
+
+    def asked() -> Iterator[Tensor]:
+        if waiting:
+            together = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+            scores = class_scores(forward, together, target.repeat(len(waiting)))
+            yield from torch.split(scores, len(target)) if len(target) else [scores] * len(waiting)
+        waiting.clear()
+
+    for batch in batches:
+        waiting.append(batch)
+        room = AT_ONCE if batch.device.type == "cpu" else AT_ONCE_ON_DEVICE
+        if (len(waiting) + 1) * batch.numel() > room:
+            yield from asked()
+    yield from asked()

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_lnstat.recording.constant_weights import either, few_rows, plain, writable
-from captum_lnstat.recording.devices import has_a_queue
 from captum_lnstat.recording.sites import FusedSite, Queries, SoftmaxSite, less_the_least
 
 if TYPE_CHECKING:
@@ -125,8 +124,7 @@ def _feed(site: FusedSite, d_output: Tensor, slopes: _Slopes, observer: Observer
     if observer is not None:
         wanted = either(wanted, observer.wanted)
     values = site.value.read().transpose(-2, -1)
-    one_head = not has_a_queue(d_output.device)
-    for queries, some_heads in site.chunks(wanted, one_head=one_head):
+    for queries, some_heads in site.chunks(wanted, one_head=True):
         for heads, attention in some_heads:
             d_averaged = d_output[:, heads][:, :, queries]
             weighted = _product(d_averaged, values[:, heads]).mul_(attention)

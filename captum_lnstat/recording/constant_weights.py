@@ -114,12 +114,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def plain(*tensors: Tensor) -> bool:
     """Whether a call with these, whose gradient is wanted, may be given a backward pass of another kind.
 
-    They are tensors of no other type, on the CPU, in a graph whose saved tensors nobody looks after, without autocast.
+    They are tensors of no other type, on a device without a queue (the CPU), without autocast, in a graph whose saved
+    tensors nobody looks after.
     """
     return (
         torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors)
-        and all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
+        and all(type(tensor) in (Tensor, nn.Parameter) and not has_a_queue(tensor.device) for tensor in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not _watched()
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
-from captum_lnstat.recording.devices import has_a_queue
+from captum_lnstat.recording.devices import at_most, has_a_queue
 from captum_lnstat.recording.kept import Kept
 from captum_lnstat.recording.statistics import accumulation_dtype
 
@@ -91,7 +91,7 @@ class AttentionSite(ABC):
         """
         batch, heads, count, keys = self.shape
         wanted = count if queries is None else len(queries)
-        entries = CHUNK_ON_DEVICE if has_a_queue(self.device) else CHUNK
+        entries = at_most(CHUNK_ON_DEVICE if has_a_queue(self.device) else CHUNK)
         at_once = wanted if whole_maps else min(wanted, max(QUERIES, entries // max(1, batch * keys)))
         step = 1 if one_head else max(1, entries // max(1, batch * at_once * keys))
         some_heads = [slice(start, min(start + step, heads)) for start in range(0, heads, step)]

@@ -113,14 +113,16 @@ def standardised(
     return direction, inverse[..., 0]
 
 
-def residual_share(
+def residual_shares(
     before: Float[Tensor, "batch token channel"],
     update: Float[Tensor, "batch token channel"],
     form: ResidualShare,
     *,
     centred: bool = True,
-) -> Float[Tensor, "batch token"]:
-    """Share of each token after an attention that is the token before it, between 0 and 1.
+) -> tuple[Float[Tensor, "batch token"], Float[Tensor, "batch token"]]:
+    """Share of each token after an attention that is the token before it, between 0 and 1; and the rest.
+
+    The rest is found for itself: of a share of all but nothing, the difference from one is rounding.
 
     Args:
         before: The residual stream ``x`` before the attention's update ``d`` is added.
@@ -130,15 +132,18 @@ def residual_share(
         centred: The norm that reads the stream subtracts the mean. An RMSNorm does not: mean squares, not variances.
 
     Returns:
-        alpha, one value per token. A token of no variance at all, before and after, keeps half.
+        alpha and ``1 - alpha``, one value per token. A token of no variance at all, before and after, keeps half.
     """
     if form == "half":
-        return before.new_full(before.shape[:-1], 0.5, dtype=accumulation_dtype(before))
+        half = before.new_full(before.shape[:-1], 0.5, dtype=accumulation_dtype(before))
+        return half, half
     own = token_variance(before, centred=centred)
     if form == "ratio":
-        return ratio_share(own, token_variance(before + update, centred=centred))
+        share = ratio_share(own, token_variance(before + update, centred=centred))
+        return share, 1 - share
     if form == "update":
-        return update_share(own, token_variance(update, centred=centred))
+        other = token_variance(update, centred=centred)
+        return update_share(own, other), update_share(other, own)
     raise ValueError(f"residual is {form!r}; expected 'ratio', 'update' or 'half'")
 
 
@@ -148,14 +153,21 @@ def ratio_share(own: Float[Tensor, "batch token"], joined: Float[Tensor, "batch 
     return torch.where(joined > 0, own / joined, nothing_left).clamp(max=1.0)
 
 
-def share_of_inverses(own: Float[Tensor, "*token"], update: Float[Tensor, "*token"]) -> Float[Tensor, "*token"]:
-    """``own / (own + update)`` of two variances, from ``1 / sigma`` of both, as ``standardised`` gives them.
+def shares_of_inverses(
+    own: Float[Tensor, "*token"], update: Float[Tensor, "*token"]
+) -> tuple[Float[Tensor, "*token"], Float[Tensor, "*token"]]:
+    """``own / (own + update)`` and ``update / (own + update)`` of two variances, from ``1 / sigma`` of both.
+
+    These are as ``standardised`` gives them.
 
     Example:
-        >>> share_of_inverses(torch.tensor([1.0]), torch.tensor([0.5]))
-        tensor([0.2000])
+        >>> shares_of_inverses(torch.tensor([1.0]), torch.tensor([0.5]))
+        (tensor([0.2000]), tensor([0.8000]))
     """
-    return ((own / update).square() + 1).reciprocal()
+    kind = torch.finfo(own.dtype)
+    squared = (own / update).clamp_(max=kind.max**0.49).square()
+    share = (squared + 1).reciprocal()
+    return share, F.threshold(squared * share, kind.eps**4, 0.0)  # what has no variance has no share
 
 
 def update_share(own: Float[Tensor, "batch token"], update: Float[Tensor, "batch token"]) -> Tensor:

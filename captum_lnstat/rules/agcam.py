@@ -33,7 +33,7 @@ def agcam(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
         if isinstance(step, Block):
             came, heads = observed(step, read, left.pop(), wiring, _guided), step.site.shape[1]
             padding = None if came.padding is None else heads * came.padding
-            total = total.through(step, total.tokens, heads * came.rows, padding)
+            total = total.through(step, None, heads * came.rows, padding)
         else:
             total = total.to_children(step, "uniform")
         read = read.to_children(step, "uniform")

@@ -60,7 +60,7 @@ def beyond_intuition(
         heads: HeadFusion = _by_importance(one, left.pop()) if approximation == "head" else "mean"
         came = propagate(one, p.tokens, p.at, None, heads, wiring)
         gain = _gain(one) if approximation == "token" else 1
-        p = p.through(one, p.tokens, came.rows * gain, came.padding)
+        p = p.through(one, None, came.rows * gain, came.padding)
     if wiring is not None:
         wiring.verify()
     both = (start.tokens[:, at, 0][:, None] * p.tokens * f).sum(-1, keepdim=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, warn_caller
 from captum_lnstat.recording.eager import named
 from captum_lnstat.recording.statistics import stream
-from captum_lnstat.rules.verdicts import expect
+from captum_lnstat.recording.verdicts import expect
 from captum_lnstat.topology.anatomy.projections import without_gradient
 from captum_lnstat.trace.pooling import FixedPooling
 from captum_lnstat.trace.trace import Trace

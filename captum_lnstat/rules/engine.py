@@ -17,6 +17,7 @@ from captum_lnstat.recording.recorder import Differentiable
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
 from captum_lnstat.recording.tape import caller_autocast
+from captum_lnstat.recording.verdicts import expect
 from captum_lnstat.rules.checks import (
     check_axes,
     check_gradients,
@@ -33,7 +34,6 @@ from captum_lnstat.rules.head import Head, gradients
 from captum_lnstat.rules.reads import reads_besides_the_end
 from captum_lnstat.rules.stacks import room_for_maps, stacked
 from captum_lnstat.rules.target import contrast, target_score
-from captum_lnstat.rules.verdicts import expect
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.anatomy.once import looked_up_once
 from captum_lnstat.topology.anatomy.pooling import PoolingAsRead
@@ -203,8 +203,9 @@ def _check_ran(recording: Recording, model: nn.Module) -> None:
             "given as model="
         )
     assert recording.scores is not None
+    scores = recording.scores.detach()
     expect(
-        torch.isfinite(recording.scores.detach()),
+        scores - scores == 0,
         lambda: RecordingError(
             "the model's output is not finite: a NaN or an overflow on the way makes every map wrong"
         ),

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
+from captum_lnstat.recording.verdicts import expect
 from captum_lnstat.rules.checks import HALF_TOLERANCE, TOLERANCE
 from captum_lnstat.rules.head import Head
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import register
-from captum_lnstat.rules.verdicts import expect
 from captum_lnstat.rules.walk import Request, RowVector, Walk, plus, walk
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.steps import Block, Step, Update
@@ -51,13 +51,13 @@ def evidence(trace: Trace, head: Head, settings: Settings, since: int = 0) -> Wa
         r, rest = rest.joined(r, head.cotangent_at(step.after))
         if isinstance(step, Block):
             r = r.plus(rest.read_mlp(step))  # <u, MLP update>
-            kept = step.residual_share(settings.residual)[..., None] * r.tokens
-            came = yield Request(step, r.tokens - kept, r.at, rest.u)
+            alpha, shared = step.shares_of(settings.residual)
+            came = yield Request(step, shared[..., None] * r.tokens, r.at, rest.u)
             # c_j = sum_h sum_i A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)
             rows, rest = plus(came.rows, came.contributions), rest.plus(came.contributions_padding, came.constant)
-            if step.below is not None and step.pull_back is None:
-                kept = plus(kept, rest.read(step.base))
-            r, rest = r.through(step, kept, rows, came.padding), rest.before(step)
+            ends = step.below is not None and step.pull_back is None
+            read = rest.read(step.base) if ends else None
+            r, rest = r.through(step, alpha, rows, came.padding, read), rest.before(step)
             if step.before is first:
                 r, rest = rest.ended(r, step.before, trace.patches(step.before))
         else:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.attention_backward import Feed
 from captum_lnstat.recording.sites import FusedSite, SoftmaxSite
+from captum_lnstat.recording.slopes import slopes_at
 from captum_lnstat.rules.attention_gradient import PositiveGradient, check_graph, feed, output_edge, start_of
 from captum_lnstat.rules.checks import check_start, reads
 from captum_lnstat.rules.head import gradients
-from captum_lnstat.rules.perception import ShareOf
+from captum_lnstat.rules.perception import ShareOf, whole
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import register
+from captum_lnstat.rules.stacks import StackedBlock, room_for_maps, stacked
 from captum_lnstat.rules.walk import Request, RowVector, Walk, advance
 from captum_lnstat.rules.wiring import Wiring
 from captum_lnstat.trace.steps import Block
@@ -39,10 +42,9 @@ def positive_gradients(trace: Trace, settings: Settings, r: RowVector, share: Sh
     """
     for step in reversed(trace.steps):
         if isinstance(step, Block):
-            alpha = step.residual_share(settings.residual) if share is None else share(step)
-            kept = alpha[..., None] * r.tokens
-            came = yield Request(step, r.tokens - kept if settings.normalized else r.tokens, r.at)
-            r = r.through(step, kept, came.rows, came.padding)
+            alpha, rest = step.shares_of(settings.residual) if share is None else whole(share(step))
+            came = yield Request(step, rest[..., None] * r.tokens if settings.normalized else r.tokens, r.at)
+            r = r.through(step, alpha, came.rows, came.padding)
         else:
             r = r.to_children(step, settings.merging)
     return r.relevance(trace)
@@ -67,11 +69,13 @@ def gradient(outcome: Pass, settings: Settings, share: ShareOf | None = None) ->
         RecordingError: The score does not depend on every block's attention, or reads other tokens than the head was
             recognised to read.
     """
-    trace, score = outcome.trace, outcome.head.scores[0]
+    score = outcome.head.scores[0]
     check_graph(outcome)
-    rolled = _BackwardWalk(
-        trace, settings, positive_gradients(trace, settings, start_of(trace, score, settings), share)
-    )
+    trace = stacked(outcome.trace, room_for_maps(score.device))
+    rule = positive_gradients(trace, settings, start_of(trace, score, settings), share)
+    if all(isinstance(block, StackedBlock) for block in trace.blocks):
+        return _in_stacks(outcome, trace, rule, settings.normalized)
+    rolled = _BackwardWalk(trace, settings, rule)
     first, *others = trace.blocks
     waiting = [_AtBlock(block, rolled) for block in others]
     try:
@@ -81,15 +85,39 @@ def gradient(outcome: Pass, settings: Settings, share: ShareOf | None = None) ->
     finally:
         for one in waiting:
             one.detach()
-    missed = [one.block.name for one in waiting if not one.reached]
-    if missed:
-        raise RecordingError(
-            f"the score does not depend on the attention of {missed[-1]!r}; expected a forward_func that returns "
-            "the scores of one pass of the model"
-        )
+    _check_reached(one.block.name for one in waiting if not one.reached)
     # The blocks above have been rolled through by now; whether they should have been is seen before it counts.
     check_start(trace, reads(slope))
     return rolled.to_the_image(partial(feed, first.site, last))
+
+
+def _in_stacks(outcome: Pass, trace: Trace, rule: Walk, normalized: bool) -> tuple[Relevance, ...]:
+    """The same with the gradients of all blocks at once, and then everything of a stack of blocks: few kernels."""
+    with torch.enable_grad():
+        total = outcome.head.scores[0].sum()
+    edges = [output_edge(block) for block in trace.blocks]
+    read, *found = slopes_at(total, [outcome.head.stream_end, *edges], keep_graph=False)
+    _check_reached(block.name for block, slope in zip(trace.blocks, found, strict=True) if slope is None)
+    check_start(trace, reads(read))
+    slopes = {block.name: block.site.output_gradient(slope) for block, slope in zip(trace.blocks, found, strict=True)}
+    wiring = None if trace.training else Wiring()
+    came = advance(rule)
+    while isinstance(came, Request):
+        assert isinstance(came.block, StackedBlock)
+        came = advance(rule, came.block.propagate_gradient(came.rows, slopes, normalized, wiring))
+    if wiring is not None:
+        wiring.verify()
+    return came
+
+
+def _check_reached(missed: Iterable[str]) -> None:
+    """Raise if the gradient did not reach the attentions of some blocks."""
+    names = list(missed)
+    if names:
+        raise RecordingError(
+            f"the score does not depend on the attention of {names[-1]!r}; expected a forward_func that returns the "
+            "scores of one pass of the model"
+        )
 
 
 class _BackwardWalk:

@@ -43,7 +43,7 @@ def legrad(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
             (slope,) = slopes_at(score, [output_edge(step)], unused=False)
             every = torch.full_like(step.between[..., :1], 1 / (step.site.shape[2] * len(trace.blocks)))
             came = observed(step, RowVector.of(every, None), slope, wiring, bare)
-            total = total.through(step, total.tokens, came.rows, came.padding)
+            total = total.through(step, None, came.rows, came.padding)
         else:
             total = total.to_children(step, "uniform")
         if step.below is not None:

@@ -32,10 +32,9 @@ def perception(trace: Trace, settings: Settings, share: ShareOf | None = None) -
     r = RowVector.start(trace, settings)
     for step in reversed(trace.steps):
         if isinstance(step, Block):
-            alpha = step.residual_share(settings.residual) if share is None else share(step)
-            kept = alpha[..., None] * r.tokens
-            came = yield Request(step, r.tokens - kept, r.at)
-            r = r.through(step, kept, came.rows, came.padding)
+            alpha, rest = step.shares_of(settings.residual) if share is None else whole(share(step))
+            came = yield Request(step, rest[..., None] * r.tokens, r.at)
+            r = r.through(step, alpha, came.rows, came.padding)
         else:
             r = r.to_children(step, settings.merging)
     return r.relevance(trace)
@@ -74,6 +73,11 @@ def raw_attention(outcome: Pass, settings: Settings, block: int) -> tuple[Releva
         return everything * 0 if covered is None else everything * ~covered
 
     return walk(trace, settings, perception(trace, settings, share))[0]
+
+
+def whole(alpha: Float[Tensor, "batch token"]) -> tuple[Tensor, Tensor]:
+    """A share and the rest."""
+    return alpha, 1 - alpha
 
 
 def keep_all(block: Block) -> Float[Tensor, "batch token"]:

@@ -11,7 +11,7 @@ hold them to the same dense matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from captum_lnstat.layout import Groups, WholeImage, gather_stacked, padded, real_places
-from captum_lnstat.recording.devices import has_a_queue
+from captum_lnstat.recording.devices import BYTES_PER_ENTRY, at_most, has_a_queue
 from captum_lnstat.recording.fusion import HeadFusion
 from captum_lnstat.recording.stacked_sites import stacked_probabilities, stacked_values
-from captum_lnstat.recording.statistics import ResidualShare, share_of_inverses, standardised
+from captum_lnstat.recording.statistics import ResidualShare, shares_of_inverses, standardised
 from captum_lnstat.rules.relation import Propagated
 from captum_lnstat.rules.variance import LEAST
-from captum_lnstat.rules.wiring import PROBED, ROUNDED, Comparison, Wiring, directions_of, length_of, scattered
+from captum_lnstat.rules.wiring import PROBED, ROUNDED, Comparison, Wiring, length_of, probes, scattered
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.deviations import less_the_mean
 from captum_lnstat.trace.stacked_maps import StackedMap, apply_stacked, pull_back_stacked, stacked_path
@@ -41,10 +41,8 @@ Made = TypeVar("Made")
 # how much memory it has left.
 ON_CPU = 1 << 15
 ON_DEVICE = 1 << 27
-# Of the memory that a device has left, and so many bytes are taken for an entry: the scores, the maps and what they are
-# weighted with, in float32, and as much again for the relation and what the kernels take.
+# Of the memory that a device has left.
 PART_OF_FREE = 0.5
-BYTES_PER_ENTRY = 20
 
 
 class Stack:
@@ -102,19 +100,31 @@ class Stack:
     def _heads(self, joined: Float[Tensor, "block group query channel"]) -> Tensor:
         return joined.view(*joined.shape[:3], self._blocks[0].site.shape[1], -1).transpose(2, 3)
 
-    def _deviations(self, from_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As ``trace.deviations``: ``w`` and ``m``, and of ``e`` the direction and ``1 / sigma``."""
-        return self._once(from_mean, lambda: self._less_the_mean(from_mean))
+    def _common(self, from_mean: bool) -> Float[Tensor, "block batch head channel"]:
+        """As ``trace.deviations``: ``m``, the mean value, or zero."""
 
-    def _less_the_mean(self, from_mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values = self._by_image(self._values)
-        if from_mean:
-            common = self._mean_value(values)
-            apart = (values - common[:, :, None, :, None]).flatten(1, 2)
-        else:
-            common, apart = values.new_zeros(*values.shape[:2], *values.shape[3::2]), self._values
-        e = self._update - apply_stacked(self._path, common.flatten(2)[:, :, None])
-        return (apart, common, *standardised(e, centred=self._centred))
+        def common() -> Tensor:
+            values = self._by_image(self._values)
+            return self._mean_value(values) if from_mean else values.new_zeros(*values.shape[:2], *values.shape[3::2])
+
+        return self._once(("m", from_mean), common)
+
+    def _apart(self, from_mean: bool) -> Float[Tensor, "block group head key channel"]:
+        """``w``, the values less that."""
+
+        def apart() -> Tensor:
+            return (self._by_image(self._values) - self._common(True)[:, :, None, :, None]).flatten(1, 2)
+
+        return self._once("w", apart) if from_mean else self._values
+
+    def _deviations(self, from_mean: bool) -> tuple[Tensor, Tensor]:
+        """The direction and ``1 / sigma`` of ``e``, the update less what ``m`` makes of it."""
+
+        def deviations() -> tuple[Tensor, Tensor]:
+            made = apply_stacked(self._path, self._common(from_mean).flatten(2)[:, :, None])
+            return standardised(self._update - made, centred=self._centred)
+
+        return self._once(("e", from_mean), deviations)
 
     def _mean_value(self, values: Float[Tensor, "block batch group head key channel"]) -> Tensor:
         if not padded(self._layouts):
@@ -132,22 +142,21 @@ class Stack:
 
     def _weighted(self, from_mean: bool, mean: Float[Tensor, "block group query key"]) -> Tensor:
         """``W_ij ~ max(0, sum_h A^h_ij <q_i^h, w_j^h>)``; a row in which nothing is positive is that of the mean."""
-        apart, _, direction, _ = self._deviations(from_mean)
-        q = self._by_head(pull_back_stacked(self._path, direction)[0])
-        weights = (q @ apart.mT).mul_(self._attention).sum(2).clamp_(min=0)
+        q = self._by_head(pull_back_stacked(self._path, self._deviations(from_mean)[0])[0])
+        weights = (q @ self._apart(from_mean).mT).mul_(self._attention).sum(2).clamp_(min=0)
         tiny = torch.finfo(weights.dtype).tiny
         weights.add_(mean, alpha=LEAST * tiny)  # lost in what is not nothing
         return weights.div_(weights.sum(-1, keepdim=True).clamp_(min=tiny))
 
-    def shares(self) -> Float[Tensor, "block batch token"]:
-        """The residual shares of the form ``"deviation"``."""
+    def shares(self) -> tuple[Float[Tensor, "block batch token"], Float[Tensor, "block batch token"]]:
+        """The residual shares of the form ``"deviation"``, and the rest."""
         return self._once("shares", self._shares)
 
-    def _shares(self) -> Tensor:
+    def _shares(self) -> tuple[Tensor, Tensor]:
         base = self._streams("base")
         apart = less_the_mean(base.flatten(0, 1)).view_as(base)
         _, inverse = standardised(apart, centred=self._centred)
-        return share_of_inverses(inverse, self._deviations(True)[3])
+        return shares_of_inverses(inverse, self._deviations(True)[1])
 
     def _carried(self, u: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``sum_i A^h_ij M_i^T u_i`` for every key and head, image by image; and the maps' constants, token by token.
@@ -168,9 +177,8 @@ class Stack:
         at = u.at if whole and not u.everywhere else None
         dense = u.everywhere_dense if at is None else u.dense()
         carried, offset = self._carried(dense[None, :, :, 0], at)
-        apart, common, *_ = self._deviations(True)
-        total = (carried * self._by_image(apart)).sum((3, 5)).flatten(1, 2)
-        constant = (carried.sum((2, 4)) * common).sum((2, 3))
+        total = (carried * self._by_image(self._apart(True))).sum((3, 5)).flatten(1, 2)
+        constant = (carried.sum((2, 4)) * self._common(True)).sum((2, 3))
         return total, constant if offset is None else constant + offset.sum(2)
 
     def mlp_reads(self, u: Cotangent) -> Float[Tensor, "block batch token"]:
@@ -180,6 +188,19 @@ class Stack:
     def _read_mlps(self, u: Cotangent) -> Tensor:
         update = self._streams("after") - self._streams("between")
         return (update * u.everywhere_dense[:, :, 0]).sum(3)
+
+    def positive_gradients(
+        self, slopes: Mapping[str, Tensor], normalized: bool
+    ) -> Float[Tensor, "block group query key"]:
+        """``A' = E_h[(dA * A)^+]``, with ``dA = dO v^T`` and the ``dO`` of every block by its name."""
+        return self._once("gradients", lambda: self._positive(slopes, normalized))
+
+    def _positive(self, slopes: Mapping[str, Tensor], normalized: bool) -> Tensor:
+        d_output = torch.stack([slopes[name] for name in self.names]).to(self._values.dtype)
+        mean = (d_output @ self._values.mT).mul_(self._attention).clamp_(min=0).mean(2)
+        if not normalized:
+            return mean
+        return mean.div_(mean.sum(-1, keepdim=True).clamp_(min=torch.finfo(mean.dtype).tiny))
 
     def note(self, wiring: Wiring) -> None:
         """Have the updates of all blocks looked at, once in a walk; those that are not walked through, too."""
@@ -191,15 +212,14 @@ class Stack:
         """The updates from both sides, as in ``rules.wiring``."""
         update, base, dtype = self._update, self._streams("base"), self._blocks[0].site.dtype
         tokens, channels = update.shape[2:]
-        w = directions_of(self.names, channels, update.device, update.dtype)
-        z = scattered(tokens, update.device, update.dtype)[:, None]
-        u = (z * w[:, None])[:, None]  # (block, 1, token, channel)
+        u = probes(self.names, tokens, channels, update.device, update.dtype)
         carried, offset = self._carried(u)
-        found = (carried * self._by_image(self._values)).sum((2, 3, 4, 5))
+        found: Tensor = torch.linalg.vecdot(carried.flatten(2), self._by_image(self._values).flatten(2))
         found = found if offset is None else found + offset.sum(2)
         terms = (update * u).sum(3)
         kind, size = torch.finfo(dtype), ROUNDED * length_of(min(PROBED, channels))
-        streams = torch.linalg.vector_norm(base * (z * (size * kind.eps / channels**0.5)), dim=(2, 3))
+        z = scattered(tokens, update.device, update.dtype, size * kind.eps / channels**0.5)[:, None]
+        streams = torch.linalg.vector_norm(base * z, dim=(2, 3))
         typical, least = torch.linalg.vector_norm(terms, dim=2), size * kind.smallest_normal * length_of(tokens)
         return Comparison(self.names, found, terms.sum(2), typical, streams, dtype, least)
 
@@ -211,8 +231,13 @@ class StackedBlock(Block):
     stack: Stack = None  # type: ignore[assignment]
     place: int = 0
 
-    def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
-        return self.stack.shares()[self.place] if form == "deviation" else super().residual_share(form)
+    def shares_of(
+        self, form: ResidualShare
+    ) -> tuple[Float[Tensor, "batch query_token"], Float[Tensor, "batch query_token"]]:
+        if form != "deviation":
+            return super().shares_of(form)
+        own, update = self.stack.shares()
+        return own[self.place], update[self.place]
 
     def mlp_read(self, u: Cotangent) -> Float[Tensor, "batch token score"]:
         return self.stack.mlp_reads(u)[self.place][..., None] if u.scores == 1 else super().mlp_read(u)
@@ -240,11 +265,7 @@ class StackedBlock(Block):
             stack.note(wiring)
         mixed = stack.relation(fusion)[place].mT @ layout.gather(rows)
         if u is None:
-            return (
-                Propagated(*layout.scatter(mixed, batch))
-                if padded([layout])
-                else Propagated(layout.join(mixed, batch), None)
-            )
+            return self._below(mixed, batch)
         total, constant = stack.contributions(u)
         own, belongs_to_none = total[place][..., None], constant[place][:, None]
         if alone and not padded([layout]):  # what padded places contribute is told from what they take
@@ -252,14 +273,32 @@ class StackedBlock(Block):
         below, lost = layout.scatter(torch.cat([mixed, own], -1), batch)
         return Propagated(below[..., :-1], lost[:, :-1], below[..., -1:], lost[:, -1:], belongs_to_none)
 
+    def propagate_gradient(
+        self,
+        rows: Float[Tensor, "batch token row"],
+        slopes: Mapping[str, Float[Tensor, "group head query channel"]],
+        normalized: bool,
+        wiring: Wiring | None,
+    ) -> Propagated:
+        """``r A'``, with the gradients at the outputs of the attentions by the names of their blocks."""
+        if wiring is not None:
+            self.stack.note(wiring)
+        relation = self.stack.positive_gradients(slopes, normalized)[self.place]
+        return self._below(relation.mT @ self.layout.gather(rows), len(rows))
+
+    def _below(self, mixed: Float[Tensor, "group key row"], batch: int) -> Propagated:
+        if padded([self.layout]):
+            return Propagated(*self.layout.scatter(mixed, batch))
+        return Propagated(self.layout.join(mixed, batch), None)
+
 
 def room_for_maps(device: torch.device) -> int:
     """How many entries the maps of a stack may have: a part of what a device has left, or what a CPU's cache takes."""
     if device.type != "cuda":
-        return ON_DEVICE if has_a_queue(device) else ON_CPU
+        return at_most(ON_DEVICE if has_a_queue(device) else ON_CPU)
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free * PART_OF_FREE) // BYTES_PER_ENTRY
+    return at_most(int(free * PART_OF_FREE) // BYTES_PER_ENTRY)
 
 
 def stacked(trace: Trace, entries: int) -> Trace:

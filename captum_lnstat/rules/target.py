@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_lnstat.recording.devices import reads_no_number
 from captum_lnstat.recording.forward import Target, select_targets
 from captum_lnstat.recording.statistics import accumulation_dtype
+from captum_lnstat.recording.verdicts import expect
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,6 +32,8 @@ def plain_target(target: Any) -> Any:
 def target_score(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
     """The output that ``target`` selects, one value an image; Captum's own rules, checks and messages."""
     target = plain_target(target)
+    if reads_no_number() and isinstance(target, Tensor):
+        return _of_every_image(output, target)
     _check_range(output, target)
     score: Tensor = output if output.dim() == 0 else select_targets(output, target)
     if score.dim() == 0:
@@ -41,6 +45,17 @@ def target_score(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
         "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
     )
     return score.reshape(len(score))
+
+
+def _of_every_image(output: Tensor, target: Tensor) -> Float[Tensor, " batch"]:
+    """One class an image in a tensor, looked up where it lies."""
+    if output.dim() != 2:
+        raise ValueError(
+            f"forward_func returned {tuple(output.shape)}; expected (batch, classes) for a tensor of one class an image"
+        )
+    exists = (target >= 0) & (target < output.shape[1])
+    expect(exists, lambda: RuntimeError(_no_such_class(int(target[~exists][0]), output)))
+    return output.gather(1, target.clamp(0, output.shape[1] - 1)[:, None])[:, 0]
 
 
 def _check_range(output: Tensor, target: Any) -> None:

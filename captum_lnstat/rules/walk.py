@@ -86,10 +86,28 @@ class RowVector:
         """With something put on the tokens; ``None`` is nothing."""
         return replace(self, tokens=plus(self.tokens, values))
 
-    def through(self, block: Block, kept: Tensor, rows: Tensor, padding: Tensor | None) -> RowVector:
-        """Before a block: what its tokens kept, and what the attention propagated to the tokens it read."""
-        below = RowVector(kept, None, plus(self.padding, padding))
-        return below.to_children(block, "uniform").plus(rows)
+    def through(
+        self,
+        block: Block,
+        alpha: Float[Tensor, "batch token"] | None,
+        rows: Tensor,
+        padding: Tensor | None,
+        read: Tensor | None = None,
+    ) -> RowVector:
+        """Before a block: what its tokens keep of it, and what the attention propagated to the tokens it read.
+
+        Args:
+            block: The block.
+            alpha: The share that the tokens keep; ``None`` is all.
+            rows: What was propagated.
+            padding: What of that fell on padded places.
+            read: What the tokens have besides.
+        """
+        lost = plus(self.padding, padding)
+        if alpha is not None and block.below is None and read is None:
+            return RowVector(torch.addcmul(rows, alpha[..., None], self.tokens), None, lost)
+        kept = plus(self.tokens if alpha is None else alpha[..., None] * self.tokens, read)
+        return RowVector(kept, None, lost).to_children(block, "uniform").plus(rows)
 
     def to_children(self, step: Step, merging: MergingShare) -> RowVector:
         """Before a step: relevance of a token goes to the tokens below it."""

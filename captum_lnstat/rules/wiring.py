@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.sites import Queries
-from captum_lnstat.rules.verdicts import expect
+from captum_lnstat.recording.verdicts import expect
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.maps import pull_back
 from captum_lnstat.trace.steps import Block
@@ -31,16 +32,16 @@ PROBED = 64
 
 @lru_cache(16)
 @torch.inference_mode(False)
-def scattered(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def scattered(count: int, device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Fixed numbers in which no structure of a model lies."""
     n = torch.arange(count, device=device, dtype=dtype)
-    return torch.sin(0.7 * n * n + 1)
+    return torch.sin(0.7 * n * n + 1) * scale
 
 
 @lru_cache(64)
 def length_of(count: int) -> float:
     """The length of so many of them."""
-    return float(scattered(count, torch.device("cpu"), torch.float64).norm())
+    return math.hypot(*(math.sin(0.7 * n * n + 1) for n in range(count)))
 
 
 def probed(name: str, channels: int) -> slice:
@@ -58,6 +59,16 @@ def directions_of(names: tuple[str, ...], channels: int, device: torch.device, d
         some = row[probed(name, channels)]
         some.copy_(scattered(len(some), device, dtype))
     return w
+
+
+@lru_cache(16)
+@torch.inference_mode(False)
+def probes(
+    names: tuple[str, ...], tokens: int, channels: int, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "block 1 token channel"]:
+    """What the updates of some blocks are weighted with, token by token."""
+    z = scattered(tokens, device, dtype)
+    return (z[:, None] * directions_of(names, channels, device, dtype)[:, None])[:, None]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from captum_lnstat.topology.base import BlockTopology, innermost, register_topol
 from captum_lnstat.topology.branches import branch_block, branch_lists, branch_taps, calls_of, find_branches, is_called
 from captum_lnstat.topology.hierarchical import HierarchicalTopology
 from captum_lnstat.topology.post_norm import block_steps
-from captum_lnstat.topology.residual import block_taps, off_by, output_of
+from captum_lnstat.topology.residual import block_taps, far_apart, output_of
 from captum_lnstat.topology.seen import seen_block, seen_lists
 from captum_lnstat.trace.steps import Block, Step
 from captum_lnstat.trace.trace import Trace
@@ -176,7 +176,7 @@ class EncoderTopology(BlockTopology):
         for norm in (one for one in outside if one.input.tensor.shape == returned.shape):
             if after is not None and norm.input.tensor.data_ptr() == returned.data_ptr():
                 left, read = output_of(norm), stream(after.detach())
-                if left.shape == read.shape and off_by(left, read) <= 1:
+                if left.shape == read.shape and not bool(far_apart(left, read)):
                     yield norm_step(norm.module, norm, before, read, grid)
                     return
 

@@ -17,7 +17,7 @@ from captum_lnstat.recording.statistics import stream
 from captum_lnstat.topology.anatomy.parts import parts_of
 from captum_lnstat.topology.anatomy.unfolding import unfolded
 from captum_lnstat.topology.anatomy.units import norm_step
-from captum_lnstat.topology.residual import norms_in_order, off_by, output_of, path_to_update, residual_block
+from captum_lnstat.topology.residual import far_apart, norms_in_order, output_of, path_to_update, residual_block
 from captum_lnstat.trace.steps import Block, Step, Update
 
 
@@ -41,7 +41,7 @@ def block_steps(name: str, block: nn.Module, recording: Recording, layout: Layou
         return [residual_block(name, block, recording, layout)]
     (second,) = others
     after, left = stream(call.output.read()), output_of(second)
-    if off_by(left, after) > 1:
+    if bool(far_apart(left, after)):
         return [residual_block(name, block, recording, layout)]
     site = unfolded(recording.site(f"{name}.{parts.attention}"), parts.out.in_features)
     path, before = path_to_update(name, parts, site, recording), stream(call.input.read())

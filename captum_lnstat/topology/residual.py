@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from captum_lnstat.recording.multi_head import MultiHeadSite
 from captum_lnstat.recording.recording import ModuleCall, NormCall, Recording
 from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.statistics import stream
+from captum_lnstat.recording.verdicts import expect
 from captum_lnstat.topology.anatomy.affine import pull_back_by_autograd
 from captum_lnstat.topology.anatomy.geometry import channels_last
 from captum_lnstat.topology.anatomy.parts import BlockParts, parts_of
@@ -23,6 +25,9 @@ from captum_lnstat.topology.anatomy.unfolding import unfolded
 from captum_lnstat.topology.anatomy.units import norm_step
 from captum_lnstat.trace.maps import FrozenLinear, FrozenMap, FrozenNorm, FrozenScale
 from captum_lnstat.trace.steps import Block, Transition
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
 
 
 def block_taps(block: nn.Module) -> list[nn.Module]:
@@ -215,17 +220,19 @@ def _kept(both: Tensor, attended: Tensor, mlp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_sum(name: str, expected: Tensor, seen: Tensor) -> None:
-    if off_by(expected, seen) > 1:
+    def error() -> RecordingError:
         error, size = (seen - expected).abs().amax(), seen.abs().amax()
-        raise RecordingError(
+        return RecordingError(
             f"block {name!r} does not return x + norm(attention(x)) + norm(mlp(x')), or the norm of it: off by "
             f"{error:.3g} at values up to {size:.3g}. Its wiring is neither pre-norm nor post-norm; its relevance "
             "cannot be placed"
         )
 
+    expect(~far_apart(expected, seen), error)
 
-def off_by(expected: Tensor, seen: Tensor) -> float:
-    """How far two streams are apart, in units of what tells one wiring from another; 0 where nothing is finite."""
+
+def far_apart(expected: Tensor, seen: Tensor) -> Bool[Tensor, ""]:
+    """Whether two streams are further apart than one wiring from another; not where nothing is finite."""
     # Half precision rounds the stream after each addition.
     error, size = (seen - expected).abs().amax(), seen.abs().amax()
-    return float(torch.where(torch.isfinite(size), error / (0.05 * size), 0.0))
+    return torch.isfinite(size) & (error > 0.05 * size)

@@ -21,7 +21,7 @@ from captum_lnstat.topology.anatomy.refusal import is_attention, weighs_channels
 from captum_lnstat.topology.anatomy.unfolding import unfolded
 from captum_lnstat.topology.branches import branch_lists, path_as_seen
 from captum_lnstat.topology.post_norm import through_norms
-from captum_lnstat.topology.residual import off_by, output_of
+from captum_lnstat.topology.residual import far_apart, output_of
 from captum_lnstat.trace.steps import Block, Step
 
 # How far an update may be from what the attention makes of its values, to be taken for it, in its own size.
@@ -85,7 +85,7 @@ def seen_block(name: str, block: nn.Module, recording: Recording, layout: Layout
             both = pre, norm
             return [Block(name, site, layout, before, between, after, path, norms=both, centred=norm.centred)]
         for last in norms[place + 1 :]:
-            if off_by(output_of(last), after) <= 1:
+            if not bool(far_apart(output_of(last), after)):
                 one = Block(name, site, layout, before, between, between, path)
                 return through_norms(one, norm, last, after, grid)
     raise RecordingError(

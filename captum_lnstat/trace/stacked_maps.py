@@ -53,8 +53,11 @@ class _Linears:
         return None if self.bias is None else _each(u, self.bias[..., None])[..., 0]
 
     def apply(self, x: Tensor) -> Tensor:
-        y = _each(x, self.weight.mT)
-        return y if self.bias is None else y + self.bias[:, None, None]
+        if self.bias is None:
+            return _each(x, self.weight.mT)
+        flat = x.expand(len(self.weight), *x.shape[1:]).flatten(1, 2)
+        made = torch.baddbmm(self.bias[:, None], flat, self.weight.mT)
+        return made.view(len(made), *x.shape[1:3], -1)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from captum_lnstat.recording.statistics import (
     TokenStatistics,
     accumulation_dtype,
     ratio_share,
-    residual_share,
+    residual_shares,
     token_statistics,
     token_variance,
     update_share,
@@ -130,26 +130,36 @@ class Block(_Step):
         return _statistics(self.base, None if self.norms is None else self.norms[0], self.centred)
 
     def residual_share(self, form: ResidualShare) -> Float[Tensor, "batch query_token"]:
-        """Share of each token after the attention that is the token before it; 1 where it takes no part.
+        """The first of ``shares_of``."""
+        return self.shares_of(form)[0]
+
+    def shares_of(
+        self, form: ResidualShare
+    ) -> tuple[Float[Tensor, "batch query_token"], Float[Tensor, "batch query_token"]]:
+        """Share of each token after the attention that is the token before it, 1 where it takes no part; and the rest.
+
+        The rest is found for itself: of a share of all but nothing, the difference from one is rounding.
 
         ``"deviation"``: ``var(x - mean x) / (var(x - mean x) + var(e))``, ``x`` less the mean token and ``e`` the
         update less that of the mean value.
         ``"ratio"`` is a ratio of what two LayerNorms read. In a post-norm block they do not read the stream: the
         update was given its variance by the norm, and ``var(x) / (var(x) + var(d))`` is what the statistics give.
         """
-        if form == "half":
-            share = self.base.new_full(self.base.shape[:2], 0.5)
-        elif form == "deviation":
+        if form == "deviation":
             apart = less_the_mean(self.base, self._taking_part)
-            share = update_share(token_variance(apart, centred=self.centred), self.deviations.variance)
+            own, update = token_variance(apart, centred=self.centred), self.deviations.variance
+            shares = update_share(own, update), update_share(update, own)
         elif form == "ratio" and not self.post_norm:
-            own, joined = self.statistics
-            share = ratio_share(own.variance, joined.variance)
+            before, joined = self.statistics
+            share = ratio_share(before.variance, joined.variance)
+            shares = share, 1 - share
         else:
             kind: ResidualShare = "update" if form == "ratio" else form
-            share = residual_share(self.base, self.attention_update, kind, centred=self.centred)
+            shares = residual_shares(self.base, self.attention_update, kind, centred=self.centred)
         covered = self.layout.covered
-        return share if covered is None else torch.where(covered, share, 1.0)
+        if covered is None:
+            return shares
+        return torch.where(covered, shares[0], 1.0), torch.where(covered, shares[1], 0.0)
 
     def mlp_read(self, u: Cotangent) -> Float[Tensor, "batch query_token score"]:
         """``<u_i, MLP update_i>`` of every token."""
@@ -230,7 +240,7 @@ class Merging(_Step):
         if merging == "uniform":
             weight = real.expand(len(self.before), -1, -1)
         elif merging == "variance":
-            weight = self._variances() * real
+            weight = self._variances() * real if self.below.padded else self._variances()
             # Lost in what is not nothing: of children without a variance every one gets the same.
             weight = weight.add(real, alpha=torch.finfo(weight.dtype).tiny)
         else:

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Memory is taken, or a tensor passed on: nothing is launched.
@@ -31,6 +32,16 @@ class Launches(TorchDispatchMode):
         super().__init__()
         self.names: Counter[str] = Counter()
         self.reads = 0
+        self._lists = _Lists(self)
+
+    def __enter__(self) -> Launches:
+        self._lists.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._lists.__exit__(*error)
 
     @property
     def count(self) -> int:
@@ -47,3 +58,16 @@ class Launches(TorchDispatchMode):
             self.names[name] += 1
         result: Tensor = func(*args, **(kwargs or {}))
         return result
+
+
+class _Lists(TorchFunctionMode):
+    """Of a tensor on the CPU these read the memory, and no operation is seen."""
+
+    def __init__(self, launches: Launches) -> None:
+        super().__init__()
+        self._launches = launches
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__"):
+            self._launches.reads += 1
+        return func(*args, **(kwargs or {}))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy import ndimage
 from sklearn import metrics as sk
+from torch import Tensor
 from torchvision.transforms.functional import normalize
 
-from captum_lnstat.metrics import Curve, black, blurred, deletion, insertion, mean_colour, perturbation_curve
+from captum_lnstat.metrics import Curve, black, blurred, deletion, insertion, mean_colour, perturbation_curve, targets
 from captum_lnstat.metrics.perturbation import NINE
 
 HEIGHT, WIDTH, CLASSES = 5, 6, 4
@@ -99,7 +100,7 @@ def test_batch_type_and_ties_do_not_matter(scene, order):
     seen = []
 
     def watch(given):
-        seen.append(given.clone())
+        seen.extend(given.split(len(given) // len(NINE)))  # all steps in one pass
         return forward(given)
 
     def run(places, dtype=torch.float32):
@@ -135,7 +136,7 @@ def test_steps_round_down_but_not_by_a_rounding_error():
     counts = []
 
     def forward(given):
-        counts.append(int((given == 0).sum()))
+        counts.extend(int((image == 0).sum()) for image in given)
         return given.sum((2, 3))
 
     steps = (0.0, 0.07, 0.285, 0.29, 0.57, 0.58, 1.0)
@@ -216,3 +217,28 @@ def test_mean_colour_is_each_images_own():
     found = mean_colour(images)
     assert found.shape == (3, 2, 1, 1)
     assert found[2, 1].item() == pytest.approx(float(np.mean(images[2, 1].double().numpy())))
+
+
+@pytest.mark.parametrize("room", [0, 100, 3 * 3 * 16 * 2, 1 << 20])
+def test_steps_asked_for_together_are_the_steps_one_by_one(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, maps = torch.rand(3, 3, 4, 4), torch.rand(3, 4, 4)
+    weights, passes = torch.rand(48, 5, dtype=torch.float64), []
+
+    def forward(given: Tensor) -> Tensor:
+        passes.append(len(given))
+        return given.flatten(1).double() @ weights
+
+    def curves() -> list[Tensor]:
+        fill, classes = torch.zeros(1, 3, 1, 1), torch.tensor([0, 3, 4])
+        positive = perturbation_curve(forward, images, maps, classes, fill=fill).values
+        return [positive, deletion(forward, images, maps, classes, fill=fill, steps=7).values]
+
+    monkeypatch.setattr(targets, "AT_ONCE", 0)
+    one_by_one = curves()
+    assert passes == [3] * (9 + 8)
+    passes.clear()
+    monkeypatch.setattr(targets, "AT_ONCE", room)
+    for found, wanted in zip(curves(), one_by_one, strict=True):
+        assert torch.equal(found, wanted)
+    assert sum(passes) == 3 * (9 + 8)
+    assert len(passes) == {0: 17, 100: 17, 288: 5 + 4, 1 << 20: 2}[room]

@@ -8,9 +8,31 @@ import torch
 from helpers.models import CASES, build, images
 from helpers.oracles import DenseMerging, dense
 
-from captum_lnstat.recording.statistics import residual_share, token_statistics, token_variance
+from captum_lnstat.recording.statistics import residual_shares, shares_of_inverses, token_statistics, token_variance
 from captum_lnstat.rules.engine import run
 from captum_lnstat.trace.steps import Merging
+
+
+def alpha(before, update, form):
+    """The share; the rest makes it whole."""
+    share, rest = residual_shares(before, update, form)
+    torch.testing.assert_close(share + rest, torch.ones_like(share))
+    return share
+
+
+def test_the_rest_of_almost_one_is_not_rounding():
+    before, update = torch.randn(1, 3, 16), 1e-6 * torch.randn(1, 3, 16)
+    _, exact = residual_shares(before.double(), update.double(), "update")
+    _, rest = residual_shares(before, update, "update")
+    assert torch.allclose(rest.double(), exact, rtol=1e-5, atol=0)
+    sigma = [1 / x.double().std(-1, correction=0) for x in (before, update)]
+    share, rest = shares_of_inverses(*(s.float() for s in sigma))
+    assert torch.allclose(rest.double(), exact, rtol=1e-5, atol=0)
+    assert bool((share == 1).all())
+    # What has no variance at all leaves no NaN behind.
+    share, rest = shares_of_inverses(torch.tensor([4e18, 1.0]), torch.tensor([1e-4, 4e18]))
+    assert torch.allclose(share, torch.tensor([0.0, 1.0]), atol=1e-30)
+    assert torch.equal(rest, torch.tensor([1.0, 0.0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -47,23 +69,23 @@ def test_shares_of_a_worked_example():
     # var(x) = 1, var(d) = 4, var(x + d) = 9 for the first token; d undoes half of x for the second.
     before = torch.tensor([[[1.0, -1.0], [2.0, -2.0]]])
     update = torch.tensor([[[2.0, -2.0], [-1.0, 1.0]]])
-    assert torch.allclose(residual_share(before, update, "ratio"), torch.tensor([[1 / 9, 1.0]]))
-    assert torch.allclose(residual_share(before, update, "update"), torch.tensor([[1 / 5, 4 / 5]]))
-    assert torch.equal(residual_share(before, update, "half"), torch.full((1, 2), 0.5))
+    assert torch.allclose(alpha(before, update, "ratio"), torch.tensor([[1 / 9, 1.0]]))
+    assert torch.allclose(alpha(before, update, "update"), torch.tensor([[1 / 5, 4 / 5]]))
+    assert torch.equal(alpha(before, update, "half"), torch.full((1, 2), 0.5))
 
 
 @pytest.mark.parametrize("form", ["ratio", "update"])
 def test_shares_ignore_the_means(form):
     before, update = torch.randn(2, 5, 8).double(), torch.randn(2, 5, 8).double()
-    shifted = residual_share(before + 100, update - 30, form)
-    assert torch.allclose(shifted, residual_share(before, update, form), atol=1e-9)
+    shifted = alpha(before + 100, update - 30, form)
+    assert torch.allclose(shifted, alpha(before, update, form), atol=1e-9)
 
 
 @pytest.mark.parametrize("form", ["ratio", "update", "half"])
 def test_shares_are_shares_for_any_tokens(form):
     before = torch.randn(4, 50, 8) * torch.logspace(-20, 18, 50)[:, None]
     update = torch.randn(4, 50, 8) * torch.logspace(18, -20, 50)[:, None]
-    share = residual_share(before, update, form)
+    share = alpha(before, update, form)
     assert share.dtype == torch.float32
     assert bool(torch.isfinite(share).all())
     assert bool(((share >= 0) & (share <= 1)).all())
@@ -72,23 +94,23 @@ def test_shares_are_shares_for_any_tokens(form):
 @pytest.mark.parametrize("form", ["ratio", "update"])
 def test_shares_of_constant_tokens(form):
     constant, lively = torch.full((1, 1, 4), 3.0), torch.tensor([[[1.0, -1.0, 2.0, 0.0]]])
-    assert residual_share(constant, constant, form).item() == 0.5
-    assert residual_share(constant, lively, form).item() == 0.0
-    assert residual_share(lively, constant, form).item() == 1.0
+    assert alpha(constant, constant, form).item() == 0.5
+    assert alpha(constant, lively, form).item() == 0.0
+    assert alpha(lively, constant, form).item() == 1.0
     # Nothing is left of the token, and nothing else is there: it is kept rather than made NaN.
-    assert residual_share(lively, -lively, "ratio").item() == 1.0
+    assert alpha(lively, -lively, "ratio").item() == 1.0
 
 
 def test_half_precision_tokens_have_float32_shares():
     tokens = torch.randn(1, 3, 8, dtype=torch.float16)
     for form in ("ratio", "update", "half"):
-        assert residual_share(tokens, tokens, form).dtype == torch.float32
+        assert alpha(tokens, tokens, form).dtype == torch.float32
 
 
 def test_unknown_shares_are_refused():
     x = torch.randn(1, 2, 4)
     with pytest.raises(ValueError, match="third"):
-        residual_share(x, x, "third")
+        alpha(x, x, "third")
 
 
 def _mergings(name: str) -> list[tuple[Merging, DenseMerging]]:

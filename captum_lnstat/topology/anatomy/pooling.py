@@ -110,7 +110,7 @@ class PoolingAsRead:
             shares: Tensor = norms / norms.sum(1, keepdim=True).where(some, norms.new_ones(()))
             return shares
         weights = found.start(len(slope), fusion)
-        return weights.where(some, weights.new_zeros(()))
+        return weights * some
 
     def _as_read(self, mixed: Tensor) -> tuple[Pooling | None, Float[Tensor, "batch token channel"]]:
         """How a number reads the tokens, by its own name if the model is set to it; ``None`` if it reads none."""
@@ -120,19 +120,25 @@ class PoolingAsRead:
         return self.set_to if same else found, slope
 
     def _pooling(self, slope: Tensor, mixed: Tensor) -> Pooling | None:
-        place = _patches_last(slope.shape[1], self.prefix, self.suffix, slope.device)
-        slope, prefix = slope[:, place], self.prefix + self.suffix
+        prefix, place = self.prefix + self.suffix, None
+        if self.suffix:
+            place = _patches_last(slope.shape[1], self.prefix, self.suffix, slope.device)
+            slope = slope[:, place]
         sites = [] if self.blocks is None else _outside(self.recording, self.blocks)
-        read = slope.ne(0).any(-1).any(0)
         patches = slope[:, prefix:]
-        groups = [[token] for token in range(prefix) if bool(read[token])]
-        if bool(read[prefix:].any()):
-            mean = patches.mean(1, keepdim=True)
-            if bool(_same(patches, mean).all()):
-                joined = [group for group in groups if bool(_same(slope[:, group], mean).all())]
+        alike = _same(slope, patches.mean(1, keepdim=True))
+        facts = torch.stack([patches.any(), alike[:, prefix:].all()])
+        if prefix:
+            facts = torch.cat([slope[:, :prefix].ne(0).any(-1).any(0), alike[:, :prefix].all(0), facts])
+        # All that is decided by, in one look: a device is waited for once.
+        *each, some, as_mean = facts.tolist()
+        groups = [[token] for token in range(prefix) if each[token]]
+        if some:
+            if as_mean:
+                joined = [group for group in groups if each[prefix + group[0]]]
                 groups = [group for group in groups if group not in joined]
                 groups.append([*(token for group in joined for token in group), *range(prefix, slope.shape[1])])
-            elif self.neck and not groups and bool(read.all()):
+            elif self.neck and not groups and bool(slope.any(-1).any(0).all()):
                 groups = [list(range(slope.shape[1]))]
             else:
                 keys = range(patches.shape[1], slope.shape[1] + 1)
@@ -146,7 +152,7 @@ class PoolingAsRead:
             return None
         weights = slope.new_zeros(slope.shape[1])
         for group in groups:
-            weights[place[group]] = 1 / (len(groups) * len(group))
+            weights[group if place is None else place[group]] = 1 / (len(groups) * len(group))
         return FixedPooling(_name(groups, prefix), weights, seen=True)
 
 
@@ -208,8 +214,9 @@ def _read(mixed: Tensor, sites: Sequence[AttentionSite], count: int) -> list[Att
             if slope is None
             else site.output_gradient(slope).ne(0).any(-1).flatten(0, 1).any(0)
         )
-        if bool(read.any()):
-            queries = None if bool(read.all()) else read.nonzero()[:, 0]
+        which = [query for query, is_read in enumerate(read.tolist()) if is_read]
+        if which:
+            queries = None if len(which) == len(read) else torch.tensor(which, device=read.device)
             found.append(AttentionPooling("attention pooling", site, count - site.shape[3], queries, seen=True))
     return found
 

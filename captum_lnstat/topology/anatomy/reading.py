@@ -59,7 +59,7 @@ def slope_at_the_end(recording: Recording, norms: Iterable[str], mixed: Tensor) 
     *after, before = slopes_at(mixed, [*outputs, end])
     laid = (_as_the_end(slope, norm, end) for slope, norm in zip(after, normed, strict=True))
     seen = [slope for slope in laid if slope is not None]
-    slope = seen[0] if len(seen) == 1 and _only_through(seen[0], before) else before
+    slope = _through_alone(seen[0], before) if len(seen) == 1 else before
     if slope is None:
         raise RecordingError("the scores do not depend on the tokens where the blocks end")
     return slope.flatten(1, -2).to(accumulation_dtype(slope))
@@ -90,9 +90,15 @@ def _as_the_end(slope: Tensor | None, norm: ModuleCall, end: Tensor) -> Tensor |
     return moved if moved.shape == end.shape else slope
 
 
-def _only_through(after: Tensor, before: Tensor | None) -> bool:
-    """Whether the norm's readers read the tokens that are read at all."""
-    return before is None or torch.equal(after.ne(0).any(-1).flatten(1), before.ne(0).any(-1).flatten(1))
+def _through_alone(after: Tensor, before: Tensor | None) -> Tensor:
+    """The gradient behind a norm, if its readers read all the tokens that are read; else the one before it."""
+    if before is None:
+        return after
+    behind, all_read = after.ne(0).any(-1).flatten(1), before.ne(0).any(-1).flatten(1)
+    if behind.shape != all_read.shape or after.shape[-1] != before.shape[-1]:
+        return before
+    alone = (behind == all_read).all()  # not read: a device need not be waited for
+    return torch.where(alone, after.reshape(before.shape).to(before.dtype), before)
 
 
 def check_images_apart(recording: Recording) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from captum_lnstat.recording.devices import has_a_queue
 
-_Check = tuple[Tensor, Callable[[], Exception]]
+_Check = tuple[Tensor, Callable[[], Exception | None]]
 _open: ContextVar[list[_Check] | None] = ContextVar("checks that are read at the end", default=None)
 
 
@@ -28,11 +28,18 @@ def expect(holds: Tensor, error: Callable[[], Exception]) -> None:
         ...
         ValueError: the second does not hold
     """
+    remark(holds, error)
+
+
+def remark(holds: Tensor, say: Callable[[], Exception | None]) -> None:
+    """As ``expect``, for what is no error: ``say`` warns, and returns nothing that could be raised."""
     waiting = _open.get()
     if waiting is not None and has_a_queue(holds.device):
-        waiting.append((holds.all(), error))
+        waiting.append((holds.all(), say))
     elif not bool(holds.all()):
-        raise error()
+        error = say()
+        if error is not None:
+            raise error
 
 
 @contextmanager
@@ -65,4 +72,5 @@ def _first_failing(waiting: list[_Check]) -> Exception | None:
         return None
     device = waiting[0][0].device
     held = torch.stack([holds.to(device) for holds, _ in waiting]).tolist()
-    return next((error() for holds, (_, error) in zip(held, waiting, strict=True) if not holds), None)
+    said = (say() for holds, (_, say) in zip(held, waiting, strict=True) if not holds)
+    return next((error for error in said if error is not None), None)
