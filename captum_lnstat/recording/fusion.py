@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 HeadFusion = Union[Literal["deviation", "variance", "mean", "max", "min"], Callable[[Tensor], Tensor]]
 WEIGHTED = ("deviation", "variance")
 PLAIN = ("mean", "max", "min")
+# Of a row of positive gradients, the least sum: those of scores are larger by many orders.
+NOTHING_POSITIVE = 1e-24
 
 
 def check_fusion(fusion: HeadFusion, names: tuple[str, ...] = (*WEIGHTED, *PLAIN)) -> None:
@@ -96,3 +98,12 @@ def fuse(site: AttentionSite, fusion: HeadFusion) -> Float[Tensor, "batch query 
             fuser.add(attention)
         parts.append(fuser.fused())
     return torch.cat(parts, 1)
+
+
+def rows_of_one(positive: Float[Tensor, "... query key"]) -> Float[Tensor, "... query key"]:
+    """Rows divided by their sums, in place; a row of nothing stays one.
+
+    A sum far below ``NOTHING_POSITIVE`` counts as that: a softmax that is sure of one key leaves 1e-40 for the others,
+    which float32 may hold or not, and the row would be those alone if the gradient at the one is negative.
+    """
+    return positive.div_(positive.sum(-1, keepdim=True).clamp_(min=NOTHING_POSITIVE))

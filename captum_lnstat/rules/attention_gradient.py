@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, warn_caller
 from captum_lnstat.recording.attention_backward import Observer
-from captum_lnstat.recording.fusion import Fuser
+from captum_lnstat.recording.fusion import Fuser, rows_of_one
 from captum_lnstat.recording.sites import AttentionSite, Queries
 from captum_lnstat.recording.slopes import slopes_at
 from captum_lnstat.recording.statistics import accumulation_dtype, stream
@@ -160,8 +160,7 @@ class PositiveGradient:
         """All heads of these queries have been added."""
         weighted = self._fuser.fused()
         if self._normalized:
-            total = weighted.sum(-1, keepdim=True)
-            weighted = torch.where(total > 0, weighted / total, weighted)
+            weighted = rows_of_one(weighted)
         self._mixed += self._rows[:, :, queries] @ weighted
         self._fuser = Fuser("mean", self._block.site.shape[1])
 

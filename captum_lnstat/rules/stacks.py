@@ -20,7 +20,7 @@ from torch import Tensor
 
 from captum_lnstat.layout import Groups, WholeImage, gather_stacked, padded, real_places
 from captum_lnstat.recording.devices import BYTES_PER_ENTRY, at_most, has_a_queue
-from captum_lnstat.recording.fusion import HeadFusion
+from captum_lnstat.recording.fusion import HeadFusion, rows_of_one
 from captum_lnstat.recording.stacked_sites import stacked_probabilities, stacked_values
 from captum_lnstat.recording.statistics import ResidualShare, shares_of_inverses, standardised
 from captum_lnstat.rules.relation import Propagated
@@ -198,9 +198,7 @@ class Stack:
     def _positive(self, slopes: Mapping[str, Tensor], normalized: bool) -> Tensor:
         d_output = torch.stack([slopes[name] for name in self.names]).to(self._values.dtype)
         mean = (d_output @ self._values.mT).mul_(self._attention).clamp_(min=0).mean(2)
-        if not normalized:
-            return mean
-        return mean.div_(mean.sum(-1, keepdim=True).clamp_(min=torch.finfo(mean.dtype).tiny))
+        return rows_of_one(mean) if normalized else mean
 
     def note(self, wiring: Wiring) -> None:
         """Have the updates of all blocks looked at, once in a walk; those that are not walked through, too."""

@@ -51,11 +51,13 @@ def last_layer(model: nn.Module) -> nn.Module:
     return model.layers[-1].blocks[-1].norm1  # type: ignore[no-any-return, index, union-attr]
 
 
-def methods(model: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
+def methods(model: nn.Module, images: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
     """Name and call of everything that is measured."""
     for rule in RULES:
         method = LNStatAttribution(model, rule=rule)
         yield rule, lambda x, method=method: method.relevance(x, target=1)
+    if len(images) == 1:  # a graph of its own for every shape takes its time
+        yield from compiled(model, images)
     gradcam = LayerGradCam(model, last_layer(model))
     yield "Grad-CAM (Captum)", lambda x: gradcam.attribute(x, target=1)
     try:
@@ -69,6 +71,21 @@ def methods(model: nn.Module) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
         flat = [lambda t: t[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))]
     theirs = GradCAM(model, [last_layer(model)], reshape_transform=flat[0])
     yield "Grad-CAM (pytorch-grad-cam)", lambda x: theirs(x, [ClassifierOutputTarget(1)] * len(x))
+
+
+def compiled(model: nn.Module, images: Tensor) -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
+    """The forward pass and ``lnstat`` as one graph each; on a GPU as CUDA graphs, on the CPU as they were captured."""
+    on_gpu = images.device.type == "cuda"
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"backend": None}
+    if on_gpu:
+        forward = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+
+        def alone(x: Tensor) -> Any:
+            with torch.no_grad():
+                return forward(x)
+
+        yield "forward, compiled", alone
+    yield "lnstat, compiled", LNStatAttribution(model).compile(images, 1, **options).relevance
 
 
 def last_side(model: Any) -> int:
@@ -130,7 +147,7 @@ def measure(
 
     with Launches() as plain:
         forward()
-    for which, call in methods(model):
+    for which, call in methods(model, images):
         try:
             found = call(images)
             once = partial(call, images)

@@ -123,7 +123,7 @@ def one_by_one(weights: Tensor, maps: Tensor) -> Tensor:
     for head in range(maps.shape[1]):
         total += (weights[:, head] * maps[:, head]).clamp(min=0)
     rows = total.sum(-1, keepdim=True)
-    return total / torch.where(rows > 0, rows, 1)
+    return total / rows.clamp(min=1e-24)  # less than that is nothing
 
 
 class FieldOracle:

@@ -563,7 +563,8 @@ class Dense:
             count = step.before.shape[1]
             alpha = torch.ones_like(step.before[..., 0]) if keep else step.share(residual)
             if normalize:
-                weighted = (1 - alpha)[..., None] * normalised(weighted)
+                sums = weighted.sum(-1, keepdim=True)
+                weighted = (1 - alpha)[..., None] * weighted / sums.where(sums > 1e-24, torch.full_like(sums, 1e-24))
             weighted[..., :count] += torch.diag_embed(alpha)
             total = _absorbing(weighted, count) @ total
         row = F.pad(self.start("mean"), (0, 1))[:, None] @ total

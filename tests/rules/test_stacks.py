@@ -14,7 +14,8 @@ from helpers.models import CASES, SWINS, build, images, rule, targets
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution, RecordingError, zoo
-from captum_lnstat.recording import devices
+from captum_lnstat.recording import devices, sites
+from captum_lnstat.recording.sites import FusedSite
 from captum_lnstat.recording.verdicts import expect, read_at_the_end
 from captum_lnstat.rules import stacks
 from captum_lnstat.rules.engine import run
@@ -192,3 +193,35 @@ def test_the_first_check_that_does_not_hold_is_raised_even_if_something_else_fai
 def test_room_is_asked_of_the_device() -> None:
     assert room_for_maps(torch.device("cpu")) == stacks.ON_CPU
     assert room_for_maps(torch.device("mps")) == stacks.ON_DEVICE
+
+
+@pytest.mark.parametrize("name", ["vit-class", "swin1-shift-fused"])
+@pytest.mark.parametrize("which", RULES)
+def test_a_bound_on_memory_changes_how_much_is_made_at_once_and_not_the_map(
+    name: str, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = build(name, 1), images(CASES[name], 2, 1)
+    free = LNStatAttribution(model, rule=which).relevance(x, target=1)
+    bounded = LNStatAttribution(model, rule=which, max_memory=1 << 12)
+    largest: list[int] = []
+    probabilities = FusedSite.probabilities
+
+    def watched(site: FusedSite, heads: slice, queries: Any = slice(None)) -> Tensor:
+        found = probabilities(site, heads, queries)
+        largest.append(found.numel())
+        return found
+
+    monkeypatch.setattr(FusedSite, "probabilities", watched)
+    monkeypatch.setattr(sites, "QUERIES", 1)
+    for at_once in ({"cpu"}, set[str]()):
+        monkeypatch.setattr(devices, "AT_ONCE", at_once)
+        assert _close(bounded.relevance(x, target=1), free)
+    batch, _, _, keys = run(model, model, x, [1], class_specific=True).trace.blocks[0].site.shape
+    assert largest
+    assert max(largest) <= max((1 << 12) // devices.BYTES_PER_ENTRY, batch * keys)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "1 GiB"])
+def test_a_bound_that_is_no_number_of_bytes(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"max_memory is .*; expected a number of bytes"):
+        LNStatAttribution(nn.Identity(), max_memory=wrong)
