@@ -16,6 +16,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.devices import as_if_queued
@@ -23,8 +24,8 @@ from captum_lnstat.recording.devices import as_if_queued
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-# A number, or whether two tensors are the same.
-_SCALAR = {"_local_scalar_dense", "is_nonzero"}
+_READ = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# Whether two tensors are the same.
 _ALIKE: dict[str, Callable[..., Tensor]] = {"equal": torch.eq, "allclose": torch.isclose}
 # What leaves torch, where nothing can be followed.
 _LEAVES = {"numpy", "__array__", "__dlpack__", "__cuda_array_interface__", "__array_interface__"}
@@ -84,21 +85,44 @@ class _Decides(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name.split("::")[1], kwargs or {}
-        if name not in _SCALAR and name not in _ALIKE and name != "nonzero":
+        if name == "index":
+            return func(args[0], self._places(args[1]))
+        # The host has to know the numbers, or a shape hangs on them.
+        if name != "is_nonzero" and not _READ & set(func.tags):
             return func(*args, **kwargs)
         with disable_proxy_modes_tracing():
             value = func(*args, **kwargs)
-        if name in _SCALAR:
-            if isinstance(value, float):
-                raise _not_a_decision(f"the number {value:.4g}")
-            self._decisions.append(args[0] == value)
-        elif name == "nonzero":
-            with disable_proxy_modes_tracing():
-                mask = args[0] != 0
-            self._decisions.append(((args[0] != 0) == mask).all())
-        elif args[0].shape == args[1].shape:
-            self._decisions.append(_ALIKE[name](*args, **kwargs).all() == value)
+        if name in _ALIKE:
+            if args[0].shape == args[1].shape:
+                self._decisions.append(_ALIKE[name](*args, **kwargs).all() == value)
+            return value
+        if isinstance(value, float):
+            raise _not_a_decision(f"the number {value:.4g}")
+        for one in tree_leaves((args, kwargs)):
+            if isinstance(one, Tensor):
+                if one.is_floating_point() and name != "nonzero":
+                    raise _not_a_decision(f"what {name} finds")
+                self._known(one != 0 if name == "nonzero" else one)
         return value
+
+    def _known(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor as they are here, which they have to be again."""
+        with disable_proxy_modes_tracing():
+            known = tensor.clone()
+        self._decisions.append((tensor == known).all())
+        return known
+
+    def _places(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Where masks are true, in the place of masks."""
+        found: list[Tensor | None] = []
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                found.append(index)
+                continue
+            known = self._known(index)
+            with disable_proxy_modes_tracing():
+                found += known.nonzero(as_tuple=True)
+        return found
 
 
 class _Reads(TorchFunctionMode):

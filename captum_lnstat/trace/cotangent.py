@@ -52,9 +52,10 @@ class Cotangent:
     def of_parts(cls, parts: Iterable[Float[Tensor, "batch token some_scores channel"]]) -> Cotangent:
         """As ``of``, from the cotangents of some scores after those of others; each part is read as it comes."""
         known: list[Cotangent] = []
-        for u in parts:
+        coming = iter(parts)
+        for u in coming:
             if has_a_queue(u.device):  # which tokens have one, and whether they are parallel, would have to be read
-                return cls.written_out(torch.cat([u, *parts], 2))
+                return cls.written_out(torch.cat([u, *coming], 2))
             known.append(cls._of_part(u, known[-1] if known else None))
         first = known[0]
         if all(part._differs_in_directions_only(first) for part in known[1:]):

@@ -1,8 +1,8 @@
 """What ``compile`` saves on a CPU: ``python tests/benchmarks/compiled.py``, some six minutes.
 
-One thread, CPU time, medians of calls in turns: the forward pass, the same as ``torch.compile`` makes it, ``attribute``,
-and ``attribute`` of a compiled method. One image; random weights where there are none in the package. The table of
-``docs/devices.md`` is made by it.
+One thread, CPU time, medians of calls in turns: the forward pass, the same as ``torch.compile`` makes it,
+``attribute``, and ``attribute`` of a compiled method. One image; random weights where there are none in the package.
+The table of ``docs/devices.md`` is made by it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from timm.models.nest import Nest
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.tiny_vit import TinyVit
 from timm.models.twins import Twins
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import MaxVit
 
 CLASSES = 5
@@ -149,3 +150,72 @@ def hiera_hf(size: Size = (64, 64)) -> Any:
         num_labels=CLASSES,
     )
     return seeded(transformers.HieraForImageClassification, config)
+
+
+PARTS = {"window_size": (2, 2), "grid_size": (2, 2)}
+WIDE = (32, 64, 128)  # a depthwise convolution from one width to the next
+# Model, image, grid of the first attention block, pooling.
+MODELS: dict[str, tuple[Callable[[Size], Any], Size, Size, str]] = {
+    "maxvit_tiny_rw": (lambda s: maxxvit("maxvit_tiny_rw", s, (32, 32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
+    "maxvit_tiny_tf": (lambda s: maxxvit("maxvit_tiny_tf", s, (32, 32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
+    "maxvit_rmlp": (lambda s: maxxvit("maxvit_rmlp_pico_rw", s, (32, 48), **PARTS), (64, 96), (16, 24), "tokens"),
+    "maxvit_as_many_channels_as_rows": (
+        lambda s: maxxvit("maxvit_tiny_rw", s, (16, 32), **PARTS),
+        (64, 64),
+        (16, 16),
+        "tokens",
+    ),
+    "maxxvit": (lambda s: maxxvit("maxxvit_rmlp_nano_rw", s, WIDE, **PARTS), (64, 96), (16, 24), "tokens"),
+    "maxxvit_v2": (lambda s: maxxvit("maxxvitv2_nano_rw", s, WIDE, **PARTS), (64, 96), (16, 24), "tokens"),
+    "coatnet_rw": (lambda s: maxxvit("coatnet_nano_rw", s), (64, 96), (8, 12), "tokens"),
+    "coatnet": (lambda s: maxxvit("coatnet_0", s), (64, 96), (8, 12), "tokens"),
+    "coatnet_rmlp": (lambda s: maxxvit("coatnet_rmlp_nano_rw", s), (64, 96), (8, 12), "tokens"),
+    "coatnext": (lambda s: maxxvit("coatnext_nano_rw", s), (64, 96), (8, 12), "tokens"),
+    "maxvit_torchvision": (maxvit_torchvision, (64, 64), (16, 16), "tokens"),
+    "pvt_v2": (lambda s: pvt_v2(), (64, 96), (16, 24), "tokens"),
+    "pvt_v2_odd": (lambda s: pvt_v2(sr_ratios=(3, 2, 1)), (70, 90), (18, 23), "tokens"),
+    "pvt_v2_li": (lambda s: pvt_v2(linear=True), (64, 96), (16, 24), "tokens"),
+    "twins_svt": (lambda s: twins(wss=(3, 3, 3)), (64, 96), (16, 24), "tokens"),
+    "twins_pcpvt": (lambda s: twins(wss=None), (64, 96), (16, 24), "tokens"),
+    "nest": (lambda s: nest(), (64, 64), (16, 16), "tokens"),
+    "tiny_vit": (lambda s: tiny_vit(), (64, 96), (8, 12), "tokens"),
+    "tiny_vit_odd": (lambda s: tiny_vit(), (72, 104), (9, 13), "tokens"),
+    "hiera": (lambda s: hiera(img_size=s), (64, 96), (16, 24), "tokens"),
+    "hiera_two_pools": (
+        lambda s: hiera(img_size=s, stages=(1, 2, 1, 1), q_pool=2, mask_unit_size=(8, 8)),
+        (64, 96),
+        (16, 24),
+        "tokens",
+    ),
+    "hiera_abswin": (
+        lambda s: hiera(
+            img_size=s, abs_win_pos_embed=True, init_values=0.3, use_expand_proj=False, global_pos_size=(4, 4)
+        ),
+        (64, 96),
+        (16, 24),
+        "tokens",
+    ),
+    "mvit_v2": (lambda s: mvit_v2(), (64, 64), (16, 16), "tokens"),
+    "mvit_v2_cls": (lambda s: mvit_v2(use_cls_token=True), (64, 64), (16, 16), "class token"),
+    "mvit_v2_plain_queries": (lambda s: mvit_v2(residual_pooling=False), (64, 64), (16, 16), "tokens"),
+    "pvt_hf": (pvt_hf, (64, 64), (16, 16), "class token"),
+    "pvt_v2_hf": (pvt_v2_hf, (64, 96), (16, 24), "tokens"),
+    "pvt_v2_li_hf": (lambda s: pvt_v2_hf(s, linear_attention=True), (64, 96), (16, 24), "tokens"),
+    "hiera_hf": (hiera_hf, (64, 64), (16, 16), "tokens"),
+}
+
+
+def settled(model: nn.Module, x: Tensor) -> nn.Module:
+    """With BatchNorms that have seen images: else convolutions let the stream grow until attention adds nothing to it.
+
+    In a CoAtNet as it is made here the variance of a token is 1e8 and that of an attention's update 20.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(x)
+    for norm in norms:
+        norm.eval()
+    return model
