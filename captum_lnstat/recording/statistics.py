@@ -164,10 +164,10 @@ def shares_of_inverses(
         >>> shares_of_inverses(torch.tensor([1.0]), torch.tensor([0.5]))
         (tensor([0.2000]), tensor([0.8000]))
     """
-    kind = torch.finfo(own.dtype)
-    squared = (own / update).clamp_(max=kind.max**0.49).square()
-    share = (squared + 1).reciprocal()
-    return share, F.threshold(squared * share, kind.eps**4, 0.0)  # what has no variance has no share
+    squared = torch.stack([update, own]).square_()
+    shares = squared.div_(squared.sum(0))
+    share, rest = F.threshold(shares, torch.finfo(own.dtype).eps ** 4, 0.0)  # what has no variance has no share
+    return share, rest
 
 
 def update_share(own: Float[Tensor, "batch token"], update: Float[Tensor, "batch token"]) -> Tensor:

@@ -28,7 +28,7 @@ from captum_lnstat.rules.variance import LEAST
 from captum_lnstat.rules.wiring import PROBED, ROUNDED, Comparison, Wiring, length_of, probes, scattered
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.deviations import less_the_mean
-from captum_lnstat.trace.stacked_maps import StackedMap, apply_stacked, pull_back_stacked, stacked_path
+from captum_lnstat.trace.stacked_maps import StackedMap, apply_stacked, pull_back_stacked, stacked_path, turned_back
 from captum_lnstat.trace.steps import Block, Step
 from captum_lnstat.trace.trace import Trace
 
@@ -142,7 +142,7 @@ class Stack:
 
     def _weighted(self, from_mean: bool, mean: Float[Tensor, "block group query key"]) -> Tensor:
         """``W_ij ~ max(0, sum_h A^h_ij <q_i^h, w_j^h>)``; a row in which nothing is positive is that of the mean."""
-        q = self._by_head(pull_back_stacked(self._path, self._deviations(from_mean)[0])[0])
+        q = self._by_head(turned_back(self._path, self._deviations(from_mean)[0]))
         weights = (q @ self._apart(from_mean).mT).mul_(self._attention).sum(2).clamp_(min=0)
         tiny = torch.finfo(weights.dtype).tiny
         weights.add_(mean, alpha=LEAST * tiny)  # lost in what is not nothing
@@ -261,14 +261,15 @@ class StackedBlock(Block):
         stack, place, layout, batch = self.stack, self.place, self.layout, len(rows)
         if wiring is not None:
             stack.note(wiring)
-        mixed = stack.relation(fusion)[place].mT @ layout.gather(rows)
+        relation, grouped = stack.relation(fusion)[place].mT, layout.gather(rows)
         if u is None:
-            return self._below(mixed, batch)
+            return self._below(relation @ grouped, batch)
         total, constant = stack.contributions(u)
         own, belongs_to_none = total[place][..., None], constant[place][:, None]
         if alone and not padded([layout]):  # what padded places contribute is told from what they take
-            return Propagated(layout.join(mixed + own, batch), None, constant=belongs_to_none)
-        below, lost = layout.scatter(torch.cat([mixed, own], -1), batch)
+            mixed = torch.baddbmm(own, relation, grouped)
+            return Propagated(layout.join(mixed, batch), None, constant=belongs_to_none)
+        below, lost = layout.scatter(torch.cat([relation @ grouped, own], -1), batch)
         return Propagated(below[..., :-1], lost[:, :-1], below[..., -1:], lost[:, -1:], belongs_to_none)
 
     def propagate_gradient(

@@ -153,6 +153,15 @@ def pull_back_stacked(
     return u, constant
 
 
+def turned_back(
+    path: Sequence[StackedMap], u: Float[Tensor, "block batch place out"]
+) -> Float[Tensor, "block batch place in"]:
+    """``M^T u_i`` alone, of every token."""
+    for one in reversed(path):
+        u = one.pull_back(u, None)
+    return u
+
+
 def apply_stacked(path: Sequence[StackedMap], x: Float[Tensor, "block batch token in"]) -> Tensor:
     """Take ``x`` through the paths of all blocks."""
     for one in path:
