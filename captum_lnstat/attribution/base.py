@@ -6,16 +6,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
-from captum.attr import GradientAttribution
 from torch import Tensor, nn
 
 from captum_lnstat.attribution.arguments import check_choice, check_finite, check_memory, joined, the_image
 from captum_lnstat.attribution.batches import chunks
 from captum_lnstat.attribution.compiled import CompiledAttribution
 from captum_lnstat.attribution.describe import describe_pass
+from captum_lnstat.attribution.one_pass import OnePass
 from captum_lnstat.attribution.pixels import Interpolation, check_interpolation, to_pixels
 from captum_lnstat.description import Description
 from captum_lnstat.errors import warn_caller
@@ -48,26 +48,6 @@ NOTHING = (
     "nothing reached the patches, or nothing that did was for the target. rule='evidence' shows what was against it as "
     "well, and says where a score has no gradient"
 )
-
-
-class OnePass(GradientAttribution):  # type: ignore[misc]
-    """What Captum asks of a method, as methods of one recorded pass answer it."""
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        """True: relevance is what a patch contributed, not what a change of it would do."""
-        return True
-
-    def attribute_future(self) -> NoReturn:
-        """Not implemented, as for Captum's own one-pass methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
-
-    def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not on offer: what ended on prefix tokens and biases is not in the attributions."""
-        raise NotImplementedError(
-            "the delta needs what ended on prefix tokens and biases, which no attribution holds; use "
-            "LNStatAttribution(..., rule='evidence').attribute(..., return_convergence_delta=True)"
-        )
 
 
 class GridAttribution(OnePass):
@@ -185,14 +165,14 @@ class GridAttribution(OnePass):
 
         Args:
             example: Images of the shape, dtype and device that it will be given, as for ``attribute``.
-            target: A tensor of one class an image, which then goes with every call; or any other form of target, which
-                then is that of all calls.
+            target: A tensor or list of one class an image, which then goes with every call; or any other form of
+                target, which then is that of all calls.
             additional_forward_args: As for ``attribute``; the same in all calls.
             backend: As for ``torch.compile``; ``None`` runs the graph as it was captured.
             mode: As for ``torch.compile``: ``"reduce-overhead"`` replays it as a CUDA graph.
 
         Returns:
-            An object with ``attribute(inputs, target)`` and ``relevance(inputs, target)``.
+            An attribution method of Captum with ``attribute(inputs, target)`` and ``relevance(inputs, target)``.
 
         Raises:
             UnsupportedModelError: The model is in train mode, or something in it is no function of torch.
@@ -214,7 +194,9 @@ class GridAttribution(OnePass):
             with torch.inference_mode(False), torch.no_grad():
                 return check_fits(method._to_inputs(outcome, relevance.grid, image)), relevance.grid
 
-        return CompiledAttribution(explain, self.transformer, the_image(example), target, backend=backend, mode=mode)
+        return CompiledAttribution(
+            self.forward_func, explain, self.transformer, the_image(example), target, backend=backend, mode=mode
+        )
 
     def describe(
         self, inputs: Tensor | tuple[Tensor, ...], target: Target = None, additional_forward_args: ForwardArgs = None

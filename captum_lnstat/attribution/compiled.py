@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from captum_lnstat.attribution.arguments import the_image
 from captum_lnstat.attribution.capture import capture, for_a_compiler
+from captum_lnstat.attribution.one_pass import OnePass
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, quietly, warn_caller
-from captum_lnstat.recording.forward import Target, TensorOrTuple, format_output, is_tuple
+from captum_lnstat.recording.forward import Target, TensorOrTuple, format_output, is_tuple, log_usage
 from captum_lnstat.topology.anatomy.structure import structure_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 # From images and targets to attributions and relevance.
 Explain = Callable[[Tensor, Target], tuple[Tensor, Tensor]]
@@ -24,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 HALF_TOLERANCE = 0.1
 
 
-class CompiledAttribution:
+class CompiledAttribution(OnePass):
     """What ``compile`` returns: the same maps as the method's own, for images of the one shape that it was given.
 
     Not one Python line of the model or of this package runs between the first operation and the last. All checks of the
@@ -32,11 +33,13 @@ class CompiledAttribution:
     another way (a map of nothing, an attention with other zeros), the images are explained by the method itself, which
     says what it has to say; a warning tells that it took that long.
 
-    Weights may be changed in place only by compiling again: what follows from them is part of the graph.
+    After a change of the model it has to be compiled again; a call says so. Of other modules that ``forward_func`` runs it
+    does not know.
     """
 
     def __init__(
         self,
+        forward_func: Callable[..., Any],
         explain: Explain,
         model: nn.Module,
         example: Tensor,
@@ -46,16 +49,14 @@ class CompiledAttribution:
         mode: str | None,
     ) -> None:
         _check_can_be(model)
-        self._explain, self._model = explain, model
-        self._example, self._target = example.detach().clone(), target
-        self._one_an_image = isinstance(target, Tensor) and target.numel() == len(example)
+        super().__init__(forward_func)
+        self._explain, self._model, self._example = explain, model, example.detach().clone()
+        self._target: Target = int(target) if isinstance(target, Tensor) and target.dim() == 0 else target
         self._tensors = [*model.parameters(), *model.buffers()]
         self._autocast = _autocast_here(example.device)
         with torch.inference_mode(False):
+            explain(self._example, target)  # says or refuses what there is, and finds out what is asked of a model once
             inputs = self._inputs(self._example, target)
-            explain(
-                self._example, target
-            )  # what there is to say or to refuse, and what is found out about a model once
             with quietly(), torch.no_grad():
                 graph: Any = capture(self._captured, inputs)
             if backend is not None:
@@ -67,6 +68,7 @@ class CompiledAttribution:
             for image in (self._example, self._example.flip(-1).contiguous()):
                 self._compare(image)
 
+    @log_usage()  # type: ignore[untyped-decorator]
     def attribute(self, inputs: TensorOrTuple, target: Target = None) -> TensorOrTuple:
         """As the method's ``attribute``, for images like those it was compiled for.
 
@@ -100,16 +102,15 @@ class CompiledAttribution:
         )
         return explained
 
-    def _captured(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self._explain(inputs[0], inputs[1] if self._one_an_image else self._target)
+    def _captured(self, image: Tensor, classes: Tensor | None = None) -> tuple[Tensor, ...]:
+        return self._explain(image, self._target if classes is None else classes)
 
     def _inputs(self, image: Tensor, target: Target) -> tuple[Tensor, ...]:
+        """What the graph is given: the images, and one class each if the target is of that form."""
         image = image.detach()
         image = image.clone() if image.is_inference() else image.contiguous()
-        if not self._one_an_image:
-            return (image,)
-        assert isinstance(target, Tensor)
-        return image, target.detach().to(image.device).reshape(-1).clone()
+        classes = _one_an_image(target, image)
+        return (image,) if classes is None else (image, classes)
 
     def _checked(self, image: Tensor) -> Tensor:
         wanted = self._example
@@ -127,15 +128,14 @@ class CompiledAttribution:
         return image
 
     def _checked_target(self, target: Target) -> Target:
-        if self._one_an_image:
-            wanted = len(self._example)
-            if isinstance(target, list):
-                target = torch.tensor(target, device=self._example.device)
-            if not isinstance(target, Tensor) or target.numel() != wanted or target.is_floating_point():
-                raise ValueError(f"target is {target!r}; this was compiled for a tensor of {wanted} classes")
+        wanted, given = (_one_an_image(one, self._example) for one in (self._target, target))
+        if wanted is not None and given is None:
+            raise ValueError(f"target is {target!r}; this was compiled for a tensor of {len(wanted)} classes")
+        if wanted is not None:
             return target
-        same = target is None or target is self._target
-        if not same and (isinstance(target, Tensor) or isinstance(self._target, Tensor) or target != self._target):
+        if target is None or target is self._target:
+            return self._target
+        if isinstance(target, Tensor) or isinstance(self._target, Tensor) or target != self._target:
             raise ValueError(
                 f"target is {target!r}; this was compiled for {self._target!r}. Compile with a tensor of one class an "
                 "image to choose them at every call"
@@ -182,6 +182,15 @@ def _check_can_be(model: nn.Module) -> None:
             f"{type(model).__name__} is in train mode: what is drawn at random would be compiled as it is once. Call "
             "model.eval() first"
         )
+
+
+def _one_an_image(target: Target, image: Tensor) -> Int[Tensor, " batch"] | None:
+    """The classes, if there is one for each of the images in a tensor or a list."""
+    if isinstance(target, list) and all(isinstance(one, int) for one in target):
+        target = torch.tensor(target, device=image.device)
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.shape != (len(image),):
+        return None
+    return target.detach().to(image.device, torch.int64, copy=True)
 
 
 def _autocast_here(device: torch.device) -> tuple[bool, torch.dtype | None]:

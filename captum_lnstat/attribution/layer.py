@@ -11,9 +11,10 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor, nn
 
 from captum_lnstat.attribution.arguments import joined, the_image
-from captum_lnstat.attribution.base import OnePass, record, relevance_of, warn_of_nothing
+from captum_lnstat.attribution.base import record, relevance_of, warn_of_nothing
 from captum_lnstat.attribution.batches import chunks
 from captum_lnstat.attribution.lnstat import LNStatAttribution
+from captum_lnstat.attribution.one_pass import OnePass
 from captum_lnstat.errors import UnsupportedModelError, warn_caller
 from captum_lnstat.recording.eager import eager
 from captum_lnstat.recording.forward import (

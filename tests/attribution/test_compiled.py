@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from captum.attr import NoiseTunnel
 from helpers.launches import Launches
 from helpers.models import CASES, build, images
 from torch import Tensor, nn
@@ -91,7 +92,9 @@ def test_what_it_was_not_compiled_for() -> None:
     with pytest.raises(ValueError, match="autocast"), torch.autocast("cpu", torch.bfloat16):
         compiled.attribute(torch.rand(2, 3, 64, 64))
     chosen = _compiled(_vit(), torch.tensor([1, 2]))
-    for target in (None, 1, torch.tensor([1.0, 2.0]), torch.tensor([1])):
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(chosen.attribute(x, torch.tensor([1, 2])), chosen.attribute(x, [1, 2]))
+    for target in (None, 1, torch.tensor([1.0, 2.0]), torch.tensor([1]), [1]):
         with pytest.raises(ValueError, match="compiled for a tensor of 2 classes"):
             chosen.attribute(torch.rand(2, 3, 64, 64), target=target)
 
@@ -223,3 +226,33 @@ def test_what_was_decided_is_a_condition() -> None:
     listed = capture(lambda x: (x + x.tolist()[0],), (torch.tensor([1, 2]),))
     assert bool(listed(torch.tensor([1, 2]))[1])
     assert not bool(listed(torch.tensor([2, 2]))[1])
+
+
+def test_one_class_for_all_in_a_tensor() -> None:
+    method, x = LNStatAttribution(_vit()), torch.rand(2, 3, 64, 64)
+    compiled = method.compile(torch.rand(2, 3, 64, 64), torch.tensor(3), backend=None)
+    assert torch.allclose(compiled.attribute(x), method.attribute(x, target=3), atol=1e-8)
+
+
+def test_in_a_noise_tunnel() -> None:
+    method, x = LNStatAttribution(_vit()), torch.rand(2, 3, 64, 64)
+    compiled = method.compile(torch.rand(6, 3, 64, 64), 3, backend=None)
+    found = []
+    for one in (compiled, method):
+        torch.manual_seed(0)
+        found.append(NoiseTunnel(one).attribute(x, nt_type="smoothgrad", nt_samples=3, stdevs=0.1, target=3))
+    assert torch.allclose(*found, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(dtype: torch.dtype) -> None:
+    x = torch.rand(2, 3, 64, 64)
+    half = LNStatAttribution(_vit().to(dtype))
+    compiled = half.compile(torch.rand(2, 3, 64, 64), 1, backend=None)
+    assert torch.allclose(compiled.attribute(x), half.attribute(x, target=1), rtol=1e-2, atol=1e-6)
+    method = LNStatAttribution(_vit())
+    with torch.autocast("cpu", dtype):
+        compiled = method.compile(torch.rand(2, 3, 64, 64), 1, backend=None)
+        assert torch.allclose(compiled.attribute(x), method.attribute(x, target=1), rtol=1e-2, atol=1e-6)
+    with pytest.raises(ValueError, match="same autocast"):
+        compiled.attribute(x)
