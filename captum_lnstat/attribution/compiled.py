@@ -33,8 +33,8 @@ class CompiledAttribution(OnePass):
     another way (a map of nothing, an attention with other zeros), the images are explained by the method itself, which
     says what it has to say; a warning tells that it took that long.
 
-    After a change of the model it has to be compiled again; a call says so. Of other modules that ``forward_func`` runs it
-    does not know.
+    After a change of the model it has to be compiled again, as a call says. What other modules ``forward_func`` runs is
+    not known to it.
     """
 
     def __init__(
