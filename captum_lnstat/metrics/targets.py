@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 Classes = int | Sequence[int] | Tensor
-# Numbers of images given to a model in one pass: what stays near a CPU's cache, and some 200 images of 224 px.
-AT_ONCE = 1 << 20
+# Numbers of images given to a model in one pass: on a CPU ten images of 64 px, and some 200 of 224 px on a device.
+AT_ONCE = 1 << 17
 AT_ONCE_ON_DEVICE = 1 << 25
 
 
