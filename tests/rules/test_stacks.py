@@ -109,7 +109,7 @@ BOUNDS = {
     ("swin_tiny_patch4_window7_224", "lnstat"): (2.62, 1),
     ("swin_tiny_patch4_window7_224", "evidence"): (2.65, 1),
     ("swin_tiny_patch4_window7_224", "rollout"): (2.25, 2),
-    ("swin_tiny_patch4_window7_224", "gradient"): (3.0, 2),
+    ("swin_tiny_patch4_window7_224", "gradient"): (3.1, 2),  # 2.97 with torch 2.15; the backward pass of 2.6 has more
 }
 
 
