@@ -52,7 +52,7 @@ class CompiledAttribution(OnePass):
         super().__init__(forward_func)
         self._explain, self._model, self._example = explain, model, example.detach().clone()
         self._target: Target = int(target) if isinstance(target, Tensor) and target.dim() == 0 else target
-        self._tensors = [*model.parameters(), *model.buffers()]
+        self._modules = list(model.modules())
         self._autocast = _autocast_here(example.device)
         with torch.inference_mode(False):
             explain(self._example, target)  # says or refuses what there is, and finds out what is asked of a model once
@@ -142,12 +142,15 @@ class CompiledAttribution(OnePass):
             )
         return self._target
 
-    def _state(self) -> tuple[Any, ...]:
-        return (
-            structure_of(self._model),
-            [(tensor._version, tensor.data_ptr()) for tensor in self._tensors],
-            [(m.training, *m._forward_pre_hooks, *m._forward_hooks) for m in self._model.modules()],
-        )
+    def _state(self) -> list[Any]:
+        """What the graph was made of: modules with their settings, modes and hooks, and their weights."""
+        found: list[Any] = [structure_of(self._model)]
+        for module in self._modules:  # if there were others, their structure would be
+            found += (module.training, *module._forward_pre_hooks, *module._forward_hooks)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    found += (id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+        return found
 
     def _check_unchanged(self) -> None:
         if self._state() != self._seen:
@@ -166,7 +169,8 @@ class CompiledAttribution(OnePass):
             return  # would be explained without it
         with quietly():
             wanted = self._explain(image, target)[1]
-        tolerance = TOLERANCE.get(next((t.dtype for t in self._tensors if t.is_floating_point()), image.dtype))
+        weights = (weight.dtype for weight in self._model.parameters() if weight.is_floating_point())
+        tolerance = TOLERANCE.get(next(weights, image.dtype))
         apart, size = float((grid - wanted).abs().max()), float(wanted.abs().max())
         if not apart <= (HALF_TOLERANCE if tolerance is None or self._autocast[0] else tolerance) * size:
             raise RecordingError(

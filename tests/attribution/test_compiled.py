@@ -134,7 +134,7 @@ def test_images_that_go_another_way_are_explained_without_it() -> None:
     assert not bool(found.any())
 
 
-@pytest.mark.parametrize("change", ["weights", "storage", "module", "mode", "hook"])
+@pytest.mark.parametrize("change", ["weights", "storage", "parameter", "module", "mode", "hook"])
 def test_a_model_that_has_changed_is_noticed(change: str) -> None:
     model: Any = _vit()
     compiled, x = _compiled(model), torch.rand(2, 3, 64, 64)
@@ -144,6 +144,8 @@ def test_a_model_that_has_changed_is_noticed(change: str) -> None:
             model.head.weight.mul_(2)
     elif change == "storage":
         model.head.weight.data = 2 * model.head.weight.data
+    elif change == "parameter":
+        model.head.weight = nn.Parameter(2 * model.head.weight.detach())
     elif change == "module":
         model.blocks[0].mlp.act = nn.ReLU()
     elif change == "mode":
