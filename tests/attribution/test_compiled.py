@@ -31,10 +31,20 @@ def _compiled(model: nn.Module, target: Any = 1, count: int = 2, **options: Any)
     return LNStatAttribution(model, **options).compile(torch.rand(count, 3, 64, 64), target, backend=None)
 
 
-# A class token; padded, shifted and merged windows; windows of Swin v2.
+# A class token; padded, shifted and merged windows; windows of Swin v2. Every rule, and every model twice.
+OTHERS = [
+    *(("vit-class", which) for which in RULES),
+    ("swin1-shift-fused", "lnstat"),
+    ("swin1-shift-fused", "rollout"),
+    ("swin1-padded-7", "evidence"),
+    ("swin1-padded-7", "gradient"),
+    ("swin2-shift", "lnstat"),
+    ("swin2-shift", "gradient"),
+]
+
+
 @pytest.mark.filterwarnings("ignore:the map of image")
-@pytest.mark.parametrize("name", ["vit-class", "swin1-shift-fused", "swin1-padded-7", "swin2-shift"])
-@pytest.mark.parametrize("which", RULES)
+@pytest.mark.parametrize(("name", "which"), OTHERS)
 def test_other_images_have_the_method_s_own_maps(name: str, which: str) -> None:
     model, one = build(name, 1), images(CASES[name], 2, 1)
     other, classes = images(CASES[name], 2, 5), torch.tensor([1, 0])
@@ -258,3 +268,16 @@ def test_half_precision_and_autocast(dtype: torch.dtype) -> None:
         assert torch.allclose(compiled.attribute(x), method.attribute(x, target=1), rtol=1e-2, atol=1e-6)
     with pytest.raises(ValueError, match="same autocast"):
         compiled.attribute(x)
+
+
+def test_shapes_that_hang_on_numbers() -> None:
+    masked = capture(lambda x: (x[x > 0] + 1,), (torch.tensor([1.0, -1.0, 2.0]),))
+    found, holds = masked(torch.tensor([5.0, -7.0, 6.0]))
+    assert bool(holds)
+    assert found.tolist() == [6.0, 7.0]
+    assert not bool(masked(torch.tensor([5.0, 7.0, 6.0]))[1])
+    distinct = capture(lambda x: (torch.unique(x) * x.sum(),), (torch.tensor([2, 1, 2]),))
+    assert bool(distinct(torch.tensor([2, 1, 2]))[1])
+    assert not bool(distinct(torch.tensor([2, 1, 3]))[1])
+    with pytest.raises(UnsupportedModelError, match="_unique2 finds"):
+        capture(lambda x: (torch.unique(x),), (torch.rand(3),))
