@@ -61,12 +61,10 @@ def directions_of(names: tuple[str, ...], channels: int, device: torch.device, d
     return w
 
 
-@lru_cache(16)
-@torch.inference_mode(False)
 def probes(
     names: tuple[str, ...], tokens: int, channels: int, device: torch.device, dtype: torch.dtype
 ) -> Float[Tensor, "block 1 token channel"]:
-    """What the updates of some blocks are weighted with, token by token."""
+    """What the updates of some blocks are weighted with, token by token: as large as their streams, and not kept."""
     z = scattered(tokens, device, dtype)
     return (z[:, None] * directions_of(names, channels, device, dtype)[:, None])[:, None]
 
