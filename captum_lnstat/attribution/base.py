@@ -161,7 +161,7 @@ class GridAttribution(OnePass):
         """The method for images of one shape as one graph with the model, without Python on the way.
 
         On a GPU at small batches, and for small models on a CPU, most of the time of an explanation is that of the
-        host; a compiled one has none. It takes some ten seconds to compile.
+        host; a compiled one has next to none. To compile takes ten seconds to a minute.
 
         Args:
             example: Images of the shape, dtype and device that it will be given, as for ``attribute``.

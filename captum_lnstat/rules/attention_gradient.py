@@ -178,6 +178,16 @@ class PositiveGradient:
         return Propagated(*keys.scatter(self._mixed.transpose(-2, -1), self._batch))
 
 
+def by_head(site: AttentionSite, output_gradient: Tensor) -> Float[Tensor, "group head query channel"]:
+    """``dL/dO`` as at a site's output, as one at ``A v``, head by head."""
+    d_output = site.output_gradient(output_gradient)
+    if d_output.shape[1] != site.shape[1]:
+        raise RecordingError(
+            f"the output of {site.module!r} has {d_output.shape[1]} heads, its attention {site.shape[1]}"
+        )
+    return d_output.to(accumulation_dtype(d_output))
+
+
 def feed(site: AttentionSite, output_gradient: Tensor, observer: Observer, weigh: Weigh | None = None) -> None:
     """Make the maps of a site and their gradients, ``dA = (dL/dO) v^T``, where no backward pass of ours made them.
 
@@ -187,12 +197,7 @@ def feed(site: AttentionSite, output_gradient: Tensor, observer: Observer, weigh
         observer: What reads them.
         weigh: What it gets besides ``A``; by default ``dA * A``.
     """
-    d_output = site.output_gradient(output_gradient)
-    d_output = d_output.to(accumulation_dtype(d_output))
-    if d_output.shape[1] != site.shape[1]:
-        raise RecordingError(
-            f"the output of {site.module!r} has {d_output.shape[1]} heads, its attention {site.shape[1]}"
-        )
+    d_output = by_head(site, output_gradient)
     values = site.values(slice(0, site.shape[1])).transpose(-2, -1)
     for queries, some_heads in site.chunks(observer.wanted):
         for heads, attention in some_heads:

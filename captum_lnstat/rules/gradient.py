@@ -13,7 +13,7 @@ from captum_lnstat.errors import RecordingError
 from captum_lnstat.recording.attention_backward import Feed
 from captum_lnstat.recording.sites import FusedSite, SoftmaxSite
 from captum_lnstat.recording.slopes import slopes_at
-from captum_lnstat.rules.attention_gradient import PositiveGradient, check_graph, feed, output_edge, start_of
+from captum_lnstat.rules.attention_gradient import PositiveGradient, by_head, check_graph, feed, output_edge, start_of
 from captum_lnstat.rules.checks import check_start, reads
 from captum_lnstat.rules.head import gradients
 from captum_lnstat.rules.perception import ShareOf, whole
@@ -99,7 +99,7 @@ def _in_stacks(outcome: Pass, trace: Trace, rule: Walk, normalized: bool) -> tup
     read, *found = slopes_at(total, [outcome.head.stream_end, *edges], keep_graph=False)
     _check_reached(block.name for block, slope in zip(trace.blocks, found, strict=True) if slope is None)
     check_start(trace, reads(read))
-    slopes = {block.name: block.site.output_gradient(slope) for block, slope in zip(trace.blocks, found, strict=True)}
+    slopes = {block.name: by_head(block.site, slope) for block, slope in zip(trace.blocks, found, strict=True)}
     wiring = None if trace.training else Wiring()
     came = advance(rule)
     while isinstance(came, Request):

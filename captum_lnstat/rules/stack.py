@@ -181,7 +181,7 @@ class Stack:
         return self._once("gradients", lambda: self._positive(slopes, normalized))
 
     def _positive(self, slopes: Mapping[str, Tensor], normalized: bool) -> Tensor:
-        d_output = torch.stack([slopes[name] for name in self.names]).to(self._values.dtype)
+        d_output = torch.stack([slopes[name] for name in self.names])
         mean = (d_output @ self._values.mT).mul_(self._attention).clamp_(min=0).mean(2)
         return rows_of_one(mean) if normalized else mean
 
