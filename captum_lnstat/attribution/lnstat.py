@@ -64,8 +64,8 @@ class LNStatAttribution(GridAttribution):
         forward_func (Callable): The model, or any function that runs it once and returns one score, or one row of class
             scores, an image.
         model (nn.Module, optional): The transformer that ``forward_func`` runs. Needed if ``forward_func`` is not it.
-        rule (str): ``"lnstat"`` (default), the positive part of the evidence; where all blocks see the same grid, of
-            that from the upper half of the blocks, smoothed by a 28th of the map's side.
+        rule (str): ``"lnstat"`` (default), the positive part of the evidence smoothed by a 28th of the map's side;
+            where all blocks see the same grid, of that from the upper third of the blocks.
             ``"evidence"``, ``E``: signed and complete. ``"rollout"``, ``P``: what the head looks at, rolled back in the
             same way; class-agnostic, sums to 1. ``"gradient"``: Chefer's generic rule with token statistics,
             ``r <- alpha * r + ((1 - alpha) * r) A'`` with the rows of ``A' = E_h[(dA * A)^+]`` divided by their sums,

@@ -32,26 +32,28 @@ if TYPE_CHECKING:
     from captum_lnstat.rules.engine import Pass
 
 
-def evidence(trace: Trace, head: Head, settings: Settings, since: int = 0) -> Walk:
+def evidence(trace: Trace, head: Head, settings: Settings, since: int | None = None) -> Walk:
     """``r <- alpha * r + ((1 - alpha) * r) W + c``: signed relevance; over tokens and constant it sums to the score.
 
     Args:
         trace: The traced forward pass.
         head: The scores, and their cotangent at the end of the stream.
         settings: The residual share ``alpha``, how heads are fused, how mergings are undone.
-        since: The steps before this block are only rolled through: of what is read there, what tells patches apart is
-            put on them where they are, the rest belongs to the constant.
+        since: What is put on other tokens than patches stays there, and the steps before this block are only rolled
+            through, by shares of standard deviations: of what is read there, what tells patches apart is put on them
+            where they are, the rest belongs to the constant. ``None``: none of that, all steps alike.
     """
     u, constant = head.cotangent
     rest = Rest(u, (constant,))
     r = rest.no_relevance()
     rest = rest.unless_unread()
-    first = trace.blocks[since].before if since else None
+    first, lower = trace.blocks[since].before if since else None, False
     for step in reversed(trace.steps):
         r, rest = rest.joined(r, head.cotangent_at(step.after))
         if isinstance(step, Block):
             r = r.plus(rest.read_mlp(step))  # <u, MLP update>
-            alpha, shared = step.shares_of(settings.residual)
+            patches = None if since is None else trace.patches(step.between)
+            alpha, shared = step.shares_of(settings.residual, patches, by_size=lower)
             came = yield Request(step, shared[..., None] * r.tokens, r.at, rest.u)
             # c_j = sum_h sum_i A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)
             rows, rest = plus(came.rows, came.contributions), rest.plus(came.contributions_padding, came.constant)
@@ -59,7 +61,7 @@ def evidence(trace: Trace, head: Head, settings: Settings, since: int = 0) -> Wa
             read = rest.read(step.base) if ends else None
             r, rest = r.through(step, alpha, rows, came.padding, read), rest.before(step)
             if step.before is first:
-                r, rest = rest.ended(r, step.before, trace.patches(step.before))
+                lower, (r, rest) = True, rest.ended(r, step.before, trace.patches(step.before))
         else:
             if isinstance(step, Update):
                 r = r.plus(rest.read(step.after, step.before))

@@ -26,7 +26,7 @@ BLUR = 1 / 28
 
 @register(
     "lnstat",
-    formula="max(G, 0), G = E; with one grid, E of the upper half of the blocks, smoothed",
+    formula="max(G, 0), G = E smoothed; with one grid, E of the upper third of the blocks, on patch tokens",
     options=("residual", "head_fusion", "contrastive"),
     starts=False,
 )
@@ -34,31 +34,31 @@ def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     """``max(G, 0)`` with ``G`` the evidence ``E``, smoothed: what counted in favour of the class.
 
     Of the attention, evidence is what a token contributed beyond what the mean value would have. What counts against
-    the class is left out, and so is what ended on prefix tokens or belongs to no token.
+    the class is left out, and so is what was put on prefix tokens or belongs to no token.
 
-    Where all blocks see the same grid, only what the upper half of them contributed counts: what the lower blocks write
-    is read by the blocks above them, and little of it by the head itself; but what a head that reads patch tokens
-    finds there, beyond their mean, is put on them where they are. And the map is smoothed by a 28th of its side, each
-    frame of a video by itself. Where stages merge, the lower ones alone know where things are, and the merging shares
-    how fine that is: all blocks count, and the map is left as it is.
+    Where all blocks see the same grid, only what the upper third of them contributed counts: what the lower blocks
+    write is read by the blocks above them, and little of it by the head itself; but what a head that reads patch tokens
+    finds there, beyond their mean, is put on them where they are. Nothing is shared out from a prefix token to what it
+    attended to, and through the lower blocks patches share by standard deviations, not by variances, which says more
+    of where a token's content came from. Where stages merge, the lower ones alone know where things are: all blocks
+    count, by variances.
     """
     trace = outcome.trace
-    since = _upper_half(trace, outcome.head) if trace.one_grid else 0
+    since = _upper_third(trace, outcome.head) if trace.one_grid else None
     e = walk(trace, settings, evidence(trace, outcome.head, settings, since))[0]
     g = torch.stack([one.grid for one in e])
-    if trace.one_grid:
-        g = smoothed(g, (BLUR * g.shape[-2], BLUR * g.shape[-1]))
+    g = smoothed(g, (BLUR * g.shape[-2], BLUR * g.shape[-1]))
     prefix, nothing = torch.zeros_like(e[0].prefix), torch.zeros_like(e[0].padding)
     return tuple(Relevance(grid, prefix, nothing, nothing) for grid in g.clamp(min=0))
 
 
-def _upper_half(trace: Trace, head: Head) -> int:
-    """The first block of the model's upper half, counted from where the trace begins.
+def _upper_third(trace: Trace, head: Head) -> int:
+    """The first block of the model's upper third, counted from where the trace begins.
 
     A head that reads the stream at several places has that many models: those of the lowest counts.
     """
     whole = trace.blocks_below + head.lowest(trace)
-    return max(0, whole // 2 - trace.blocks_below)
+    return max(0, 2 * whole // 3 - trace.blocks_below)
 
 
 def smoothed(

@@ -15,7 +15,7 @@ from torch import Tensor
 from captum_lnstat.layout import WholeImage, gather_stacked, padded, real_places
 from captum_lnstat.recording.fusion import HeadFusion, rows_of_one
 from captum_lnstat.recording.stacked_sites import stacked_probabilities, stacked_values
-from captum_lnstat.recording.statistics import shares_of_inverses, standardised
+from captum_lnstat.recording.statistics import in_size, only_at, shares_of_inverses, standardised
 from captum_lnstat.rules.variance import LEAST
 from captum_lnstat.rules.wiring import PROBED, ROUNDED, Comparison, Wiring, length_of, probes, scattered
 from captum_lnstat.trace.cotangent import Cotangent
@@ -133,9 +133,17 @@ class Stack:
         weights.add_(mean, alpha=LEAST * tiny)  # lost in what is not nothing
         return weights.div_(weights.sum(-1, keepdim=True).clamp_(min=tiny))
 
-    def shares(self) -> tuple[Float[Tensor, "block batch token"], Float[Tensor, "block batch token"]]:
-        """The residual shares of the form ``"deviation"``, and the rest."""
-        return self._once("shares", self._shares)
+    def shares(
+        self, tokens: slice | None, *, by_size: bool
+    ) -> tuple[Float[Tensor, "block batch token"], Float[Tensor, "block batch token"]]:
+        """The residual shares of the form ``"deviation"``, and the rest, as ``Block.shares_of``."""
+
+        def shares() -> tuple[Tensor, Tensor]:
+            found = self._once("shares", self._shares)
+            return only_at(tokens, *(in_size(*found) if by_size else found))
+
+        of = tokens and (tokens.start, tokens.stop)  # a slice has no hash before Python 3.12
+        return self._once(("shares", of, by_size), shares)
 
     def _shares(self) -> tuple[Tensor, Tensor]:
         base = self._streams("base")

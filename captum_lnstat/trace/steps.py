@@ -16,6 +16,8 @@ from captum_lnstat.recording.statistics import (
     ResidualShare,
     TokenStatistics,
     accumulation_dtype,
+    in_size,
+    only_at,
     ratio_share,
     residual_shares,
     token_statistics,
@@ -134,11 +136,16 @@ class Block(_Step):
         return self.shares_of(form)[0]
 
     def shares_of(
-        self, form: ResidualShare
+        self, form: ResidualShare, tokens: slice | None = None, *, by_size: bool = False
     ) -> tuple[Float[Tensor, "batch query_token"], Float[Tensor, "batch query_token"]]:
         """Share of each token after the attention that is the token before it, 1 where it takes no part; and the rest.
 
         The rest is found for itself: of a share of all but nothing, the difference from one is rounding.
+
+        Args:
+            form: Of what.
+            tokens: Of these alone; all others keep what they have.
+            by_size: Of standard deviations, not of their squares, the variances.
 
         ``"deviation"``: ``var(x - mean x) / (var(x - mean x) + var(e))``, ``x`` less the mean token and ``e`` the
         update less that of the mean value.
@@ -157,9 +164,9 @@ class Block(_Step):
             kind: ResidualShare = "update" if form == "ratio" else form
             shares = residual_shares(self.base, self.attention_update, kind, centred=self.centred)
         covered = self.layout.covered
-        if covered is None:
-            return shares
-        return torch.where(covered, shares[0], 1.0), torch.where(covered, shares[1], 0.0)
+        if covered is not None:
+            shares = torch.where(covered, shares[0], 1.0), torch.where(covered, shares[1], 0.0)
+        return only_at(tokens, *(in_size(*shares) if by_size else shares))
 
     def mlp_read(self, u: Cotangent) -> Float[Tensor, "batch query_token score"]:
         """``<u_i, MLP update_i>`` of every token."""

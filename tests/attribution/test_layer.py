@@ -55,13 +55,13 @@ def expected(case: Any, oracle: Dense, name: str, into: bool, target: Tensor) ->
     found = torch.zeros_like(argued)
     merged, merged_above = (sum(isinstance(step, DenseMerging) for step in one.steps) for one in (oracle, short))
     grid = halved(case.grid, merged - merged_above)
-    # Of one grid, what the upper half of the model contributed.
+    # Of one grid, what the upper third of the model contributed.
     skipped = len(oracle.blocks) - len(short.blocks)
-    since = 0 if merged_above else max(0, len(oracle.blocks) // 2 - skipped)
-    counted = short.evidence(target, since=since, prefix=case.prefix).tokens if since else argued
+    since = None if merged_above else max(0, 2 * len(oracle.blocks) // 3 - skipped)
+    counted = short.evidence(target, since=since, prefix=case.prefix).tokens if short.steps else argued
     for i in range(len(argued)):
         e = counted[i, case.prefix :].reshape(grid)
-        found[i, case.prefix :] = (e if merged_above else out_of_focus(e)).flatten().clamp(min=0)
+        found[i, case.prefix :] = out_of_focus(e).flatten().clamp(min=0)
     return {"lnstat": found, "evidence": argued, "rollout": looked}
 
 

@@ -267,9 +267,11 @@ class FieldOracle:
         spoken = self._spoken(block, maps, mean)
         self.seen = self._roll(block, whole, self.seen, alpha)
         self.said = self._roll(block, weighed, self.said + mlp, alpha) + spoken
-        if self.prefix:  # of a ViT, what the upper half of the blocks contributed
-            upper = self.steps.index(block) >= len(self.steps) // 2
-            self.counted = self._roll(block, weighed, self.counted + mlp * upper, alpha) + spoken * upper
+        if self.prefix:  # of a ViT, what the upper third of the blocks contributed, on the patches
+            upper = self.steps.index(block) >= 2 * len(self.steps) // 3
+            share = alpha if upper else 1 / (1 + ((1 - alpha) / alpha).sqrt())
+            share[:, : self.prefix] = 1
+            self.counted = self._roll(block, weighed, self.counted + mlp * upper, share) + spoken * upper
 
     def _roll(self, block: Any, maps: Tensor, row: Tensor, alpha: Tensor) -> Tensor:
         """``alpha r + ((1 - alpha) r) A``: what a field before the block has to do with it after the block."""
@@ -313,10 +315,8 @@ class FieldOracle:
         return Field(row[:, self.prefix :].reshape(1, *self.size), row[:, : self.prefix])
 
     def _in_favour(self, said: Tensor) -> Tensor:
-        """``max(G, 0)``, ``G`` the evidence, of a ViT smoothed by a 28th of its sides."""
-        if self.prefix:
-            said = out_of_focus(said[0], [n / 28 for n in self.size])[None]
-        return said.clamp(min=0)
+        """``max(G, 0)``, ``G`` the evidence, smoothed by a 28th of its sides."""
+        return out_of_focus(said[0], [n / 28 for n in self.size])[None].clamp(min=0)
 
 
 def out_of_focus(grid: Tensor, sigma: list[float]) -> Tensor:
