@@ -32,28 +32,42 @@ if TYPE_CHECKING:
     from captum_lnstat.rules.engine import Pass
 
 
-def evidence(trace: Trace, head: Head, settings: Settings, since: int | None = None) -> Walk:
+@dataclass(frozen=True)
+class Part:
+    """Which part of the evidence, and how it is rolled.
+
+    Attributes:
+        since: The steps before this block are only rolled through: of what is read there, what tells patches apart is
+            put on them where they are, the rest belongs to the constant.
+        by_size: Through them it is rolled by shares of standard deviations, not of variances.
+        on_patches: What is put on other tokens than patches stays there.
+    """
+
+    since: int = 0
+    by_size: bool = False
+    on_patches: bool = False
+
+
+def evidence(trace: Trace, head: Head, settings: Settings, part: Part = Part()) -> Walk:
     """``r <- alpha * r + ((1 - alpha) * r) W + c``: signed relevance; over tokens and constant it sums to the score.
 
     Args:
         trace: The traced forward pass.
         head: The scores, and their cotangent at the end of the stream.
         settings: The residual share ``alpha``, how heads are fused, how mergings are undone.
-        since: What is put on other tokens than patches stays there, and the steps before this block are only rolled
-            through, by shares of standard deviations: of what is read there, what tells patches apart is put on them
-            where they are, the rest belongs to the constant. ``None``: none of that, all steps alike.
+        part: All of it by default.
     """
     u, constant = head.cotangent
     rest = Rest(u, (constant,))
     r = rest.no_relevance()
     rest = rest.unless_unread()
-    first, lower = trace.blocks[since].before if since else None, False
+    first, lower = trace.blocks[part.since].before if part.since else None, False
     for step in reversed(trace.steps):
         r, rest = rest.joined(r, head.cotangent_at(step.after))
         if isinstance(step, Block):
             r = r.plus(rest.read_mlp(step))  # <u, MLP update>
-            patches = None if since is None else trace.patches(step.between)
-            alpha, shared = step.shares_of(settings.residual, patches, by_size=lower)
+            patches = trace.patches(step.between) if part.on_patches else None
+            alpha, shared = step.shares_of(settings.residual, patches, by_size=lower and part.by_size)
             came = yield Request(step, shared[..., None] * r.tokens, r.at, rest.u)
             # c_j = sum_h sum_i A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)
             rows, rest = plus(came.rows, came.contributions), rest.plus(came.contributions_padding, came.constant)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from captum_lnstat.rules.evidence import evidence
+from captum_lnstat.rules.evidence import Part, evidence
 from captum_lnstat.rules.head import Head
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import register
@@ -44,8 +44,8 @@ def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     count, by variances.
     """
     trace = outcome.trace
-    since = _upper_third(trace, outcome.head) if trace.one_grid else None
-    e = walk(trace, settings, evidence(trace, outcome.head, settings, since))[0]
+    part = Part(_upper_third(trace, outcome.head), by_size=True, on_patches=True) if trace.one_grid else Part()
+    e = walk(trace, settings, evidence(trace, outcome.head, settings, part))[0]
     g = torch.stack([one.grid for one in e])
     g = smoothed(g, (BLUR * g.shape[-2], BLUR * g.shape[-1]))
     prefix, nothing = torch.zeros_like(e[0].prefix), torch.zeros_like(e[0].padding)
