@@ -177,29 +177,23 @@ def update_share(own: Float[Tensor, "batch token"], update: Float[Tensor, "batch
 
 
 def in_size(
-    own: Float[Tensor, "*token"], update: Float[Tensor, "*token"]
-) -> tuple[Float[Tensor, "*token"], Float[Tensor, "*token"]]:
-    """Shares of standard deviations, ``sigma / (sigma + sigma')``, from those of variances.
-
-    Example:
-        >>> in_size(torch.tensor([0.8]), torch.tensor([0.2]))
-        (tensor([0.6667]), tensor([0.3333]))
-    """
-    own, update = own.sqrt(), update.sqrt()
-    whole = own + update
-    return own / whole, update / whole
-
-
-def only_at(
-    tokens: slice | None, own: Float[Tensor, "*any token"], update: Float[Tensor, "*any token"]
+    own: Float[Tensor, "*any token"], update: Float[Tensor, "*any token"], tokens: slice
 ) -> tuple[Float[Tensor, "*any token"], Float[Tensor, "*any token"]]:
-    """These shares for some tokens, ``None`` for all; the others keep everything.
+    """Of some tokens the shares of standard deviations, ``sigma / (sigma + sigma')``, from those of variances.
+
+    Args:
+        own: Shares of variances.
+        update: The rest of each.
+        tokens: Which; the others stay as they are.
 
     Example:
-        >>> only_at(slice(1, 2), torch.tensor([0.8, 0.6, 0.7]), torch.tensor([0.2, 0.4, 0.3]))
-        (tensor([1.0000, 0.6000, 1.0000]), tensor([0.0000, 0.4000, 0.0000]))
+        >>> in_size(torch.tensor([0.8, 0.8]), torch.tensor([0.2, 0.2]), slice(1, 2))
+        (tensor([0.8000, 0.6667]), tensor([0.2000, 0.3333]))
     """
-    around = (0, 0) if tokens is None else (tokens.start, own.shape[-1] - tokens.stop)
-    if tokens is None or around == (0, 0):
-        return own, update
-    return F.pad(own[..., tokens], around, value=1.0), F.pad(update[..., tokens], around)
+    sizes = own[..., tokens].sqrt(), update[..., tokens].sqrt()
+    whole = sizes[0] + sizes[1]
+    found = []
+    for shares, size in zip((own, update), sizes, strict=True):
+        parts = shares[..., : tokens.start], size / whole, shares[..., tokens.stop :]
+        found.append(torch.cat([part for part in parts if part.shape[-1]], -1))
+    return found[0], found[1]

@@ -26,7 +26,7 @@ BLUR = 1 / 28
 
 @register(
     "lnstat",
-    formula="max(G, 0), G = E smoothed; with one grid, E of the upper third of the blocks, on patch tokens",
+    formula="max(G, 0), G = E smoothed; with one grid, E of the upper third of the blocks",
     options=("residual", "head_fusion", "contrastive"),
     starts=False,
 )
@@ -34,17 +34,16 @@ def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     """``max(G, 0)`` with ``G`` the evidence ``E``, smoothed: what counted in favour of the class.
 
     Of the attention, evidence is what a token contributed beyond what the mean value would have. What counts against
-    the class is left out, and so is what was put on prefix tokens or belongs to no token.
+    the class is left out, and so is what ended on prefix tokens or belongs to no token.
 
     Where all blocks see the same grid, only what the upper third of them contributed counts: what the lower blocks
     write is read by the blocks above them, and little of it by the head itself; but what a head that reads patch tokens
-    finds there, beyond their mean, is put on them where they are. Nothing is shared out from a prefix token to what it
-    attended to, and through the lower blocks patches share by standard deviations, not by variances, which says more
-    of where a token's content came from. Where stages merge, the lower ones alone know where things are: all blocks
-    count, by variances.
+    finds there, beyond their mean, is put on them where they are. Through the lower blocks patches share by standard
+    deviations, not by variances: less stays where it is, more goes to where it came from. Where stages merge, the lower
+    ones alone know where things are: all blocks count, by variances.
     """
     trace = outcome.trace
-    part = Part(_upper_third(trace, outcome.head), by_size=True, on_patches=True) if trace.one_grid else Part()
+    part = Part(_upper_third(trace, outcome.head), by_size=True) if trace.one_grid else Part()
     e = walk(trace, settings, evidence(trace, outcome.head, settings, part))[0]
     g = torch.stack([one.grid for one in e])
     g = smoothed(g, (BLUR * g.shape[-2], BLUR * g.shape[-1]))

@@ -47,11 +47,11 @@ class StackedBlock(Block):
     place: int = 0
 
     def shares_of(
-        self, form: ResidualShare, tokens: slice | None = None, *, by_size: bool = False
+        self, form: ResidualShare, by_size: slice | None = None
     ) -> tuple[Float[Tensor, "batch query_token"], Float[Tensor, "batch query_token"]]:
         if form != "deviation":
-            return super().shares_of(form, tokens, by_size=by_size)
-        own, update = self.stack.shares(tokens, by_size=by_size)
+            return super().shares_of(form, by_size)
+        own, update = self.stack.shares(by_size)
         return own[self.place], update[self.place]
 
     def mlp_read(self, u: Cotangent) -> Float[Tensor, "batch token score"]:

@@ -17,7 +17,6 @@ from captum_lnstat.recording.statistics import (
     TokenStatistics,
     accumulation_dtype,
     in_size,
-    only_at,
     ratio_share,
     residual_shares,
     token_statistics,
@@ -136,7 +135,7 @@ class Block(_Step):
         return self.shares_of(form)[0]
 
     def shares_of(
-        self, form: ResidualShare, tokens: slice | None = None, *, by_size: bool = False
+        self, form: ResidualShare, by_size: slice | None = None
     ) -> tuple[Float[Tensor, "batch query_token"], Float[Tensor, "batch query_token"]]:
         """Share of each token after the attention that is the token before it, 1 where it takes no part; and the rest.
 
@@ -144,8 +143,7 @@ class Block(_Step):
 
         Args:
             form: Of what.
-            tokens: Of these alone; all others keep what they have.
-            by_size: Of standard deviations, not of their squares, the variances.
+            by_size: Tokens of which it is that of standard deviations, not of their squares, the variances.
 
         ``"deviation"``: ``var(x - mean x) / (var(x - mean x) + var(e))``, ``x`` less the mean token and ``e`` the
         update less that of the mean value.
@@ -166,7 +164,7 @@ class Block(_Step):
         covered = self.layout.covered
         if covered is not None:
             shares = torch.where(covered, shares[0], 1.0), torch.where(covered, shares[1], 0.0)
-        return only_at(tokens, *(in_size(*shares) if by_size else shares))
+        return shares if by_size is None else in_size(*shares, by_size)
 
     def mlp_read(self, u: Cotangent) -> Float[Tensor, "batch query_token score"]:
         """``<u_i, MLP update_i>`` of every token."""

@@ -57,8 +57,8 @@ def expected(case: Any, oracle: Dense, name: str, into: bool, target: Tensor) ->
     grid = halved(case.grid, merged - merged_above)
     # Of one grid, what the upper third of the model contributed.
     skipped = len(oracle.blocks) - len(short.blocks)
-    since = None if merged_above else max(0, 2 * len(oracle.blocks) // 3 - skipped)
-    counted = short.evidence(target, since=since, prefix=case.prefix).tokens if short.steps else argued
+    since = 0 if merged_above else max(0, 2 * len(oracle.blocks) // 3 - skipped)
+    counted = short.evidence(target, since=since, prefix=case.prefix).tokens if since else argued
     for i in range(len(argued)):
         e = counted[i, case.prefix :].reshape(grid)
         found[i, case.prefix :] = out_of_focus(e).flatten().clamp(min=0)

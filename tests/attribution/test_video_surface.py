@@ -81,7 +81,7 @@ def test_the_default_map_of_one_grid_is_smoothed_frame_by_frame():
     outcome = run(model, model, x, [targets(2)], class_specific=True)
     with torch.no_grad():
         # What the upper one of the two blocks says.
-        (raw,) = walk(outcome.trace, settings, evidence(outcome.trace, outcome.head, settings, Part(1, True, True)))[0]
+        (raw,) = walk(outcome.trace, settings, evidence(outcome.trace, outcome.head, settings, Part(1, True)))[0]
     expected = torch.stack([torch.stack([out_of_focus(frame) for frame in video]) for video in raw.grid])
     found = LNStatAttribution(model).relevance(x, targets(2))
     torch.testing.assert_close(found, expected.clamp(min=0))

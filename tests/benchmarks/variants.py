@@ -25,22 +25,14 @@ class Variant(LNStatAttribution):
     Args:
         model: The transformer.
         since: From which part of the blocks on what they contributed counts.
-        by_size: Below them, shares of standard deviations, not of variances.
-        on_patches: What is put on other tokens stays there.
+        by_size: Below them, patches share by standard deviations, not by variances.
         blur: Standard deviation of the smoothing, in parts of the map's side.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        since: float = 2 / 3,
-        by_size: bool = True,
-        on_patches: bool = True,
-        blur: float = BLUR,
-    ) -> None:
+    def __init__(self, model: nn.Module, since: float = 2 / 3, by_size: bool = True, blur: float = BLUR) -> None:
         def compute(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
             trace = outcome.trace
-            part = Part(int(since * len(trace.blocks) + 1e-6), by_size, on_patches)
+            part = Part(int(since * len(trace.blocks) + 1e-6), by_size)
             found = walk(trace, settings, evidence(trace, outcome.head, settings, part))[0]
             grid = torch.stack([one.grid for one in found])
             if blur:
@@ -48,6 +40,6 @@ class Variant(LNStatAttribution):
             none, nowhere = torch.zeros_like(found[0].padding), torch.zeros_like(found[0].prefix)
             return tuple(Relevance(one, nowhere, none, none) for one in grid.clamp(min=0))
 
-        name = f"lnstat since {since}, {by_size}, {on_patches}, {blur}"
+        name = f"lnstat since {since}, {by_size}, {blur}"
         register(name, formula="max(G, 0)", options=("residual", "head_fusion", "contrastive"), starts=False)(compute)
         super().__init__(model, rule=name)

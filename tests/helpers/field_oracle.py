@@ -267,10 +267,10 @@ class FieldOracle:
         spoken = self._spoken(block, maps, mean)
         self.seen = self._roll(block, whole, self.seen, alpha)
         self.said = self._roll(block, weighed, self.said + mlp, alpha) + spoken
-        if self.prefix:  # of a ViT, what the upper third of the blocks contributed, on the patches
-            upper = self.steps.index(block) >= 2 * len(self.steps) // 3
-            share = alpha if upper else 1 / (1 + ((1 - alpha) / alpha).sqrt())
-            share[:, : self.prefix] = 1
+        if self.prefix:  # of a ViT, what the upper third of the blocks contributed
+            upper, share = self.steps.index(block) >= 2 * len(self.steps) // 3, alpha.clone()
+            if not upper:
+                share[:, self.prefix :] = 1 / (1 + ((1 - alpha) / alpha).sqrt())[:, self.prefix :]
             self.counted = self._roll(block, weighed, self.counted + mlp * upper, share) + spoken * upper
 
     def _roll(self, block: Any, maps: Tensor, row: Tensor, alpha: Tensor) -> Tensor:

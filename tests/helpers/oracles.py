@@ -493,10 +493,10 @@ class Dense:
         residual: str = "deviation",
         fusion: Fusion = "deviation",
         merging: str = "uniform",
-        since: int | None = None,
+        since: int = 0,
         prefix: int = 0,
     ) -> Answer:
-        """``since``: all of it on the patches, and of what is read before this block, what tells them apart."""
+        """``since``: of what is read before this block, patches get what tells them apart, and share it by sizes."""
         u, constant = self.cotangent(target, contrastive)
         r = torch.zeros_like(u[..., 0])
         lost = torch.zeros_like(constant)
@@ -532,10 +532,9 @@ class Dense:
             common = torch.einsum("bica,ba->bic", step.out, step.mean.flatten(1)) + step.offset
             constant = constant + (u * common).sum((1, 2)) + said[:, count:].sum(1)
             share = step.share(residual)
-            if since is not None:
-                if [block is step for block in self.blocks].index(True) < since:
-                    share = 1 / (1 + ((1 - share) / share) ** 0.5)  # of standard deviations
-                share = share.index_fill(1, torch.arange(prefix), 1.0)
+            if since and [block is step for block in self.blocks].index(True) < since:
+                of_sizes = 1 / (1 + ((1 - share) / share) ** 0.5)
+                share = torch.cat([share[:, :prefix], of_sizes[:, prefix:]], 1)
             rolled = (((1 - share) * r)[:, None] @ step.fused(fusion))[:, 0]
             lost = lost + rolled[:, count:].sum(1)
             r = share * r + rolled[:, :count] + said[:, :count]

@@ -116,7 +116,7 @@ def test_evidence_settings_are_the_dense_sum(name, residual, fusion, merging):
 def test_lnstat_is_the_positive_part_of_the_smoothed_evidence(name, contrastive):
     target = targets(2, 3)
     found = rule(build(name), "lnstat", images(CASES[name]), target, contrastive=contrastive)
-    since = None if name in SWINS else 2 * len(dense(name).blocks) // 3
+    since = 0 if name in SWINS else 2 * len(dense(name).blocks) // 3
     said, _ = (
         dense(name).evidence(target, contrastive=contrastive, since=since, prefix=CASES[name].prefix).split(CASES[name])
     )
