@@ -188,7 +188,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 @pytest.mark.parametrize("name", BATCHED)
 def test_a_batch_of_four_is_four_of_one(name, method):
     explainer = METHODS[method](build(name))
-    x, target = images(CASES[name], 4), targets(4)
+    x, target = images(CASES[name], 4), targets(4, 1)
     together = explainer.relevance(x, target)
     alone = torch.cat([explainer.relevance(x[i : i + 1], target[i : i + 1]) for i in range(4)])
     assert _close(together, alone)
