@@ -9,7 +9,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Rows of the README: the page, and the method's name there.
 IN_QUALITY = {
     "**lnstat**": ("real", "lnstat"),
-    "LibraGrad 2025": ("rivals", "libragrad"),
+    "LibraGrad 2025": ("real", "libragrad"),
     "Chefer et al. 2021": ("real", "chefer"),
     "Grad-CAM, last block": ("real", "gradcam"),
     "attention rollout": ("real", "attention-rollout"),
