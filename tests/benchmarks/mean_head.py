@@ -54,7 +54,7 @@ class MeanHead(nn.Module):
 def all_constant(self: Rest, r: RowVector, tokens: Tensor, patches: slice) -> tuple[RowVector, Rest]:
     """In place of ``Rest.ended``: whatever is read in the middle of the model belongs to the constant."""
     read = self.read(tokens)
-    return r, self if read is None else Rest(None, self.constant + read.sum(1))
+    return r, self if read is None else Rest(None, (*self.constants, read.sum(1)))
 
 
 def maps(method: GridAttribution, images: Tensor, targets: Tensor) -> Tensor:
