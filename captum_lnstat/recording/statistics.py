@@ -176,7 +176,7 @@ def update_share(own: Float[Tensor, "batch token"], update: Float[Tensor, "batch
     return torch.where(whole > 0, own / whole, 0.5)
 
 
-def in_size(
+def shares_by_sigma(
     own: Float[Tensor, "*any token"], update: Float[Tensor, "*any token"], tokens: slice
 ) -> tuple[Float[Tensor, "*any token"], Float[Tensor, "*any token"]]:
     """Of some tokens the shares of standard deviations, ``sigma / (sigma + sigma')``, from those of variances.
@@ -187,7 +187,7 @@ def in_size(
         tokens: Which; the others stay as they are.
 
     Example:
-        >>> in_size(torch.tensor([0.8, 0.8]), torch.tensor([0.2, 0.2]), slice(1, 2))
+        >>> shares_by_sigma(torch.tensor([0.8, 0.8]), torch.tensor([0.2, 0.2]), slice(1, 2))
         (tensor([0.8000, 0.6667]), tensor([0.2000, 0.3333]))
     """
     sizes = own[..., tokens].sqrt(), update[..., tokens].sqrt()

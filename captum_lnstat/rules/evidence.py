@@ -39,11 +39,11 @@ class Part:
     Attributes:
         since: The steps before this block are only rolled through: of what is read there, what tells patches apart is
             put on them where they are, the rest belongs to the constant.
-        by_size: Through them, patches share by standard deviations, not by variances.
+        by_sigma: Through them, patches share by standard deviations, not by variances.
     """
 
     since: int = 0
-    by_size: bool = False
+    by_sigma: bool = False
 
 
 def evidence(trace: Trace, head: Head, settings: Settings, part: Part = Part()) -> Walk:
@@ -64,8 +64,8 @@ def evidence(trace: Trace, head: Head, settings: Settings, part: Part = Part()) 
         r, rest = rest.joined(r, head.cotangent_at(step.after))
         if isinstance(step, Block):
             r = r.plus(rest.read_mlp(step))  # <u, MLP update>
-            by_size = trace.patches(step.between) if lower and part.by_size else None
-            alpha, shared = step.shares_of(settings.residual, by_size)
+            by_sigma = trace.patches(step.between) if lower and part.by_sigma else None
+            alpha, shared = step.shares_of(settings.residual, by_sigma)
             came = yield Request(step, shared[..., None] * r.tokens, r.at, rest.u)
             # c_j = sum_h sum_i A^h_ij (u_i W_O^h) . (v^h_j - mean v^h)
             rows, rest = plus(came.rows, came.contributions), rest.plus(came.contributions_padding, came.constant)

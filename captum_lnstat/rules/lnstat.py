@@ -43,10 +43,23 @@ def lnstat(outcome: Pass, settings: Settings) -> tuple[Relevance, ...]:
     ones alone know where things are: all blocks count, by variances.
     """
     trace = outcome.trace
-    part = Part(_upper_third(trace, outcome.head), by_size=True) if trace.one_grid else Part()
-    e = walk(trace, settings, evidence(trace, outcome.head, settings, part))[0]
+    part = Part(_upper_third(trace, outcome.head), by_sigma=True) if trace.one_grid else Part()
+    return in_favour(outcome, settings, part, BLUR)
+
+
+def in_favour(outcome: Pass, settings: Settings, part: Part, blur: float) -> tuple[Relevance, ...]:
+    """``max(G, 0)`` with ``G`` a part of the evidence, smoothed.
+
+    Args:
+        outcome: The traced forward pass.
+        settings: As for ``lnstat``.
+        part: Of the evidence.
+        blur: The standard deviation, in parts of the map's side; 0 leaves it as it is.
+    """
+    e = walk(outcome.trace, settings, evidence(outcome.trace, outcome.head, settings, part))[0]
     g = torch.stack([one.grid for one in e])
-    g = smoothed(g, (BLUR * g.shape[-2], BLUR * g.shape[-1]))
+    if blur:
+        g = smoothed(g, (blur * g.shape[-2], blur * g.shape[-1]))
     prefix, nothing = torch.zeros_like(e[0].prefix), torch.zeros_like(e[0].padding)
     return tuple(Relevance(grid, prefix, nothing, nothing) for grid in g.clamp(min=0))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from captum_lnstat.layout import WholeImage, gather_stacked, padded, real_places
 from captum_lnstat.recording.fusion import HeadFusion, rows_of_one
 from captum_lnstat.recording.stacked_sites import stacked_probabilities, stacked_values
-from captum_lnstat.recording.statistics import in_size, shares_of_inverses, standardised
+from captum_lnstat.recording.statistics import shares_by_sigma, shares_of_inverses, standardised
 from captum_lnstat.rules.variance import LEAST
 from captum_lnstat.rules.wiring import PROBED, ROUNDED, Comparison, Wiring, length_of, probes, scattered
 from captum_lnstat.trace.cotangent import Cotangent
@@ -134,14 +134,14 @@ class Stack:
         return weights.div_(weights.sum(-1, keepdim=True).clamp_(min=tiny))
 
     def shares(
-        self, by_size: slice | None
+        self, by_sigma: slice | None
     ) -> tuple[Float[Tensor, "block batch token"], Float[Tensor, "block batch token"]]:
         """The residual shares of the form ``"deviation"``, and the rest, as ``Block.shares_of``."""
         shares = self._once("shares", self._shares)
-        if by_size is None:
+        if by_sigma is None:
             return shares
         # A slice has no hash before Python 3.12.
-        return self._once(("shares", by_size.start, by_size.stop), lambda: in_size(*shares, by_size))
+        return self._once(("shares", by_sigma.start, by_sigma.stop), lambda: shares_by_sigma(*shares, by_sigma))
 
     def _shares(self) -> tuple[Tensor, Tensor]:
         base = self._streams("base")

@@ -47,11 +47,11 @@ class StackedBlock(Block):
     place: int = 0
 
     def shares_of(
-        self, form: ResidualShare, by_size: slice | None = None
+        self, form: ResidualShare, by_sigma: slice | None = None
     ) -> tuple[Float[Tensor, "batch query_token"], Float[Tensor, "batch query_token"]]:
         if form != "deviation":
-            return super().shares_of(form, by_size)
-        own, update = self.stack.shares(by_size)
+            return super().shares_of(form, by_sigma)
+        own, update = self.stack.shares(by_sigma)
         return own[self.place], update[self.place]
 
     def mlp_read(self, u: Cotangent) -> Float[Tensor, "batch token score"]:

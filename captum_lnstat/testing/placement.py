@@ -51,7 +51,7 @@ def accepted(what: str) -> Iterator[None]:
     """A refusal by the package is a failure of the check; that nothing argued for a score of random weights is none."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the map of image")
+            warnings.filterwarnings("ignore", message="the map of image .* nothing reached the patches")
             yield
     except (RecordingError, UnsupportedModelError) as error:
         raise AssertionError(f"{what}: the model was refused, {type(error).__name__}: {error}") from error

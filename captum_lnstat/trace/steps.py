@@ -16,9 +16,9 @@ from captum_lnstat.recording.statistics import (
     ResidualShare,
     TokenStatistics,
     accumulation_dtype,
-    in_size,
     ratio_share,
     residual_shares,
+    shares_by_sigma,
     token_statistics,
     token_variance,
     update_share,
@@ -135,7 +135,7 @@ class Block(_Step):
         return self.shares_of(form)[0]
 
     def shares_of(
-        self, form: ResidualShare, by_size: slice | None = None
+        self, form: ResidualShare, by_sigma: slice | None = None
     ) -> tuple[Float[Tensor, "batch query_token"], Float[Tensor, "batch query_token"]]:
         """Share of each token after the attention that is the token before it, 1 where it takes no part; and the rest.
 
@@ -143,7 +143,7 @@ class Block(_Step):
 
         Args:
             form: Of what.
-            by_size: Tokens of which it is that of standard deviations, not of their squares, the variances.
+            by_sigma: Tokens of which it is that of standard deviations, not of their squares, the variances.
 
         ``"deviation"``: ``var(x - mean x) / (var(x - mean x) + var(e))``, ``x`` less the mean token and ``e`` the
         update less that of the mean value.
@@ -164,7 +164,7 @@ class Block(_Step):
         covered = self.layout.covered
         if covered is not None:
             shares = torch.where(covered, shares[0], 1.0), torch.where(covered, shares[1], 0.0)
-        return shares if by_size is None else in_size(*shares, by_size)
+        return shares if by_sigma is None else shares_by_sigma(*shares, by_sigma)
 
     def mlp_read(self, u: Cotangent) -> Float[Tensor, "batch query_token score"]:
         """``<u_i, MLP update_i>`` of every token."""

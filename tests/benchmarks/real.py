@@ -8,8 +8,7 @@
 writes ``docs/real.md``. Every method of every part of every model is a run of its own in ``--folder``: a stopped one
 goes on, a larger ``--limit`` adds photographs, a method can be added or done again alone; nothing notices that the
 code has changed, so that is what ``--again`` is for. ``--split tune`` is for choosing an option, and its page is
-beside the records. Seconds of one core for a photograph of 224 px and all methods: localisation and pets about 2,
-randomisation 4, perturbation 40, a mosaic with its four questions 20.
+beside the records.
 """
 
 from __future__ import annotations

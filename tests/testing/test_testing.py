@@ -212,6 +212,8 @@ class Broken(LNStatAttribution):
     ("change", "check", "says"),
     [
         (torch.ones_like, lambda m, x: check_rule(m, x, "lnstat"), "the map is constant"),
+        (torch.zeros_like, lambda m, x: check_rule(m, x, "evidence"), "the map is constant"),
+        (torch.zeros_like, lambda m, x: check_rule(m, x, "rollout"), "the map is constant"),
         (lambda grid: grid * torch.inf, lambda m, x: check_rule(m, x, "lnstat"), "not finite"),
         (lambda grid: grid[:, 1:], lambda m, x: check_rule(m, x, "lnstat"), "relevance of shape"),
         (lambda grid: grid * 1.01, check_mass, "sums to 1 with an error"),
@@ -225,6 +227,14 @@ def test_every_check_can_fail(monkeypatch, change, check, says):
     model = wake(vit())
     with pytest.raises(AssertionError, match=says):
         check(model, noise(model, VIT_SIZE))
+
+
+def test_that_nothing_argued_for_the_score_of_noise_is_no_failure(monkeypatch):
+    """Neither the empty map nor its warning, which is an error here; in the placement an empty map fails."""
+    monkeypatch.setattr(testing, "LNStatAttribution", Broken)
+    monkeypatch.setattr(Broken, "change", staticmethod(torch.zeros_like), raising=False)
+    model = wake(vit())
+    assert not check_rule(model, noise(model, VIT_SIZE), "lnstat").any()
 
 
 def test_a_change_of_state_is_seen(monkeypatch):
