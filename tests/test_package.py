@@ -57,6 +57,31 @@ def test_every_name_without_a_warning_and_without_what_is_optional() -> None:
     assert _python(code, "-W", "error").split() == captum_lnstat.__all__
 
 
+def test_it_does_the_same_without_asserts() -> None:
+    """``python -O`` runs no ``assert``: none may do what is needed later, or be an error that is promised."""
+    code = """
+        import torch
+        from captum_lnstat import LNStatAttribution, zoo
+        torch.manual_seed(0)
+        image, maps = torch.randn(1, 3, 64, 64), []
+        for name in zoo.names():
+            model = zoo.load(name).model
+            for rule in ("lnstat", "evidence", "rollout", "gradient"):
+                method = LNStatAttribution(model, rule=rule)
+                maps.append(float(method.relevance(image, target=1).double().std()))
+        mean = lambda x: model.forward_features(x).mean((1, 2))  # a start that is found out by what is read
+        maps.append(float(LNStatAttribution(mean, model).relevance(image).double().std()))
+        try:
+            LNStatAttribution(model).attribute(image)
+        except AssertionError as error:
+            print(error)
+        print(*maps)
+    """
+    plain, without = _python(code), _python(code, "-O")
+    assert plain == without
+    assert plain.startswith("Target not provided when necessary")
+
+
 def test_lazy_names_are_those_that_type_checkers_see() -> None:
     tree = ast.parse(INIT.read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]

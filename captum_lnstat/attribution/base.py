@@ -56,6 +56,8 @@ class GridAttribution(OnePass):
     The base of ``LNStatAttribution`` and of the baselines; a subclass says by which rule.
     """
 
+    contrastive = False  # the score is that of the target against the other classes
+
     def __init__(
         self,
         forward_func: Callable[..., Any],
@@ -95,11 +97,6 @@ class GridAttribution(OnePass):
     @abstractmethod
     def method(self) -> Rule:
         """The rule."""
-
-    @property
-    def contrast(self) -> bool:
-        """Whether the score is that of the target against the other classes."""
-        return False
 
     @property
     def transformer(self) -> nn.Module:
@@ -261,7 +258,7 @@ def record(
         targets,
         additional_forward_args,
         class_specific=rule.class_specific,
-        contrastive=method.contrast,
+        contrastive=method.contrastive,
         differentiable=rule.differentiable,
         starts=rule.starts,
         detailed=rule.detailed,

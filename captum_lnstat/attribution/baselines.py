@@ -70,11 +70,6 @@ class RawAttention(GridAttribution):
         super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
         self.block = block
 
-    @classmethod
-    def get_name(cls) -> str:
-        """The name that Captum shows."""
-        return "Raw Attention"
-
     @property
     def method(self) -> Rule:
         """Attention of the block."""
@@ -112,11 +107,6 @@ class AttentionRollout(GridAttribution):
         settings = Settings(residual="half", head_fusion=head_fusion, merging="uniform")
         super().__init__(forward_func, model, settings=settings, interpolation=interpolation, output=output)
 
-    @classmethod
-    def get_name(cls) -> str:
-        """The name that Captum shows."""
-        return "Attention Rollout"
-
     @property
     def method(self) -> Rule:
         """Perception with a share of a half."""
@@ -152,11 +142,6 @@ class GenericAttention(OfGradients):
     Raises:
         ValueError, TypeError: An option is none of those above; the message names them.
     """
-
-    @classmethod
-    def get_name(cls) -> str:
-        """The name that Captum shows."""
-        return "Generic Attention"
 
     @property
     def method(self) -> Rule:

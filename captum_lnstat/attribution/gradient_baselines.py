@@ -218,11 +218,6 @@ class BeyondIntuition(OfGradients):
             raise ValueError(f"steps is {steps}; expected at least 1")
         self.approximation, self.steps = approximation, steps
 
-    @classmethod
-    def get_name(cls) -> str:
-        """The name that Captum shows."""
-        return "Beyond Intuition"
-
     @property
     def method(self) -> Rule:
         """Perception times feedback."""

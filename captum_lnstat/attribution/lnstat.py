@@ -147,9 +147,8 @@ class LNStatAttribution(GridAttribution):
             "normalized": not normalized,
         }
         check_effect(chosen, [name for name, changed in given.items() if changed])
-        self.rule = chosen.name
+        self._rule = chosen.name
         self.contrastive = contrastive
-        self.normalized = normalized
 
     @classmethod
     def get_name(cls) -> str:
@@ -161,14 +160,19 @@ class LNStatAttribution(GridAttribution):
         return self.method.complete
 
     @property
+    def rule(self) -> str:
+        """The rule's name. Options go with it, so another rule is another instance: it cannot be set."""
+        return self._rule
+
+    @property
+    def normalized(self) -> bool:
+        """As given; cannot be set, for the same reason."""
+        return self.settings.normalized
+
+    @property
     def method(self) -> Rule:
         """The rule, by its name."""
         return find_rule(self.rule)
-
-    @property
-    def contrast(self) -> bool:
-        """As ``contrastive`` says."""
-        return self.contrastive
 
     def relevance_per_target(
         self,

@@ -71,6 +71,11 @@ class RISE(MaskedAttribution):
             raise ValueError(f"share is {share!r}; expected a number between 0 and 1")
         self.count, self.cells, self.share, self.seed = masks, cells, share, seed
 
+    @classmethod
+    def get_name(cls) -> str:
+        """The name that Captum shows."""
+        return "RISE"
+
     def masks(self, image: Tensor, additional_forward_args: ForwardArgs) -> Masks:
         """The same for every image of a size."""
         height, width = image.shape[2:]

@@ -78,6 +78,11 @@ class ViTCX(MaskedAttribution):
         self.model = FrozenLayerNorm(forward_func, model, output=output).transformer  # the same checks
         self.distance, self.noise, self.seed = distance, noise, seed
 
+    @classmethod
+    def get_name(cls) -> str:
+        """The name that Captum shows."""
+        return "ViT-CX"
+
     def masks(self, image: Tensor, additional_forward_args: ForwardArgs) -> Masks:
         """One recorded forward pass."""
         forward = run(

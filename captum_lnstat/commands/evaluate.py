@@ -162,7 +162,7 @@ def _check(data: str, methods: str, metrics: str) -> None:
     """Names that can be told to be wrong without torch."""
     kind, _, path = data.partition(":")
     if path and not Path(path).exists():
-        fail(f"there is no folder {path!r}")
+        fail(f"there is no file or folder {path!r}")
     try:
         asked = [
             ("data", kind, known.DATA),

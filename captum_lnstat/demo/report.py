@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from captum_lnstat.attribution.methods import METHODS
+from captum_lnstat.attribution.methods import METHODS, method_of_rule
 from captum_lnstat.demo.studio import Case, Question, Shown, notes
 from captum_lnstat.visualize import Panel, Scale, colored, draw_sheet, framed, overlay
 from captum_lnstat.visualize.sheet import BARS
@@ -47,7 +47,7 @@ def results(case: Case, question: Question, shown: Sequence[Shown], pending: Seq
         own = shown[0]
         scale = Scale.of([own.relevance], signed=own.signed)
         cells.append(_figure(f"{own.title}: map", own.caption, colored(own.relevance, scale=scale)))
-        caption = f"{_explained(case, question, own)}, {_ends(scale)}"
+        caption = f"{_explained(case, question)}, {_ends(scale)}"
         cells.append(_figure(f"{own.title}: overlay", caption, _overlay(case, own, scale), main=True))
         if own.whole is not None:
             cells.append(_figure("on the whole photograph", "dark: not seen by the model", np.asarray(own.whole) / 255))
@@ -143,8 +143,9 @@ def _headline(case: Case, question: Question) -> str:
     )
 
 
-def _explained(case: Case, question: Question, own: Shown) -> str:
-    return "whatever the class" if own.title == "rollout" else f"for: {case.label(question.target)}"
+def _explained(case: Case, question: Question) -> str:
+    per_class = method_of_rule(question.rule).per_class
+    return f"for: {case.label(question.target)}" if per_class else "whatever the class"
 
 
 def _figure(title: str, caption: str, pixels: Any, main: bool = False) -> str:

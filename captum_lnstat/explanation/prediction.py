@@ -49,7 +49,7 @@ class Prediction:
 
     def likely(self, index: int) -> str:
         """A class for a title: its name, shortened, and its probability."""
-        name = textwrap.shorten(self.label(index).split(" (")[0], _TITLE, placeholder="...")
+        name = textwrap.shorten(_name(self.label(index)), _TITLE, placeholder="...")
         return f"{name} {self.percent(index)}".rstrip()
 
     def outcome(self, index: int) -> str:
@@ -77,7 +77,7 @@ class Prediction:
     def likeliest(self, count: int = 5) -> tuple[tuple[str, str, float], ...]:
         """The likeliest classes for a picture: names without their indices, probabilities in words and as numbers."""
         top = self.top(count)
-        return tuple((name.rpartition(" (")[0] or name, percent(share), share) for name, share in top)
+        return tuple((_name(label), percent(share), share) for label, share in top)
 
     def faint(self, target: int) -> tuple[str, ...]:
         """What has to be known of the map of a class that the model all but rules out; nothing of others."""
@@ -93,6 +93,11 @@ class Prediction:
             f"the model all but rules {self.label(target)} out; the map shows what little argued for it, and may lie "
             "on background or on another object",
         )
+
+
+def _name(label: str) -> str:
+    """A class in words, without its index."""
+    return label.rpartition(" (")[0] or label
 
 
 def percent(probability: float) -> str:

@@ -47,7 +47,7 @@ class Provenance:
         self._model: ref[nn.Module] = ref(subject.model)
         self._state = _state(subject.model)
         self._digest: str | None = None
-        options = {"interpolation": method.interpolation, "contrastive": method.contrast}
+        options = {"interpolation": method.interpolation, "contrastive": method.contrastive}
         self.about: dict[str, Any] = {
             "model": subject.name,
             "class": type(subject.model).__name__,

@@ -18,12 +18,12 @@ from torch import Tensor
 from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.recording.constant_weights import writable
 from captum_lnstat.recording.kept import Kept
+from captum_lnstat.recording.rms import RMS_NORMS
 from captum_lnstat.recording.sites import FusedSite
 from captum_lnstat.recording.statistics import accumulation_dtype
 
 SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
 LAYER_NORMS = {F.layer_norm, torch.layer_norm}
-_RMS_NORMS = {F.rms_norm, torch.rms_norm}
 _ACTIVATIONS: set[Callable[..., Any]] = {
     F.gelu,
     F.silu,
@@ -141,7 +141,7 @@ def _attention(
     return FrozenAttention.apply(query, key, value, attn_mask, options)  # type: ignore[no-any-return]
 
 
-def _layer_norm(
+def frozen_layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -150,6 +150,7 @@ def _layer_norm(
     *_: Any,
     **__: Any,
 ) -> Tensor:
+    """``F.layer_norm`` with its standard deviation a constant of the backward pass."""
     return FrozenLayerNorm.apply(input, tuple(normalized_shape), weight, bias, float(eps))  # type: ignore[no-any-return]
 
 
@@ -210,8 +211,8 @@ class Freezer:
 
     def _rule(self, function: Callable[..., Any], input: Tensor | None) -> Callable[..., Any] | None:
         if function in LAYER_NORMS:
-            return _layer_norm
-        if function in _RMS_NORMS:
+            return frozen_layer_norm
+        if function in RMS_NORMS:
             return frozen_rms_norm
         if function is F.scaled_dot_product_attention:
             return _attention

@@ -167,7 +167,7 @@ def run(
         channels = topology.channel_axis(recording, image)
         trace = replace(trace, training=topology.model.training, channel_axis=channels)
         if starts and isinstance(trace.pooling, PoolingAsRead):
-            assert trace.pooling.found  # while the graph of the head is there
+            _ = trace.pooling.found  # while the graph of the head is there
         reads = reads_besides_the_end(recording, trace, x) if differentiable == "head" else ()
         head = Head(scores, stream_end, trace, reads)
         if differentiable == "head":

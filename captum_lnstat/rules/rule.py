@@ -79,6 +79,7 @@ def register(
     differentiable: Differentiable = "head",
     head_fusion: HeadFusion = "deviation",
     starts: bool = True,
+    detailed: bool = False,
 ) -> Callable[[Function], Function]:
     """A decorator: the function becomes the rule of this name, in every class, command and page that takes a rule.
 
@@ -91,11 +92,12 @@ def register(
         differentiable: What of the model has to be differentiable.
         head_fusion: How the heads become one map by default.
         starts: Whether it may start with what the head reads, whatever the class.
+        detailed: Whether it reads what the softmaxes were given, or calls the head with other tokens.
     """
 
     def add(compute: Function) -> Function:
         _RULES[name] = Rule(
-            name, formula, compute, options, class_specific, complete, differentiable, head_fusion, starts
+            name, formula, compute, options, class_specific, complete, differentiable, head_fusion, starts, detailed
         )
         return compute
 

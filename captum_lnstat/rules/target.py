@@ -41,9 +41,10 @@ def target_score(output: Tensor, target: Target) -> Float[Tensor, " batch"]:
             "forward_func returned a single number for the whole batch; expected one output per image, "
             "(batch, classes) or (batch,)"
         )
-    assert score[0].numel() == 1, (
-        "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
-    )
+    if score[0].numel() != 1:  # Captum's type and message; raised, so that python -O raises it too
+        raise AssertionError(
+            "Target not provided when necessary, cannot take gradient with respect to multiple outputs."
+        )
     return score.reshape(len(score))
 
 

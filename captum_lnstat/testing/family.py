@@ -203,8 +203,8 @@ def check_family(
         image_size: Height and width of its images. Run it with a non-square size, too, if the family takes one: only
             such an image tells rows from columns.
         output: Which of several outputs is explained, as for ``LNStatAttribution``.
-        rules: strs that are defined for the family.
-        required: strs whose peak has to lie on the stimulus.
+        rules: Names of rules that are defined for the family.
+        required: Names of rules whose peak has to lie on the stimulus.
         stimulus: Height and width of the stimulus; as large as a token of the last block by default.
         step: Regions lie at multiples of so many pixels.
         margin: A peak may lie so many pixels beside the stimulus, where convolutions make tokens of more than a patch.

@@ -194,7 +194,7 @@ def check_placement(
         model: The model; it is not changed.
         place: From ``ground``.
         output: Which of several outputs is explained.
-        rules: strs to measure.
+        rules: Names of rules to measure.
         required: Those of them whose peak has to lie on the stimulus.
         steps: Steps of training at most.
 
@@ -223,7 +223,7 @@ def check_placement(
                 hits += 1
             else:
                 missed.append(f"the stimulus at {region} has its peak at row {y:.0f}, column {x:.0f}")
-        placement[str(rule)] = RulePlacement(hits, len(place.regions), exact, min(margins))
+        placement[rule] = RulePlacement(hits, len(place.regions), exact, min(margins))
         assert rule not in required or not missed, (
             f"placement, rule {rule!r}: the map's peak lies on the stimulus in {hits} of {len(place.regions)} regions; "
             f"expected all: {missed[0]}"

@@ -92,15 +92,9 @@ class Trace:
         )
 
     @property
-    def grain(self) -> tuple[float, ...]:
-        """Height and width of a patch token at the head, in patches of the grid: 1 where no stage is coarser."""
-        last = self._grid_after(len(self.steps))
-        return tuple(first / later for first, later in zip(self.grid, last, strict=True))
-
-    @property
     def one_grid(self) -> bool:
         """Whether all blocks see the same grid."""
-        return all(side == 1 for side in self.grain)
+        return self._grid_after(len(self.steps)) == self.grid
 
     def _grid_after(self, count: int) -> Grid:
         """Rows and columns of patch tokens after the first ``count`` steps."""

@@ -38,12 +38,15 @@ from helpers.contract import (
 from torch import Tensor, nn
 
 from captum_lnstat import (
+    RISE,
     AttentionRollout,
+    BeyondIntuition,
     FrozenLayerNorm,
     GenericAttention,
     LayerLNStat,
     LNStatAttribution,
     RawAttention,
+    ViTCX,
     patch_feature_mask,
 )
 
@@ -380,6 +383,18 @@ def test_names() -> None:
     assert AttentionRollout.get_name() == "Attention Rollout"
     assert FrozenLayerNorm.get_name() == "Frozen LayerNorm"
     assert GenericAttention.get_name() == "Generic Attention"
+    assert BeyondIntuition.get_name() == "Beyond Intuition"
+    assert RISE.get_name() == "RISE"
+    assert ViTCX.get_name() == "ViT-CX"
+
+
+def test_what_the_options_go_with_cannot_be_set() -> None:
+    """The share and the fusion are those of the rule given: another rule on them would be none of the documented."""
+    method = LNStatAttribution(model_of("vit"), rule="gradient", normalized=False)
+    assert (method.rule, method.normalized) == ("gradient", False)
+    for name, value in (("rule", "rollout"), ("normalized", True)):
+        with pytest.raises(AttributeError, match=f"{name}.*no setter"):
+            setattr(method, name, value)
 
 
 def test_convergence_delta(each_model: nn.Module) -> None:

@@ -169,7 +169,7 @@ def test_a_model_that_has_changed_is_noticed(change: str) -> None:
 def test_options_are_those_it_was_compiled_with() -> None:
     method, x = LNStatAttribution(_vit()), torch.rand(2, 3, 64, 64)
     compiled, before = method.compile(torch.rand(2, 3, 64, 64), 1, backend=None), method.attribute(x, target=1)
-    method.rule = "evidence"
+    method.contrastive = True
     assert torch.allclose(compiled.attribute(x), before, atol=1e-8)
 
 

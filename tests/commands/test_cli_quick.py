@@ -77,7 +77,7 @@ _LINES = {
     "explain --scene 400": (2, "there is no scene 400; expected 0 to 399"),
     "compare --scene 1 --scene 400": (2, "there is no scene 400; expected 0 to 399"),
     "evaluate --output out --data scene": (2, "unknown data 'scene'; did you mean 'scenes'?"),
-    "evaluate --output out --data voc:nowhere": (2, "there is no folder 'nowhere'"),
+    "evaluate --output out --data voc:nowhere": (2, "there is no file or folder 'nowhere'"),
     "evaluate --output out --methods lnstat,centr": (2, "unknown method 'centr'; did you mean 'centre'?"),
     "evaluate --output out --metrics iou,pointin": (2, "unknown metric 'pointin'; did you mean 'pointing'?"),
     "evaluate --output out --model swin-mny": (2, "unknown model 'swin-mny'; did you mean 'swin-mini'"),

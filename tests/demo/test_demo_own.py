@@ -17,6 +17,9 @@ from captum_lnstat.demo.samples import samples
 from captum_lnstat.demo.studio import Question, Studio
 from captum_lnstat.explanation.subject.preprocessing import preprocessing_of
 from captum_lnstat.explanation.subject.subject import Subject
+from captum_lnstat.rules.perception import perception
+from captum_lnstat.rules.rule import register
+from captum_lnstat.rules.walk import walk
 from captum_lnstat.visualize import Scale, overlay
 
 
@@ -30,6 +33,17 @@ def own():
 def pictures(html: str) -> list[np.ndarray]:
     found = re.findall(r'src="data:image/\w+;base64,([^"]+)"', html)
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in found]
+
+
+def test_a_rule_of_ones_own_that_has_no_class_says_so(own):
+    made, case = own
+    register("looked", formula="P", class_specific=False)(
+        lambda outcome, settings: walk(outcome.trace, settings, perception(outcome.trace, settings))[0]
+    )
+    question = Question(case.prediction, "looked")
+    html = report.results(case, question, list(made.maps(case, question)))
+    assert "whatever the class" in html
+    assert "for: " not in html
 
 
 def test_a_model_too_large_for_the_page_is_refused_before_it_takes_memory(monkeypatch):

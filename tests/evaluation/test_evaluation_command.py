@@ -65,7 +65,7 @@ def test_the_same_command_again_computes_nothing(finished):
         (["--seed", "4"], "seed was 0 and is 4"),
         (["--methods", "rolout"], "unknown method 'rolout'; did you mean 'rollout'"),
         (["--metrics", "points"], "unknown metric 'points'"),
-        (["--data", "voc:nowhere"], "there is no folder 'nowhere'"),
+        (["--data", "voc:nowhere"], "there is no file or folder 'nowhere'"),
         (["--model", "vit-min"], "did you mean 'vit-mini'"),
         (["--device", "abacus"], "unknown device 'abacus'"),
         (["--class", "none"], "'none' is not one of"),

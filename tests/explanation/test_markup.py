@@ -31,6 +31,13 @@ def test_the_likeliest_classes_are_those_of_one_call_each():
             explain("vit-mini", scene(300), **wrong)
 
 
+def test_a_name_with_brackets_is_whole_in_every_title():
+    found = explain("vit-mini", scene(300), class_names=["crane (bird), a bird"] * 7)
+    assert found.likely(found.prediction).startswith("crane (bird) ")
+    assert found.likeliest(1)[0][0] == "crane (bird)"
+    assert found.label(2) == "crane (bird) (2)"
+
+
 def test_every_text_is_escaped():
     found = explain("vit-mini", scene(300), class_names=[f"<i>{place}&" for place in range(7)])
     html = replace(found, name='<script>"', cautions=("<u>",))._repr_html_()

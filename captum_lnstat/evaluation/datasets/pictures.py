@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ class _Pairs(Dataset):
         self._images = images_in(self._images_root)
         self._truth = {self._key(file, self._truth_root): file for file in images_in(self._truth_root)}
         keys = [self._key(file, self._images_root) for file in self._images]
-        twice = next((key for place, key in enumerate(sorted(keys)[1:]) if key == sorted(keys)[place]), None)
+        twice = min((key for key, count in Counter(keys).items() if count > 1), default=None)
         if twice is not None:
             raise DatasetError(
                 f"two images in {str(self._images_root)!r} are called {twice!r}; expected different names"

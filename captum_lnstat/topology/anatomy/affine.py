@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_lnstat.errors import RecordingError
-from captum_lnstat.recording.freezing import LAYER_NORMS, FrozenLayerNorm
+from captum_lnstat.recording.freezing import LAYER_NORMS, frozen_layer_norm
 from captum_lnstat.trace.cotangent import Cotangent, PullBack
 
 # A pooling by the maximum takes the same tokens however the cotangent is, so it is a linear map of what it was given.
@@ -63,20 +63,8 @@ class _FrozenNorms(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function in LAYER_NORMS:
-            return _layer_norm(*args, **kwargs)
+            return frozen_layer_norm(*args, **kwargs)
         return function(*args, **kwargs)
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Iterable[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: Any,
-    **__: Any,
-) -> Tensor:
-    return FrozenLayerNorm.apply(input, tuple(normalized_shape), weight, bias, float(eps))  # type: ignore[no-any-return]
 
 
 def pull_back_by_autograd(
