@@ -429,8 +429,8 @@ Written by `python tests/benchmarks/captum_comparison.py`; do not edit. {version
   the same for every method; n = {count}, median. It asks how well a map predicts what noise on single pixels does to
   the score, which favours gradients: a map of patches, or one that is not about the class, cannot do well.
 - **sensitivity**: Captum's `sensitivity_max`, lower is better; radius {radius}, {neighbours} draws an image;
-  n = {count}, median. A map that does not look at the image would get 0: read it beside the [quality tables](quality.md),
-  where maps are compared with the objects' masks.
+  n = {count}, median. A map that does not look at the image would get 0: read it beside the
+  [quality tables](quality.md), where maps are compared with the objects' masks.
 - Conditions: the same method again, on 4 images: inside `no_grad`; inside `inference_mode`; from 4 threads that share
   one object; a model with two outputs (LNStat and the baselines have `output=0`; Captum's want a function around the
   model); inputs as a 1-tuple; a bfloat16 model under `NoiseTunnel`; `sensitivity_max` on channels-last images;
