@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, overload
 
 from torch import Tensor, nn
@@ -201,6 +201,8 @@ class LNStatAttribution(GridAttribution):
             >>> LNStatAttribution(vit).relevance_per_target(torch.rand(2, 3, 64, 64), range(7)).shape
             torch.Size([7, 2, 8, 8])
         """
+        if not isinstance(targets, Iterable):
+            raise TypeError(f"targets is {targets!r}; expected several, such as range(7) or [{targets!r}]")
         targets = list(targets)
         if not (self.method.class_specific and self.method.at_every_block):
             raise ValueError(

@@ -95,7 +95,7 @@ def compare(
     contour: bool,
     **model: Any,
 ) -> None:
-    """Compare methods on images: methods by rows, images by columns, with the scale of every row beside it.
+    """Compare methods on images: methods by rows, images by columns.
 
     Without IMAGE, scenes that come with the package are taken. Of a FOLDER every image in it is, and every file that
     a PATTERN matches; one that cannot be read is named, skipped and counted.

@@ -60,7 +60,7 @@ Examples:
     default=METHODS,
     show_default=True,
     metavar="A,B",
-    help="The first one is compared with.",
+    help="The others are compared with the first.",
 )
 @click.option("--metrics", type=Names(known.METRICS), default=METRICS, show_default=True, metavar="A,B")
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="New, or to go on with.")
@@ -161,8 +161,6 @@ def evaluate(
 def _check(data: str, methods: str, metrics: str) -> None:
     """Names that can be told to be wrong without torch."""
     kind, _, path = data.partition(":")
-    if path and not Path(path).exists():
-        fail(f"there is no file or folder {path!r}")
     try:
         asked = [
             ("data", kind, known.DATA),
@@ -175,3 +173,5 @@ def _check(data: str, methods: str, metrics: str) -> None:
     for what, name, names in asked:
         if name not in names:
             fail(f"unknown {what} {name!r}; {near(name, names, 'expected one of ' + ', '.join(names))}")
+    if path and not Path(path).exists():
+        fail(f"there is no file or folder {path!r}")

@@ -169,12 +169,15 @@ class Following:
 
     Attributes:
         given: The ways of what modules were given.
+        values: The way of the first attention's values, if it was followed.
     """
 
     def __init__(self, images: Tensor | None) -> None:
         self._first = self._follower = None if images is None else Follower(images)
         self._rows = images is not None and len(images) > 1
         self.given: dict[str, Path] = {}
+        self.values: Path | None = None
+        self._attended = False
 
     def of(self, tensor: Tensor) -> Path | None:
         """The way of a tensor, if it is followed now."""
@@ -195,6 +198,12 @@ class Following:
         """A module is given a tensor."""
         path = self.of(tensor)
         self.given |= {} if path is None else {name: path}
+
+    def attends_to(self, values: Tensor) -> None:
+        """An attention averages these: of the first one it matters which token each comes from."""
+        if self._first is not None and not self._attended:
+            self.values = self._first.of(values)
+        self._attended = True
 
     def ran(
         self, function: Callable[..., Any], args: Args, kwargs: dict[str, Any], output: Any, *, last: bool

@@ -18,6 +18,8 @@ from torch import nn
 
 # What torch calls before and after ``forward``, and which of the latter run after an error, too.
 _DICTIONARIES = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
+# Which of those before and after it are given what ``forward`` is given by keyword, too.
+_WITH_KEYWORDS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
 _lock = threading.Lock()
 
 
@@ -100,20 +102,28 @@ class Hooks:
     def add(
         self,
         module: nn.Module,
-        before: Callable[[nn.Module, Any], Any] | None = None,
-        after: Callable[[nn.Module, Any, Any], Any] | None = None,
-        first: Callable[[nn.Module, Any, Any], Any] | None = None,
+        before: Callable[..., Any] | None = None,
+        after: Callable[..., Any] | None = None,
+        first: Callable[..., Any] | None = None,
+        *,
+        keywords: bool = False,
     ) -> None:
         """Run ``before`` before ``module``, and ``after`` after it, whatever it raises; both behind others' hooks.
 
-        ``first`` runs after it too, before others' hooks: it sees what the module itself returned.
+        ``first`` runs after it too, before others' hooks: it sees what the module itself returned. With ``keywords``
+        all three are called as torch calls hooks that were registered with ``with_kwargs=True``.
         """
-        entries = (before, after, None if after is None else True)
-        earlier = (None, first, None if first is None else True)
+        always = tuple(None if hook is None else True for hook in (before, after, first))
+        entries: tuple[Any, ...] = (before, after, always[1])
+        earlier: tuple[Any, ...] = (None, first, always[2])
+        names: tuple[str, ...] = _DICTIONARIES
+        if keywords:
+            # First of all, and so that they are there when the hooks are.
+            names, entries, earlier = _WITH_KEYWORDS + names, (*always[:2], *entries), (None, always[2], *earlier)
         self._modules.append(module)
         with _lock:
             held = vars(module)
-            for name, entry, early in zip(_DICTIONARIES, entries, earlier, strict=True):
+            for name, entry, early in zip(names, entries, earlier, strict=True):
                 if entry is None and early is None:
                     continue
                 view = held[name]
@@ -129,7 +139,7 @@ class Hooks:
         for module in self._modules:
             with _lock:
                 held = vars(module)
-                for name in _DICTIONARIES:
+                for name in _DICTIONARIES + _WITH_KEYWORDS:
                     view = held.get(name)
                     if type(view) is _View:
                         view.added, view.first = _less(view.added, self._key), _less(view.first, self._first_key)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from captum_lnstat.errors import UnsupportedModelError
 from captum_lnstat.recording.inside import Inside
 
 # The name of the images among the places: that of no module.
@@ -68,6 +69,11 @@ class Places:
 
     def mark(self, name: str, x: Tensor) -> Tensor:
         """The same tensor, marked."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise UnsupportedModelError(
+                f"forward_func runs the model inside a transform of torch.func (vmap, grad, jvp), seen at {name!r}; "
+                "expected a plain call: the model takes a whole batch as it is"
+            )
         with torch.enable_grad():
             marked: Tensor = Marked.apply(self._anchor, x)
         self.edges[name] = get_gradient_edge(marked)

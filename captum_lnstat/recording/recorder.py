@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from captum_lnstat.recording.attention_backward import ObservedAttention, can_be_observed
+from captum_lnstat.recording.calling import first_given, first_returned, with_first
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
 from captum_lnstat.recording.eager import names_and_modules
 from captum_lnstat.recording.ending import StreamEnd, over
@@ -102,7 +103,7 @@ class Recorder(TorchFunctionMode):
         self._hooks = Hooks()
         self._running: list[str] = [""]
         self._events: list[AttentionSite | SoftmaxEvent] = []
-        self._softmaxes = Softmaxes(self._arena, detailed=detailed)
+        self._softmaxes = Softmaxes(self._arena, self.following.attends_to, detailed=detailed)
         self._norms = Norms(self._keep, self._call, self._arena, differentiable)
         self._joins = Joins(tokens_first)
         self._calls: dict[str, list[ModuleCall]] = {}
@@ -119,7 +120,7 @@ class Recorder(TorchFunctionMode):
         edges, given = dict(self._places.edges), self.following.given
         return Recording(
             sites, tuple(self._norms.calls), calls, self._end.tensor, joins, given, constants=constants,
-            places=edges, inside=self._places.within.read,
+            places=edges, inside=self._places.within.read, values=self.following.values,
         )  # fmt: skip
 
     def marked(self, image: Tensor) -> Tensor:
@@ -137,7 +138,8 @@ class Recorder(TorchFunctionMode):
                 rms_norm = rms_channels(module) is not None
                 if module in looked_at or passed_on or rms_norm:
                     first = unseen(self._passing_on(name)) if passed_on else None
-                    self._hooks.add(module, unseen(self._entering(name)), unseen(self._leaving(name, rms_norm)), first)
+                    before, after = unseen(self._entering(name)), unseen(self._leaving(name, rms_norm))
+                    self._hooks.add(module, before, after, first, keywords=True)
                 else:
                     self._hooks.add(module, *stamps(name, self._running))
         except BaseException:
@@ -168,26 +170,30 @@ class Recorder(TorchFunctionMode):
     def _elsewhere(self) -> bool:
         return get_ident() != self._thread
 
-    def _entering(self, name: str) -> Callable[[nn.Module, Any], Any]:
-        def hook(module: nn.Module, inputs: Any) -> Any:
+    # Nor need another thread, between two of the dictionaries of hooks, call them with the arguments by keyword.
+    def _entering(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: Any, *called: Any) -> Any:
             if self._elsewhere():
                 return None
+            (keywords,) = called
             self._running.append(name)
             self._end.passes += module is self._model
             self._places.enter(module)
-            if module in self._taps and inputs:
-                self.following.entering(name, inputs[0])
+            given = first_given(module, inputs, keywords)
+            if module in self._taps:
+                self.following.entering(name, given)
             if module is self._head_begins:
-                begun = self._end.begin_head(name, inputs[0])
-                return None if begun is inputs[0] else (begun, *inputs[1:])
+                begun = self._end.begin_head(name, given)
+                return None if begun is given else with_first(begun, inputs, keywords, given)
             return None
 
         return hook
 
-    def _passing_on(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def _passing_on(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: Any, *called: Any) -> Any:
             if self._elsewhere():
                 return None
+            _, output = called
             marked = self._places.leave(name, module, output)
             if module is self._head_follows and self._differentiable == "head":
                 return self._head_after(name, output if marked is None else marked)
@@ -195,19 +201,21 @@ class Recorder(TorchFunctionMode):
 
         return hook
 
-    def _leaving(self, name: str, rms_norm: bool) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def _leaving(self, name: str, rms_norm: bool) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: Any, *called: Any) -> Any:
             if self._elsewhere():
                 return None
+            keywords, output = called
             self._running.pop()
+            given = first_given(module, inputs, keywords)
             # A block may return its attention maps beside its tokens.
-            if rms_norm and inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-                output = self._norms.own_rms_norm(name, module, inputs[0], output, frozen=self._freezes_norms)
-            first = output[0] if isinstance(output, tuple) and output else output
-            if module in self._taps and isinstance(first, Tensor) and inputs and isinstance(inputs[0], Tensor):
+            if rms_norm and isinstance(given, Tensor) and isinstance(output, Tensor):
+                output = self._norms.own_rms_norm(name, module, given, output, frozen=self._freezes_norms)
+            first = first_returned(output)
+            if module in self._taps and isinstance(first, Tensor) and isinstance(given, Tensor):
                 # What a module is given is compared by where it lies: in the head, too, where its copy lies.
-                given = self._keep(inputs[0].detach() if self._places else inputs[0])
-                self._calls.setdefault(name, []).append(ModuleCall(given, self._keep(first)))
+                kept = self._keep(given.detach() if self._places else given)
+                self._calls.setdefault(name, []).append(ModuleCall(kept, self._keep(first)))
             if module is not self._head_follows or first is self._end.passed_on or self._end.refused:
                 return output if rms_norm else None
             if self._differentiable == "head":
@@ -288,6 +296,7 @@ class Recorder(TorchFunctionMode):
             self._joins.note(function, output, args, kwargs)
         if function is F.multi_head_attention_forward:
             self._events.append(MultiHeadSite.of(self._running[-1], output[0], self._keep, args, kwargs))
+            self.following.attends_to(kwargs["value"] if "value" in kwargs else args[2])
         elif function in SOFTMAXES:
             event = self._softmaxes.begin(self._running[-1], output, *args, **kwargs)
             self._events += [] if event is None else [event]
@@ -319,6 +328,7 @@ class Recorder(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        self.following.attends_to(value)
         mask = None if attn_mask is None else self._keep(attn_mask)
         q, k, v = self._keep(query), self._keep(key), self._keep(value)
         site = FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +45,14 @@ class Softmaxes:
 
     Args:
         arena: Where large tensors are copied to for the recording, if they are.
+        attends_to: Is given the values of every product.
         detailed: Keep what they read, too.
     """
 
-    def __init__(self, arena: Arena | None, *, detailed: bool = False) -> None:
-        self._arena, self._detailed = arena, detailed
+    def __init__(
+        self, arena: Arena | None, attends_to: Callable[[Tensor], None] = lambda values: None, *, detailed: bool = False
+    ) -> None:
+        self._arena, self._attends_to, self._detailed = arena, attends_to, detailed
         # By identity; the tensor is held, so that no other gets its identity.
         self._events: dict[int, tuple[Tensor, SoftmaxEvent]] = {}
 
@@ -81,7 +85,9 @@ class Softmaxes:
         if function in _PASSING:
             self._events[id(output)] = (output, event)
         elif function in _PRODUCTS and not event.multiplied:
-            event.value = Kept.on(self._arena, args[1] if len(args) > 1 else next(iter(kwargs.values())))
+            values = args[1] if len(args) > 1 else next(iter(kwargs.values()))
+            self._attends_to(values)
+            event.value = Kept.on(self._arena, values)
             event.output = edge(output)
             event.multiplied = True
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, warn_caller
-from captum_lnstat.recording.eager import named
+from captum_lnstat.recording.eager import named, names_and_modules
 from captum_lnstat.recording.statistics import stream
 from captum_lnstat.recording.verdicts import expect
 from captum_lnstat.topology.anatomy.projections import without_gradient
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 # How far evidence may be from the score, relative to its size. Float error is far below; another wiring far above.
 TOLERANCE = 1e-3
 HALF_TOLERANCE = 0.1
+# What a module drops, by the names that torch, timm, torchvision and Hugging Face have for it; ``p`` in these alone.
+_DROPPING = ("StochasticDepth", "FeatureAlphaDropout")
+_SHARES = {
+    True: ("p",),
+    False: ("drop_prob", "dropout", "dropout_p", "dropout_prob", "attention_dropout", "attn_dropout"),
+}
 
 
 def check_image(image: object) -> Tensor:
@@ -105,7 +111,8 @@ def check_size(image: Tensor, model: nn.Module, entrance: str, *, direct: bool) 
         direct: The images are given to the transformer as they are, so that their channels are its own.
     """
     embed = named(model).get(entrance) if entrance else None
-    reason = size_not_taken(embed, (image.shape[-2], image.shape[-1]))
+    # A function around the model may crop or resize them first.
+    reason = size_not_taken(embed, (image.shape[-2], image.shape[-1])) if direct else None
     if reason is not None:
         raise ValueError(
             f"inputs are {image.shape[-2]} x {image.shape[-1]} pixels; {reason}. Resize them before you explain them, "
@@ -141,11 +148,38 @@ def check_model(model: nn.Module) -> None:
             f"the parameters of {type(model).__name__} were made under torch.inference_mode, so no gradient can be "
             "taken even at its head; build or load the model outside inference_mode"
         )
-    if model.training:
+    drawing = draws_at_random(model)
+    if drawing is not None:
+        where = f", in {drawing!r} at least" if drawing and not model.training else ""
         warn_caller(
-            f"{type(model).__name__} is in train mode: dropout and stochastic depth make the explanation of this pass "
-            "random. Call model.eval() first"
+            f"{type(model).__name__} is in train mode{where}: dropout and stochastic depth make the explanation of "
+            "this pass random. Call model.eval() first"
         )
+
+
+def draws_at_random(model: nn.Module) -> str | None:
+    """The name of a module in train mode by which a pass is random; ``""`` if all of the model is in that mode.
+
+    A part may be: dropout is switched on for itself to see how sure a model is. That a Linear is, as one that has taken
+    the place of a head, changes nothing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)).eval()
+        >>> draws_at_random(model), draws_at_random(model.requires_grad_(True).train())
+        (None, '')
+        >>> _ = model.eval()[1].train()
+        >>> draws_at_random(model)
+        '1'
+    """
+    if model.training:
+        return ""
+    return next((name for name, part in names_and_modules(model) if part.training and _draws(part)), None)
+
+
+def _draws(part: nn.Module) -> bool:
+    """Whether a module in train mode drops something, with a probability of more than zero."""
+    drops = isinstance(part, nn.modules.dropout._DropoutNd) or type(part).__name__ in _DROPPING
+    return any(isinstance(share := getattr(part, name, 0), int | float) and share > 0 for name in _SHARES[drops])
 
 
 def check_gradients(model: nn.Module) -> None:

@@ -28,6 +28,7 @@ from captum_lnstat.rules.checks import (
     check_start,
     check_stream,
     check_whole,
+    draws_at_random,
 )
 from captum_lnstat.rules.checks import reads as reads_tokens
 from captum_lnstat.rules.head import Head, gradients
@@ -165,7 +166,7 @@ def run(
                 "explain them, or with functions of torch"
             )
         channels = topology.channel_axis(recording, image)
-        trace = replace(trace, training=topology.model.training, channel_axis=channels)
+        trace = replace(trace, training=draws_at_random(topology.model) is not None, channel_axis=channels)
         if starts and isinstance(trace.pooling, PoolingAsRead):
             _ = trace.pooling.found  # while the graph of the head is there
         reads = reads_besides_the_end(recording, trace, x) if differentiable == "head" else ()

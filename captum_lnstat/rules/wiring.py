@@ -125,8 +125,9 @@ def _verify(compared: Sequence[Comparison], tolerance: float) -> None:
         index = int((worst > 1).nonzero()[0])
         return RecordingError(
             f"what block {names[index]!r} adds to the stream is not its attention's output as recorded: off by "
-            f"{float(worst[index]):.2g} times what rounding explains. Its wiring is not one that is known, so no map "
-            "from it can be trusted"
+            f"{float(worst[index]):.2g} times what rounding explains. Its wiring is not one that is known, or the "
+            "weights that it ran with are not its own (functional_call, a hook or an adapter on the projection), so no "
+            "map from it can be trusted"
         )
 
     expect(excess <= 1, error)

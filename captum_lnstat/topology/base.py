@@ -243,6 +243,10 @@ def _found(model: nn.Module) -> Topology:
         if len(found) > 1:
             raise UnsupportedModelError(several_models(model, [module for module, _ in found.values()]))
         for module, family in found.values():
+            # One that holds two, such as a student and its teacher, may look like one with twice the blocks.
+            inside = [part for part in map(eager, module.children()) if any(one.matches(part) for one in _FAMILIES)]
+            if len(inside) > 1:
+                raise UnsupportedModelError(several_models(model, inside))
             topology = family(module)
             # A wrapper may pass on the attributes of what it holds; the modules are inside that one.
             if topology.entrance in named(module) and not any(map(calls_parts, module.modules())):

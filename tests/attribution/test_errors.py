@@ -561,3 +561,70 @@ def test_scripted_models_are_called_that() -> None:
     for made in (torch.jit.script(model), torch.fx.symbolic_trace(model)):
         with pytest.raises(UnsupportedModelError, match=re.compile("script|trace|export", re.I)):
             LNStatAttribution(made).attribute(images(), target=1)
+
+
+@pytest.mark.parametrize("part", ["proj_drop", "head_drop", "drop_path"])
+def test_a_part_in_train_mode_warns_and_is_named(part: str) -> None:
+    """Dropout may be switched on by itself, to see how sure a model is: what it makes random is said."""
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=7,
+        drop_rate=0.5, proj_drop_rate=0.1, drop_path_rate=0.3,
+    ).eval()  # fmt: skip
+    parts = {name: module for name, module in vit.named_modules() if part in name}
+    for module in parts.values():
+        module.train()
+    for rule in ("lnstat", "evidence", "rollout"):
+        with pytest.warns(UserWarning, match=f"VisionTransformer is in train mode, in '.*{part}.*' at least"):
+            LNStatAttribution(vit, rule=rule).relevance(torch.randn(1, 3, 32, 32), 1)
+    assert all(module.training for module in parts.values())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_new_head_in_train_mode_is_no_train_mode() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=7).eval()
+    vit.head = nn.Linear(192, 3)
+    assert vit.head.training
+    assert LNStatAttribution(vit).relevance(torch.randn(1, 3, 32, 32), 1).isfinite().all()
+
+
+def test_a_student_and_its_teacher_are_two() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = (
+                timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=7)
+                for _ in range(2)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.student(x)
+            return scores
+
+    pair, x = Pair().eval(), torch.randn(1, 3, 32, 32)
+    for rule in ("lnstat", "rollout", "gradient"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"2 transformers side by side .* Pass the one to explain as model="
+        ):
+            LNStatAttribution(pair, rule=rule).relevance(x, 1)
+        assert LNStatAttribution(pair, pair.student, rule=rule).relevance(x, 1).isfinite().all()
+
+
+def test_a_transform_of_torch_func_is_named() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=7).eval()
+    mapped = torch.vmap(lambda one: vit(one[None])[0])
+    with pytest.raises(UnsupportedModelError, match=r"inside a transform of torch.func .* takes a whole batch"):
+        LNStatAttribution(mapped, vit).relevance(torch.randn(2, 3, 32, 32), 1)
+
+
+def test_images_that_forward_func_crops_are_not_said_to_be_of_a_wrong_size() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=7).eval()
+    with pytest.raises(
+        RecordingError, match=r"given images of shape \(1, 3, 32, 32\), forward_func of \(1, 3, 40, 40\)"
+    ):
+        LNStatAttribution(lambda x: vit(x[..., 4:36, 4:36]), vit).relevance(torch.randn(1, 3, 40, 40), 1)
+
+
+def test_one_target_is_no_list_of_targets() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=7).eval()
+    with pytest.raises(TypeError, match=r"targets is 3; expected several, such as range\(7\) or \[3\]"):
+        LNStatAttribution(vit).relevance_per_target(torch.randn(1, 3, 32, 32), 3)

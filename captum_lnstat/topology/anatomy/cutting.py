@@ -34,7 +34,9 @@ def patch_linear(model: nn.Module, lists: Iterable[nn.Module]) -> str | None:
         return None
     order = {id(module): place for place, module in enumerate(model.modules())}
     name, linear = next(iter(found.items()))
-    return name if order[id(linear)] < min(order[id(block)] for block in blocks) else None
+    # A list may be put together from blocks that lie elsewhere, and then is no module of the model.
+    parts = [order[id(part)] for block in blocks for part in block.modules() if id(part) in order]
+    return name if order[id(linear)] < min(parts) else None
 
 
 def patch_taps(model: nn.Module, linear: str) -> Iterable[nn.Module]:
