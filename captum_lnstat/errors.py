@@ -77,10 +77,10 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def one_line(text: object) -> str:
-    """The text without its line breaks; what it lists, line by line, in one sentence.
+    r"""The text without its line breaks; what it lists, line by line, in one sentence.
 
     Example:
-        >>> one_line("no vision transformer\\nseen: a Linear\\nto do: pass another")
+        >>> one_line("no vision transformer\nseen: a Linear\nto do: pass another")
         'no vision transformer; seen: a Linear; to do: pass another'
     """
     return " ".join(re.sub(r"\n\s*(seen|to do):", r"; \1:", str(text)).split())

@@ -8,6 +8,8 @@ taken to be built as it is.
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 from torch import Tensor
 
 from captum_lnstat.errors import UnsupportedModelError
@@ -17,6 +19,9 @@ from captum_lnstat.recording.provenance import NOWHERE, SEVERAL, Provenance, alo
 from captum_lnstat.recording.remembered import number_of, remembered
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
+
+# By the layout of the first attention: of which functions it is known that the values are its tokens' own.
+_found_right: WeakKeyDictionary[Layout, set[int | None]] = WeakKeyDictionary()
 
 
 def check_own_values(trace: Trace, before: Path, values: Path | None) -> None:
@@ -33,13 +38,20 @@ def check_own_values(trace: Trace, before: Path, values: Path | None) -> None:
     block = trace.steps[0]
     if values is None or not isinstance(block, Block) or block.keys is not None:
         return
-    layout, number = block.layout, None
-    if isinstance(layout, WholeImage) and before.number is not None and values.number is not None:
+    number = None
+    if before.number is not None and values.number is not None:
         number = number_of("values", before.number, values.number, block.site.shape, trace.tokens_first)
-    remembered(number, lambda: _check(trace, block, layout, before.provenance, values.provenance))
+    if isinstance(block.layout, WholeImage):
+        remembered(number, lambda: _check(trace, block, before.provenance, values.provenance))
+        return
+    # Of windows the tokens lie on the model's device, which is waited for once.
+    found_right = _found_right.setdefault(block.layout, set())
+    if number not in found_right:
+        _check(trace, block, before.provenance, values.provenance)
+        found_right |= {number} - {None}
 
 
-def _check(trace: Trace, block: Block, layout: Layout, before: Provenance | None, values: Provenance | None) -> None:
+def _check(trace: Trace, block: Block, before: Provenance | None, values: Provenance | None) -> None:
     if before is None or values is None or before.lattice.shape != values.lattice.shape:
         return
     ids = before.read()
@@ -48,7 +60,7 @@ def _check(trace: Trace, block: Block, layout: Layout, before: Provenance | None
     if tokens.shape != block.before.shape[:2] or found is None or bool((tokens == SEVERAL).any()):
         return
     # On the CPU, where places live; a padded place gets zero, which is no token.
-    shifted = layout.gather((tokens + 1 - NOWHERE)[..., None].to(block.before.device))[..., 0].cpu()
+    shifted = block.layout.gather((tokens + 1 - NOWHERE)[..., None].to(block.before.device))[..., 0].cpu()
     wanted = shifted - 1 + NOWHERE
     wrong = (wanted >= 0) & (found != wanted) & (found != NOWHERE)
     mixed = values.lattice.reaches and not before.lattice.reaches

@@ -293,13 +293,16 @@ def _known(record: dict) -> list[str]:
 
 
 def _others_as_cheap(times: dict) -> list[str]:
-    """Grad-CAM of others in words: it reads one layer, and costs as little."""
+    """What costs as little in words: Grad-CAM of others, which reads one layer, and attention that nothing weighs."""
     keys = [key for key in (_key(VIT, 224, 4), _key(SWIN, 224, 4)) if key in times]
-    found = []
-    for name in ("torchcam GradCAM", "Captum LayerGradCam"):
-        ratios = [f"{times[key][name]['median']:.2f}" for key in keys if name in times[key]]
-        found += [f"{name} ({' and '.join(ratios)})"] if ratios else []
-    return [f"As cheap as `lnstat`, or cheaper: {', '.join(found)}, which read one layer.", ""] if found else []
+
+    def found(*names: str) -> str:
+        ratios = {name: [f"{times[key][name]['median']:.2f}" for key in keys if name in times[key]] for name in names}
+        return ", ".join(f"{name} ({' and '.join(each)})" for name, each in ratios.items() if each)
+
+    layers, maps = found("torchcam GradCAM", "Captum LayerGradCam"), found("RawAttention", "AttentionRollout")
+    reasons = [f"{layers}, which read one layer" * bool(layers), f"{maps}, which know no class" * bool(maps)]
+    return [f"As cheap as `lnstat`, or cheaper: {'; '.join(filter(None, reasons))}.", ""] if layers or maps else []
 
 
 def _sizes(record: dict) -> bool:

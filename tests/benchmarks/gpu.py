@@ -1,10 +1,11 @@
 """What an explanation costs on a GPU: ``python tests/benchmarks/gpu.py [--minutes M] [--tiny]``.
 
 Needs torch, timm, captum and this checkout, nothing else, and begins nothing new after the minutes that it is given
-(six by default). Of every model, dtype and batch: the forward pass, every rule, and Captum's Grad-CAM at the last block (pytorch-grad-cam's
-where it is installed), the median of several calls by the device's own clock, in turns with the forward pass; kernels
-launched and numbers read by the host; peak memory; and how far the map is from the CPU's. Without a GPU, ``--tiny``
-runs the same on the CPU, to see that the script works. The table goes to the standard output, line by line.
+(six by default). Of every model, dtype and batch: the forward pass, every rule, and Captum's Grad-CAM at the last
+block (pytorch-grad-cam's where it is installed), the median of several calls by the device's own clock, in turns with
+the forward pass; kernels launched and numbers read by the host; peak memory; and how far the map is from the CPU's.
+Without a GPU, ``--tiny`` runs the same on the CPU, to see that the script works. The table goes to the standard
+output, line by line.
 """
 
 from __future__ import annotations
