@@ -8,7 +8,6 @@ inputs and outputs of the modules a topology asked for, and mark where the head 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from threading import get_ident
 from typing import Any, Literal
@@ -18,22 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from captum_lnstat.recording.attention_backward import ObservedAttention, can_be_observed
 from captum_lnstat.recording.calling import first_given, first_returned, with_first
 from captum_lnstat.recording.constant_weights import linear, with_constant_weights
 from captum_lnstat.recording.eager import names_and_modules
 from captum_lnstat.recording.ending import StreamEnd, over
 from captum_lnstat.recording.following import Following
 from captum_lnstat.recording.freezing import LAYER_NORMS, SOFTMAXES, Freezer
+from captum_lnstat.recording.fused import run_fused
 from captum_lnstat.recording.hooks import Hooks, stamps, unseen
 from captum_lnstat.recording.joins import Joins
-from captum_lnstat.recording.kept import Arena, Kept, edge
+from captum_lnstat.recording.kept import Arena, Kept
 from captum_lnstat.recording.multi_head import MultiHeadSite
 from captum_lnstat.recording.norms import Norms
 from captum_lnstat.recording.places import IMAGE, Places
 from captum_lnstat.recording.recording import ModuleCall, Recording
 from captum_lnstat.recording.rms import RMS_NORMS, rms_channels
-from captum_lnstat.recording.sites import AttentionSite, FusedSite
+from captum_lnstat.recording.sites import AttentionSite
 from captum_lnstat.recording.softmaxes import Softmaxes, SoftmaxEvent
 from captum_lnstat.recording.tape import Tape
 from captum_lnstat.recording.watched import LEAVES, TO_NUMPY, WATCHED
@@ -289,7 +288,11 @@ class Recorder(TorchFunctionMode):
         if function in RMS_NORMS:
             function = self._norms.rms_norm(self._running[-1], function, args, kwargs, frozen=frozen)
         if function is F.scaled_dot_product_attention:
-            return self._fused(partial(self._call, function, args, kwargs), *args, **kwargs)
+            self.following.attends_to(kwargs["value"] if "value" in kwargs else args[2])
+            call = partial(self._call, function, args, kwargs)
+            output, fused = run_fused(call, self._running[-1], self._keep, self._ours, *args, **kwargs)
+            self._events.append(fused)
+            return output
         own = self._softmaxes.product(function, args) if self._ours else None
         output = self._call(function, args, kwargs) if own is None else own
         if self._end.tensor is None:
@@ -315,26 +318,3 @@ class Recorder(TorchFunctionMode):
             if function is F.linear:
                 return linear(*args, **kwargs)
         return function(*args, **kwargs)
-
-    def _fused(
-        self,
-        call: Callable[[], Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        self.following.attends_to(value)
-        mask = None if attn_mask is None else self._keep(attn_mask)
-        q, k, v = self._keep(query), self._keep(key), self._keep(value)
-        site = FusedSite(self._running[-1], q, k, v, mask, scale, is_causal, None)
-        if self._ours and can_be_observed(site, dropout_p, attn_mask):
-            output: Tensor = ObservedAttention.apply(query, key, value, attn_mask, site)
-        else:
-            output = call()
-        self._events.append(replace(site, output=edge(output)))
-        return output
