@@ -103,9 +103,9 @@ def _together(team: Team, work: Callable[[], Any]) -> Any:
             outcome = work()
         except Exception as error:
             failure = error
-    outcome, told = team.lead((outcome, failure and _portable(failure)))
-    if told is not None:
-        raise failure or told
+    outcome, theirs = team.lead((outcome, failure and _portable(failure)))
+    if theirs is not None:
+        raise failure or theirs
     return outcome
 
 

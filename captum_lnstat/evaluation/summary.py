@@ -143,19 +143,19 @@ def table(summary: dict[str, Any], title: str) -> str:
         cells = [_cell(found["metrics"].get(name)) for name in names]
         lines.append(f"| {method.replace('|', ' ')} | " + " | ".join(cells) + " |")
     lines.append("| *n* | " + " | ".join(counts[name] for name in names) + " |")
-    said = []
+    notes = []
     if any(entry["n"] >= FEW for method in methods.values() for entry in method["metrics"].values()):
-        said.append(
+        notes.append(
             f"In brackets: 95 % bootstrap interval over images. `+` better, `-` worse than {first}: p < {SURE}, paired "
             "permutation test, not corrected for the number of comparisons."
         )
     if few:
         listed = ", ".join(f"{name} {count}" for name, count in few.items())
-        said.append(
+        notes.append(
             f"Without brackets: fewer than {FEW} values ({listed}), too few for an interval or a test, and for a "
             "conclusion. A metric is asked only of samples that it applies to: *n* says of how many."
         )
-    return "\n".join([*lines, "", " ".join([*said, "↑ higher is better, ↓ lower is better."])]) + "\n"
+    return "\n".join([*lines, "", " ".join([*notes, "↑ higher is better, ↓ lower is better."])]) + "\n"
 
 
 def _cell(entry: dict[str, Any] | None) -> str:

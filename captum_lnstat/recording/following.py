@@ -100,24 +100,25 @@ class Follower:
         name = _name(function)
         if name in moving.CONVOLUTIONS and args and not self._rows:
             self._again(args[0])
-        told = [self._told(arg, name in moving.LINEAR) for arg in args]
-        named = {key: self._told(value, False) for key, value in kwargs.items()}
-        given = [path for arg in (*told, *named.values()) for path in (arg if isinstance(arg, tuple | list) else [arg])]
+        arguments = [self._argument(arg, name in moving.LINEAR) for arg in args]
+        named = {key: self._argument(value, False) for key, value in kwargs.items()}
+        several = (arg if isinstance(arg, tuple | list) else [arg] for arg in (*arguments, *named.values()))
+        given = [path for some in several for path in some]
         given = [path for path in given if isinstance(path, Path)]
         if not given or name.endswith("_like") or name.startswith("new_"):
             return
         if name in _WRITES:
-            value = told[_WRITES[name]] if len(told) > _WRITES[name] else None
+            value = arguments[_WRITES[name]] if len(arguments) > _WRITES[name] else None
             output = args[0] if name == "__setitem__" else output
-            told = [*told[: _WRITES[name]], value]
+            arguments = [*arguments[: _WRITES[name]], value]
         outputs = output if isinstance(output, tuple | list) else (output,)
         sorted_to = outputs[1] if name in moving.SORTS and len(outputs) == 2 else None
         for place, one in enumerate(outputs):
             # What is no number of a token is an index or a mask.
             if not isinstance(one, Tensor) or not one.is_floating_point():
                 continue
-            made = _Made(name, function, told, named, given, one.shape, place, sorted_to)
-            number = None if sorted_to is not None else number_of(name, function, told, named, one.shape, place)
+            made = _Made(name, function, arguments, named, given, one.shape, place, sorted_to)
+            number = None if sorted_to is not None else number_of(name, function, arguments, named, one.shape, place)
             path = Path(one.shape, made.provenance, number)
             if all(before.is_settled for before in given):
                 path.settle()
@@ -139,7 +140,7 @@ class Follower:
             self.other_pixels = self.other_pixels or not _alike(given, self._given)
             self._begin(given)
 
-    def _told(self, value: Any, floats: bool) -> Any:
+    def _argument(self, value: Any, floats: bool) -> Any:
         """What is held of an argument: ways, shapes, and numbers that say where to."""
         if isinstance(value, Tensor):
             path = self.of(value)
@@ -147,7 +148,7 @@ class Follower:
                 return path
             return value if floats or not value.is_floating_point() else value.shape
         if isinstance(value, tuple | list) and any(isinstance(one, Tensor) for one in value):
-            return type(value)(self._told(one, floats) for one in value)
+            return type(value)(self._argument(one, floats) for one in value)
         return value
 
 
@@ -227,10 +228,10 @@ class _Made:
     """What one call made of the places it was given."""
 
     def __init__(
-        self, name: str, function: Callable[..., Any], told: list[Any], named: dict[str, Any], given: list[Path],
+        self, name: str, function: Callable[..., Any], arguments: list[Any], named: dict[str, Any], given: list[Path],
         shape: torch.Size, place: int, sorted_to: Tensor | None,
     ) -> None:  # fmt: skip
-        self._name, self._function, self._told, self._named = name, function, told, named
+        self._name, self._function, self._arguments, self._named = name, function, arguments, named
         self._given, self._shape, self._place, self._sorted_to = given, shape, place, sorted_to
 
     def provenance(self) -> Provenance | None:
@@ -239,33 +240,34 @@ class _Made:
             return self._provenance()
 
     def _provenance(self) -> Provenance | None:
-        name, told, shape = self._name, [_read(arg) for arg in self._told], self._shape
+        name, arguments, shape = self._name, [_read(arg) for arg in self._arguments], self._shape
         named = {key: _read(value) for key, value in self._named.items()}
         known = [places for places in (path.provenance for path in self._given) if places is not None]
-        first = told[0] if told else next(iter(named.values()))
+        first = arguments[0] if arguments else next(iter(named.values()))
         if not known or (name in _JOINS and len(known) < len(self._given)):
             return None
         if name in _JOINS:
-            return moving.joined(name, self._function, told, named, known)
+            return moving.joined(name, self._function, arguments, named, known)
         if name in _WRITES:
-            return moving.written(name, told, shape, known)
+            return moving.written(name, arguments, shape, known)
         if not known[0].lattice.shape[1:] and name not in moving.MOVES | moving.SORTS:
             return moving.in_rows(known, shape)
-        if name == "where" and len(told) == 3:
-            return moving.chosen(told, known)
+        if name == "where" and len(arguments) == 3:
+            return moving.chosen(arguments, known)
         if name in moving.LINEAR:
-            return moving.combined(name, self._function, told, named, known[0])
+            return moving.combined(name, self._function, arguments, named, known[0])
         if not isinstance(first, Provenance):
             return None if name in moving.MOVES else moving.alongside(known, shape)
         if name in moving.COARSER:
-            return moving.coarser(name, first, told, named, shape)
+            return moving.coarser(name, first, arguments, named, shape)
         if name == "pad":
-            return moving.padded(self._function, first, told, named, shape)
+            return moving.padded(self._function, first, arguments, named, shape)
         if name in moving.MOVES:
-            ids = moving.moved(name, self._function, first, told[1:], named)
+            ids = moving.moved(name, self._function, first, arguments[1:], named)
             return first.to(ids[self._place] if isinstance(ids, tuple | list) else ids)
         if self._sorted_to is not None:
-            dim = next((arg for arg in told[1 if name == "sort" else 2 :] if type(arg) is int), named.get("dim", -1))
+            rest = arguments[1 if name == "sort" else 2 :]
+            dim = next((arg for arg in rest if type(arg) is int), named.get("dim", -1))
             return first.to(first.read().gather(dim, self._sorted_to.cpu()))
         if name in moving.SCATTERS:
             return first.mixed_by(name, shape)

@@ -43,11 +43,11 @@ def coarser(name: str, first: Provenance, args: Args, named: Named, shape: torch
     if name in _RESIZES:
         return Provenance(lattice.resized(shape), None, shape)
     convolves = name in CONVOLUTIONS
-    told = {**dict(zip(_CONVOLUTION if convolves else _POOLING, args, strict=False)), **named}
-    kernel = list(told["weight"][2:]) if convolves else _each(told["kernel_size"], axes)
-    stride = _each(told.get("stride") or (1 if convolves else kernel), axes)
-    dilation = _each(told.get("dilation", 1) if convolves or name.startswith("max") else 1, axes)
-    padding = told.get("padding", 0)
+    arguments = {**dict(zip(_CONVOLUTION if convolves else _POOLING, args, strict=False)), **named}
+    kernel = list(arguments["weight"][2:]) if convolves else _each(arguments["kernel_size"], axes)
+    stride = _each(arguments.get("stride") or (1 if convolves else kernel), axes)
+    dilation = _each(arguments.get("dilation", 1) if convolves or name.startswith("max") else 1, axes)
+    padding = arguments.get("padding", 0)
     if padding == "same":
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
     sizes = _each(0 if padding == "valid" else padding, axes)
@@ -132,8 +132,8 @@ def combined(name: str, function: Function, args: Args, named: Named, places: Pr
     """A function that is linear in the tensor: what it makes of ones, of the numbers and of their squares tells."""
 
     def made(numbers: Tensor) -> Tensor:
-        told = [numbers if isinstance(arg, Provenance) else _on_cpu(arg, torch.float64) for arg in args]
-        result: Tensor = function(*told, **named)
+        arguments = [numbers if isinstance(arg, Provenance) else _on_cpu(arg, torch.float64) for arg in args]
+        result: Tensor = function(*arguments, **named)
         return result
 
     ids = places.read().double() + 1

@@ -72,5 +72,5 @@ def _first_failing(waiting: list[_Check]) -> Exception | None:
         return None
     device = waiting[0][0].device
     held = torch.stack([holds.to(device) for holds, _ in waiting]).tolist()
-    said = (say() for holds, (_, say) in zip(held, waiting, strict=True) if not holds)
-    return next((error for error in said if error is not None), None)
+    errors = (say() for holds, (_, say) in zip(held, waiting, strict=True) if not holds)
+    return next((error for error in errors if error is not None), None)

@@ -72,7 +72,7 @@ class Bar:
         return cls(colormap, f"{scale.low:.2g}", f"{scale.high:.2g}", signed=False)
 
 
-def told_apart(bars: Sequence[Bar | None]) -> tuple[Bar | None, ...]:
+def distinguished(bars: Sequence[Bar | None]) -> tuple[Bar | None, ...]:
     """The same, each with a mark if their ends differ: one colour is not one relevance."""
     if len({(bar.low, bar.high) for bar in bars if bar is not None}) < 2:
         return tuple(bars)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_lnstat.attribution.methods import METHODS, Method, method_of_rule
 from captum_lnstat.recording.forward import Output
-from captum_lnstat.visualize.canvas import Bar, Row, draw_rows, notes, told_apart
+from captum_lnstat.visualize.canvas import Bar, Row, distinguished, draw_rows, notes
 from captum_lnstat.visualize.colors import PLAIN, Look, Scale, overlay
 from captum_lnstat.visualize.maps import to_map
 from captum_lnstat.visualize.sheet import Panel
@@ -134,10 +134,10 @@ def compare_sheet(
         )
         unit = method.unit if scale == "method" else ""
         bar = Bar.of(None if scale == "map" else shown[0], signed=method.signed, look=look)
-        bars = told_apart([Bar.of(one, look=look) for one in shown]) if scale == "map" else ()
+        bars = distinguished([Bar.of(one, look=look) for one in shown]) if scale == "map" else ()
         rows.append(Row(method.title, cells, bar, unit, bars=bars))
     if scale == "method":
-        marked = told_apart([row.bar for row in rows])
+        marked = distinguished([row.bar for row in rows])
         rows = [replace(row, bar=bar) for row, bar in zip(rows, marked, strict=True)]
     note = notes([bar for row in rows for bar in (row.bar, *row.bars)], look, _NOTES[scale])
     return draw_rows(rows, title, titles=[image.title for image in images], note=note)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from captum_lnstat.attribution.descent import BlockRelevance, HeadRelevance
-from captum_lnstat.visualize.canvas import Bar, Row, draw_rows, notes, told_apart
+from captum_lnstat.visualize.canvas import Bar, Row, distinguished, draw_rows, notes
 from captum_lnstat.visualize.colors import PLAIN, STATISTIC, Look, Scale, overlay, paint
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def layer_sheet(
         overlay(image, _enlarged(each, block.cell, image), scale=scale, look=look)
         for each, block, scale in zip(maps, shown, scales, strict=True)
     ]
-    bars = told_apart([Bar.of(scale, look=look) for scale in scales])
+    bars = distinguished([Bar.of(scale, look=look) for scale in scales])
     shares = [paint(_array(block.residual), STATISTIC) for block in shown]
     # Outlier tokens have a hundred times the variance of the others: a scale of powers shows both.
     spread = [np.log10(np.maximum(_array(block.variance), 1e-12)) for block in shown]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from captum_lnstat.visualize.canvas import Bar, Likely, Row, draw_rows, notes, told_apart
+from captum_lnstat.visualize.canvas import Bar, Likely, Row, distinguished, draw_rows, notes
 from captum_lnstat.visualize.colors import DIVERGING, PLAIN, SEQUENTIAL, Look, Scale, colored, overlay
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _sheet(
         drawn = overlay(image, panel.relevance, scale=scale, look=look)
         cells.append((panel.title, drawn, Bar.of(scale, look=look)))
     titles, pictures, bars = zip(*cells, strict=True)
-    bars = told_apart(bars)
+    bars = distinguished(bars)
     columns = min(_COLUMNS, key=lambda count: -len(cells) % count)
     rows = [
         Row("", pictures[start:end], titles=titles[start:end], bars=bars[start:end])
