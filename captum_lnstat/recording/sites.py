@@ -69,6 +69,16 @@ class AttentionSite(ABC):
     def values(self, heads: slice) -> Float[Tensor, "batch head key channel"]:
         """Values that the probabilities average, in the same dtype."""
 
+    @property
+    def uneven(self) -> bool:
+        """Whether rows may not sum to one: maps that were mixed, or queries that may be given nothing to see."""
+        return self.signed
+
+    def row_sums(self) -> Float[Tensor, "batch query head"]:
+        """What the rows of the maps sum to over the keys."""
+        parts = [torch.cat([attention.sum(-1) for _, attention in some], 1) for _, some in self.chunks()]
+        return torch.cat(parts, 2).transpose(1, 2)
+
     def scores(self, heads: slice, queries: Queries = EVERY) -> Float[Tensor, "batch head query key"]:
         """What the softmax was given, minus infinity where a key is hidden, in the same dtype."""
         raise UnsupportedModelError(
@@ -245,6 +255,16 @@ class FusedSite(AttentionSite):
         if hidden is None and self.mask is None:
             return None
         return (scores if hidden is not None else mask).amax(-1, keepdim=True) == -math.inf
+
+    @property
+    def uneven(self) -> bool:
+        return self.mask is not None and self.mask.tensor.dtype == torch.bool
+
+    def row_sums(self) -> Tensor:
+        batch, heads, queries, _ = self.shape
+        if self.mask is None or self.mask.tensor.dtype != torch.bool:
+            return self._query.new_ones(batch, queries, heads)
+        return self.mask.read().any(-1).expand(batch, heads, queries).transpose(1, 2).to(self._query.dtype)
 
     def values(self, heads: slice) -> Tensor:
         return self._grouped(self._value, heads)

@@ -158,7 +158,7 @@ def _plain(block: Block) -> bool:
     members = layout.index.shape[1] if isinstance(layout, Groups) else block.between.shape[1]
     # What attends otherwise is refused where it is propagated.
     from_token_to_token = block.site.shape[2:] == (members, members)
-    return whole and from_token_to_token and not block.site.signed and layout.covered is None
+    return whole and from_token_to_token and not block.site.uneven and layout.covered is None
 
 
 def _kind(block: Block) -> tuple[Any, ...]:

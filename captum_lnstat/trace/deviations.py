@@ -1,13 +1,13 @@
 """A block's values and its update, less what all tokens have in common.
 
-With the affine maps of the path, an attention's update is ``d_i = M_i sum_j A_ij v_j + b``. Where the rows of ``A`` sum
-to one, any vector ``m`` can be taken out of all values: with ``w_j = v_j - m``,
+With the affine maps of the path, an attention's update is ``d_i = M_i sum_j A_ij v_j + b``. Any vector ``m`` can be
+taken out of all values: with ``w_j = v_j - m``, and ``s_i`` what row ``i`` of ``A`` sums to,
 
-    e_i = d_i - (M_i m + b) = M_i sum_j A_ij w_j.
+    e_i = d_i - (s_i M_i m + b) = M_i sum_j A_ij w_j.
 
-With ``m`` the mean value of the image, ``M_i m + b`` is what a token's update would be whatever it attended to: it
-tells no token from another, and ``e_i`` is what does. With ``m = 0``, ``e_i`` is all of the update that came from a
-source.
+A row of a softmax sums to one, that of a query which a mask lets see nothing to zero. With ``m`` the mean value of the
+image, ``M_i m + b`` is what a token's update would be whatever it attended to: it tells no token from another, and
+``e_i`` is what does. With ``m = 0``, ``e_i`` is all of the update that came from a source.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def deviations(
         return Deviations(values, common, *normalised(e, centred=centred))
     common = _mean(images, keys)
     joined = common.flatten(1)[:, None]
-    if site.signed:
-        joined = layout.scatter(_row_sums(site).repeat_interleave(common.shape[-1], -1), batch)[0] * joined
+    if site.uneven:
+        joined = layout.scatter(site.row_sums().repeat_interleave(common.shape[-1], -1), batch)[0] * joined
     # Head by head in memory, as they are multiplied.
     apart = torch.sub(images, common[:, None, :, None], out=images.new_empty(images.shape)).flatten(0, 1)
     return Deviations(apart, common, *normalised(update - apply(path, joined), centred=centred))
@@ -99,9 +99,3 @@ def _mean(values: Float[Tensor, "batch group head key channel"], keys: Layout) -
         return values.mean((1, 3))
     real = (keys.index != PADDING).to(values.dtype)
     return torch.einsum("bghkc,gk->bhc", values, real / real.sum())
-
-
-def _row_sums(site: AttentionSite) -> Float[Tensor, "group query head"]:
-    """What the maps of a site sum to over the keys; one, but where they were mixed after the softmax."""
-    parts = [torch.cat([attention.sum(-1) for _, attention in some], 1) for _, some in site.chunks()]
-    return torch.cat(parts, 2).transpose(1, 2)

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import timm
 import torch
-from helpers.models import CASES, FEW, OPTIONS, build, images, rule, targets
+from helpers.models import CASES, FEW, OPTIONS, build, enliven, images, rule, targets
 from helpers.oracles import Capture, dense
 from torch import Tensor, nn
 
@@ -189,3 +190,22 @@ def test_a_head_that_reads_other_tokens_is_explained_as_it_reads():
         found, expected = (rule(one, name, x, targets(2)) for one in (model, twin))
         assert torch.allclose(found.grid, expected.grid, rtol=1e-9)
         assert torch.allclose(found.prefix, expected.prefix, rtol=1e-9)
+
+
+@pytest.mark.parametrize("hidden", ["from all", "of one image", "from one head"])
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_query_that_may_see_nothing(hidden: str, depth: int) -> None:
+    """The fused kernel gives it nothing: no mean value either, and its token is what it was."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=depth, num_classes=5).double()
+    enliven(model, 0).eval()
+    mask = torch.ones(2 if hidden == "of one image" else 1, 3 if hidden == "from one head" else 1, 17, 17).bool()
+    mask[0, 0, [3, 5]] = False
+    x, target = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2])
+    method = LNStatAttribution(lambda x: model(x, attn_mask=mask), model, rule="evidence")
+    _, delta = method.attribute(x, target, return_convergence_delta=True)
+    assert delta.abs().max() < 1e-9
+    trace = run(lambda x: model(x, attn_mask=mask), model, x, [target], class_specific=True).trace
+    for block in trace.blocks:
+        sums = block.site.probabilities(slice(0, 3)).sum(-1).transpose(1, 2)
+        torch.testing.assert_close(block.site.row_sums(), sums)
+        assert sums[0, 3, 0] == 0
