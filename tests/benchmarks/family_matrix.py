@@ -499,8 +499,9 @@ def page(results: dict[str, Any]) -> str:
         + ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
         + ". Written by `python tests/benchmarks/family_matrix.py`; made again for one model with `--only NAME`.",
         "",
-        "`ok`: at its first size everything holds. `part`: an exception is listed below. `refused`: an `UnsupportedModelError` or",
-        "`RecordingError`, listed below, and no map; `refused, as it must be` where a map would mean nothing.",
+        "`ok`: at its first size everything holds. `part`: an exception is listed below. `refused`: an",
+        "`UnsupportedModelError` or `RecordingError`, listed below, and no map; `refused, as it must be` where a map would mean",
+        "nothing.",
     ]
     table = [HEADER, "|---" * HEADER.count(" | ") + "|---|"]
     table += [line(row, results.get(key(row))) for row in ROWS]
