@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class OneLineGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _one_line_errors(), _current_folder():
+            with _one_line_errors(), _one_line_warnings(), _current_folder():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
@@ -82,6 +83,17 @@ def _one_line_errors() -> Iterator[None]:
         raise Failure(one_line(error.format_message())) from None
     except SourceError as error:
         raise Failure(one_line(error)) from None
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Which line of whose code warned is nothing to those who run a command: what is shown is the text."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {one_line(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def fail(text: str) -> NoReturn:

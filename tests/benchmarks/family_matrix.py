@@ -500,8 +500,8 @@ def page(results: dict[str, Any]) -> str:
         + ". Written by `python tests/benchmarks/family_matrix.py`; made again for one model with `--only NAME`.",
         "",
         "`ok`: at its first size everything holds. `part`: an exception is listed below. `refused`: an",
-        "`UnsupportedModelError` or `RecordingError`, listed below, and no map; `refused, as it must be` where a map would mean",
-        "nothing.",
+        "`UnsupportedModelError` or `RecordingError`, listed below, and no map; `refused, as it must be` where a map",
+        "would mean nothing.",
     ]
     table = [HEADER, "|---" * HEADER.count(" | ") + "|---|"]
     table += [line(row, results.get(key(row))) for row in ROWS]

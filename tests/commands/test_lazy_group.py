@@ -69,6 +69,22 @@ def test_an_interrupted_command_has_the_shells_exit_code(here):
     assert result.stderr == "Interrupted\n"
 
 
+def test_a_warning_is_its_text_alone(tmp_path):
+    """In a process of its own: here pytest takes warnings before they are written."""
+    (tmp_path / "there.py").write_text(
+        "import warnings, click\n"
+        "hello = click.Command('hello', callback=lambda: warnings.warn('the map is\\nempty', stacklevel=1))\n"
+    )
+    code = (
+        "from captum_lnstat.cli import Entry, LazyGroup\n"
+        "LazyGroup('group', entries={'hello': Entry('there:hello', '')})(['hello'])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert run.stderr == "Warning: the map is empty\n"
+
+
 def test_completion_lists_the_commands_without_importing_them(here):
     commands = group(hello=Entry("here:hello", "Say it."), help=Entry("nowhere.at.all:command", "Never."))
     complete = ShellComplete(commands, {}, "group", "_GROUP_COMPLETE")
