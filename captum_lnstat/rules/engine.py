@@ -33,7 +33,7 @@ from captum_lnstat.rules.checks import (
 from captum_lnstat.rules.checks import reads as reads_tokens
 from captum_lnstat.rules.head import Head, gradients
 from captum_lnstat.rules.reads import reads_besides_the_end
-from captum_lnstat.rules.stacks import room_for_maps, stacked
+from captum_lnstat.rules.stacked_blocks import room_for_maps, stacked
 from captum_lnstat.rules.target import contrast, target_score
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.anatomy.once import looked_up_once

@@ -19,7 +19,7 @@ from captum_lnstat.rules.head import gradients
 from captum_lnstat.rules.perception import ShareOf, whole
 from captum_lnstat.rules.relevance import Relevance, Settings
 from captum_lnstat.rules.rule import register
-from captum_lnstat.rules.stacks import StackedBlock, room_for_maps, stacked
+from captum_lnstat.rules.stacked_blocks import StackedBlock, room_for_maps, stacked
 from captum_lnstat.rules.walk import Request, RowVector, Walk, advance
 from captum_lnstat.rules.wiring import Wiring
 from captum_lnstat.trace.steps import Block

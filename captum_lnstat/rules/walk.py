@@ -22,7 +22,7 @@ from torch import Tensor
 from captum_lnstat.recording.devices import has_a_queue
 from captum_lnstat.rules.relation import Propagated, propagate
 from captum_lnstat.rules.relevance import Relevance, Settings
-from captum_lnstat.rules.stacks import StackedBlock
+from captum_lnstat.rules.stacked_blocks import StackedBlock
 from captum_lnstat.rules.wiring import Wiring
 from captum_lnstat.trace.cotangent import Cotangent
 from captum_lnstat.trace.steps import Block, MergingShare, Step

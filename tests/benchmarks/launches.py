@@ -2,7 +2,7 @@
 
 ``python tests/benchmarks/launches.py`` takes the CPU for a device that has to be waited for, and counts operations,
 views left out, in the first call and in later ones, beside those of the forward pass. Batches of two, random weights.
-The table of ``docs/devices.md`` is made by it; ``tests/rules/test_stacks.py`` holds the bounds.
+The table of ``docs/devices.md`` is made by it; ``tests/rules/test_stacked_blocks.py`` holds the bounds.
 """
 
 from __future__ import annotations

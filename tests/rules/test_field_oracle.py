@@ -80,8 +80,8 @@ def _other_shift(grid, window, shift, device=None, **options):
 def test_a_mistake_is_seen(place, mistake, kinds, monkeypatch):
     name = "swin1-padded-7"
     answers(name)
-    # Block by block, where the shares are made of variances; stacks are held to it in ``test_stacks``.
-    monkeypatch.setattr("captum_lnstat.rules.stacks.ON_CPU", 0)
+    # Block by block, where the shares are made of variances; stacks are held to it in ``test_stacked_blocks``.
+    monkeypatch.setattr("captum_lnstat.rules.stacked_blocks.ON_CPU", 0)
     monkeypatch.setattr(f"captum_lnstat.{place}", mistake)
     # Else the package itself sees that its windows are not the model's, and draws nothing.
     monkeypatch.setattr("captum_lnstat.rules.wiring.Wiring.verify", lambda self: None)

@@ -17,9 +17,9 @@ from captum_lnstat import LNStatAttribution, RecordingError, zoo
 from captum_lnstat.recording import devices, sites
 from captum_lnstat.recording.sites import FusedSite
 from captum_lnstat.recording.verdicts import expect, read_at_the_end
-from captum_lnstat.rules import stacks
+from captum_lnstat.rules import stacked_blocks as stacks
 from captum_lnstat.rules.engine import run
-from captum_lnstat.rules.stacks import StackedBlock, room_for_maps, stacked
+from captum_lnstat.rules.stacked_blocks import StackedBlock, room_for_maps, stacked
 from captum_lnstat.trace.steps import Block
 
 RULES = ["lnstat", "evidence", "rollout", "gradient"]
