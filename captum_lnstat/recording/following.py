@@ -6,6 +6,7 @@ nothing is held but how it was called: of the tensors that it was given, those t
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from functools import cached_property
@@ -71,17 +72,18 @@ class Follower:
     """The ways of the tensors of one pass.
 
     Args:
-        images: What ``forward_func`` is given; or, for the rows of the batch alone, where the head begins.
+        images: What ``forward_func`` is given; for the rows of the batch alone, where the head begins; or tokens.
         rows: Whether it is the rows alone.
+        tokens: Whether it is tokens with their channels last, each a cell of its own.
     """
 
-    def __init__(self, images: Tensor, *, rows: bool = False) -> None:
-        self._given, self._images, self._rows = images, images.shape, rows
+    def __init__(self, images: Tensor, *, rows: bool = False, tokens: bool = False) -> None:
+        self._given, self._images, self._rows, self._tokens = images, images.shape, rows, tokens
         self.other_pixels = False  # what the model was given cannot be followed, and is not what it would be in place
         # By identity; a tensor that is gone gives its identity away.
         self._known: dict[int, tuple[weakref.ref[Tensor], Path]] = {}
         # Which axis of a video has its channels is seen where a convolution reads it.
-        if rows or images.dim() == 4:
+        if rows or tokens or images.dim() == 4:
             self._begin(images)
 
     def of(self, tensor: object) -> Path | None:
@@ -98,7 +100,7 @@ class Follower:
         if type(output) in _NO_TENSORS:
             return
         name = _name(function)
-        if name in moving.CONVOLUTIONS and args and not self._rows:
+        if name in moving.CONVOLUTIONS and args and not (self._rows or self._tokens):
             self._again(args[0])
         arguments = [self._argument(arg, name in moving.LINEAR) for arg in args]
         named = {key: self._argument(value, False) for key, value in kwargs.items()}
@@ -127,7 +129,11 @@ class Follower:
     def _begin(self, images: Tensor) -> None:
         shape, lattice = images.shape, Lattice.of(images, rows=self._rows)
         numbers = lattice.numbers(shape) if self._rows else None
-        path = Path(shape, lambda: Provenance(lattice, numbers, shape), number_of("images", shape, self._rows))
+        if self._tokens:
+            lattice = Lattice(tuple(shape[:-1]), (0.0,) * (len(shape) - 2), (1.0,) * (len(shape) - 2))
+            numbers = torch.arange(math.prod(shape[:-1]), device="cpu").reshape(*shape[:-1], 1).expand(shape)
+        number = number_of("images", shape, self._rows, self._tokens)
+        path = Path(shape, lambda: Provenance(lattice, numbers, shape), number)
         path.settle()
         self.put(images, path)
 
@@ -167,18 +173,20 @@ class Following:
 
     Args:
         images: What ``forward_func`` is given; without them nothing is followed.
+        values: Whether the values of every attention are followed, too, from what the modules around it were given.
 
     Attributes:
         given: The ways of what modules were given.
-        values: The way of the first attention's values, if it was followed.
+        values: For every module the way of the values of the first attention in it, from what the module was given.
     """
 
-    def __init__(self, images: Tensor | None) -> None:
+    def __init__(self, images: Tensor | None, *, values: bool = False) -> None:
         self._first = self._follower = None if images is None else Follower(images)
         self._rows = images is not None and len(images) > 1
         self.given: dict[str, Path] = {}
-        self.values: Path | None = None
-        self._attended = False
+        self.values: dict[str, Path] = {}
+        # Of the modules that are running and in which no attention has been seen; without values of none.
+        self._inside: dict[str, Follower] | None = {} if values and images is not None else None
 
     def of(self, tensor: Tensor) -> Path | None:
         """The way of a tensor, if it is followed now."""
@@ -187,7 +195,7 @@ class Following:
     @property
     def is_over(self) -> bool:
         """Nothing is followed now."""
-        return self._follower is None
+        return self._follower is None and not self._inside
 
     def same(self, before: Tensor, after: Tensor) -> None:
         """A tensor is passed on as another one."""
@@ -199,12 +207,20 @@ class Following:
         """A module is given a tensor."""
         path = self.of(tensor)
         self.given |= {} if path is None else {name: path}
+        if self._inside is not None and isinstance(tensor, Tensor) and tensor.dim() in (3, 4):
+            self._inside[name] = Follower(tensor, tokens=True)
+
+    def leaving(self, name: str) -> None:
+        """A module has run."""
+        if self._inside:
+            self._inside.pop(name, None)
 
     def attends_to(self, values: Tensor) -> None:
-        """An attention averages these: of the first one it matters which token each comes from."""
-        if self._first is not None and not self._attended:
-            self.values = self._first.of(values)
-        self._attended = True
+        """An attention averages these."""
+        if self._inside:
+            found = {name: follower.of(values) for name, follower in self._inside.items()}
+            self.values |= {name: path for name, path in found.items() if path is not None}
+            self._inside.clear()
 
     def ran(
         self, function: Callable[..., Any], args: Args, kwargs: dict[str, Any], output: Any, *, last: bool
@@ -213,6 +229,8 @@ class Following:
         if self._follower is not None:
             self._follower.follow(function, args, kwargs, output)
             self._follower = None if last else self._follower
+        for follower in (self._inside or {}).values():
+            follower.follow(function, args, kwargs, output)
 
     @property
     def other_pixels(self) -> bool:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from captum_lnstat.recording.eager import names_and_modules
+
 # What torch calls before and after ``forward``, and which of the latter run after an error, too.
 _DICTIONARIES = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
 # Which of those before and after it are given what ``forward`` is given by keyword, too.
@@ -176,3 +178,21 @@ def unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
             return hook(*args)
 
     return quietly
+
+
+def hooked(model: nn.Module) -> int:
+    """How many hooks of others' there are on the modules of a model, and functions in the place of their ``forward``.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(1, 1))
+        >>> handle = layer[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+        >>> hooked(layer)
+        1
+    """
+    count = 0
+    for _, module in names_and_modules(model):
+        held = vars(module)
+        before, after = held["_forward_pre_hooks"], held["_forward_hooks"]
+        count += len(before.own if type(before) is _View else before)
+        count += len(after.own if type(after) is _View else after) + ("forward" in held)
+    return count

@@ -61,6 +61,7 @@ class Recorder(TorchFunctionMode):
         compact: Copy large tensors to a place of their own, out of the model's way; for ``"head"`` only.
         detailed: Keep what the softmaxes read, and the calls of the head, too.
         images: What ``forward_func`` is given, if it is followed where on it the tokens come from.
+        values: Follow the values of every attention, too.
 
     Example:
         >>> import torch
@@ -87,6 +88,7 @@ class Recorder(TorchFunctionMode):
         compact: bool = False,
         detailed: bool = False,
         images: Tensor | None = None,
+        values: bool = False,
     ) -> None:
         super().__init__()
         self._model = model
@@ -95,7 +97,7 @@ class Recorder(TorchFunctionMode):
         # What is in a graph is kept by the graph, where it is.
         self._arena = Arena() if differentiable == "head" and compact else None
         self._freezer = Freezer() if differentiable == "affine" else None
-        self.following = Following(images)
+        self.following = Following(images, values=values)
         self._places = Places(model, places if differentiable == "head" else (), self.following.same)
         self._thread = get_ident()
         self._grad_enabled = torch.is_grad_enabled()
@@ -207,6 +209,7 @@ class Recorder(TorchFunctionMode):
             keywords, output = called
             self._running.pop()
             given = first_given(module, inputs, keywords)
+            self.following.leaving(name)
             # A block may return its attention maps beside its tokens.
             if rms_norm and isinstance(given, Tensor) and isinstance(output, Tensor):
                 output = self._norms.own_rms_norm(name, module, given, output, frozen=self._freezes_norms)

@@ -112,7 +112,8 @@ class Recording:
         inside: What was made inside modules, and read outside them, by its name in ``places``.
         rows: Which rows of the stream's end its rows come from, if known.
         tape: What was called from there on, if that was to be kept.
-        values: Where on the image the first attention's values come from, if known.
+        values: For tapped modules, from which of the tokens that one was given the values of the first attention in it
+            come, if that was followed.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -127,7 +128,7 @@ class Recording:
     constants: tuple[Tensor, ...] = ()
     rows: Path | None = None
     tape: Tape | None = None
-    values: Path | None = None
+    values: Mapping[str, Path] = field(default_factory=dict)
 
     def batch_first(self, modules: Iterable[str]) -> Recording:
         """The same where norms inside some modules, and the modules, had tokens before the batch: the batch first."""

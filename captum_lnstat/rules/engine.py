@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_lnstat.errors import RecordingError, UnsupportedModelError, one_line, quietly, warn_caller
+from captum_lnstat.recording.devices import reads_no_number
 from captum_lnstat.recording.eager import eager, run_eagerly
 from captum_lnstat.recording.forward import ForwardArgs, Output, Target, pick_output, run_forward
+from captum_lnstat.recording.hooks import hooked
 from captum_lnstat.recording.recorder import Differentiable
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.statistics import accumulation_dtype
@@ -38,6 +40,8 @@ from captum_lnstat.rules.target import contrast, target_score
 from captum_lnstat.topology import Topology, find_topology
 from captum_lnstat.topology.anatomy.once import looked_up_once
 from captum_lnstat.topology.anatomy.pooling import PoolingAsRead
+from captum_lnstat.topology.base import followed
+from captum_lnstat.trace.own_values import check_own_values
 from captum_lnstat.trace.placing import check_rows, placed
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
@@ -136,7 +140,11 @@ def run(
         leaf = x
         if differentiable != "head":
             x = leaf.requires_grad_().clone()  # not a leaf: a model may normalise it in place
-        recorder = topology.recorder(x, differentiable, compact=x.numel() > COMPACT, detailed=detailed)
+        # What is between a block's input and its attention is followed once: as long as the model is made of the same.
+        circumstances = image.shape[1:], hooked(topology.model)
+        known = followed(eager(model))
+        values = circumstances not in known and not reads_no_number()
+        recorder = topology.recorder(x, differentiable, compact=x.numel() > COMPACT, detailed=detailed, values=values)
         with run_eagerly, recorder:
             returned = run_forward(forward_func, (recorder.marked(x),), None, additional_forward_args)
             returned = pick_output(returned, output)
@@ -159,6 +167,9 @@ def run(
             check_stream(trace, stream_end)
             trace = placed(trace, recording)
             check_rows(recording)
+            if values:
+                check_own_values(trace, recording)
+                known.add(circumstances)
         if recorder.following.other_pixels:
             warn_caller(
                 "forward_func gives the transformer other pixels than the images it was given, made by what cannot be "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -35,6 +35,7 @@ class _Seen:
         name: Dotted name of the transformer in it.
         family: The family of that.
         parts: What was found in its modules. Of the model itself nothing is held here, so that it can be freed.
+        followed: In what circumstances the values of all its attentions have been followed, and were their tokens' own.
     """
 
     structure: Structure
@@ -42,6 +43,7 @@ class _Seen:
     name: str
     family: type[Topology]
     parts: Known
+    followed: set[Any] = field(default_factory=set)
 
 
 # To try every family again takes longer than a small model's forward pass.
@@ -121,7 +123,13 @@ class Topology(ABC):
         return False
 
     def recorder(
-        self, images: Tensor, differentiable: Differentiable = "head", *, compact: bool = False, detailed: bool = False
+        self,
+        images: Tensor,
+        differentiable: Differentiable = "head",
+        *,
+        compact: bool = False,
+        detailed: bool = False,
+        values: bool = False,
     ) -> Recorder:
         """What records a pass of the model on some images, for ``trace`` to read.
 
@@ -130,6 +138,7 @@ class Topology(ABC):
             differentiable: What of the model gets a graph.
             compact: Copy large tensors to a place of their own.
             detailed: Keep what the softmaxes read, and the calls of the head, too.
+            values: Follow the values of every attention, too.
         """
         return Recorder(
             self.model,
@@ -144,6 +153,7 @@ class Topology(ABC):
             compact=compact,
             detailed=detailed,
             images=images,
+            values=values,
         )
 
     @abstractmethod
@@ -224,6 +234,11 @@ def find_topology(model: nn.Module) -> Topology:
     name = next(name for name, module in model.named_modules() if module is topology.model)
     _seen[model] = _Seen(structure, families, name, type(topology), known_so_far() or {})
     return topology
+
+
+def followed(model: nn.Module) -> set[Any]:
+    """In what circumstances every attention of a model whose topology was found has been followed; to be added to."""
+    return _seen[model].followed
 
 
 def takes_videos(model: nn.Module) -> bool:

@@ -1,76 +1,64 @@
-"""Whether the values of the first attention are those of the tokens that its topology takes them for.
+"""Whether the values of every attention are those of the tokens that its topology takes them for.
 
-What an attention contributes is put on the tokens whose values it averaged. Between a block's norm and its attention a
-model may still move tokens or mix them (a shift, a sort, a depthwise convolution), and what is added to the stream does
-not show it. So the values of the first attention are followed from what its block was given; blocks above it are
-taken to be built as it is.
+What an attention contributes is put on the tokens whose values it averaged. Between what a block is given and its
+attention a model may still move tokens or mix them (a shift, a sort, a depthwise convolution), and what is added to the
+stream does not show it. So the values are followed from there.
 """
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
+import torch
 from torch import Tensor
 
 from captum_lnstat.errors import UnsupportedModelError
-from captum_lnstat.layout import Layout, WholeImage
-from captum_lnstat.recording.following import Path
 from captum_lnstat.recording.provenance import NOWHERE, SEVERAL, Provenance, alone
-from captum_lnstat.recording.remembered import number_of, remembered
+from captum_lnstat.recording.recording import Recording
+from captum_lnstat.recording.statistics import stream
 from captum_lnstat.trace.steps import Block
 from captum_lnstat.trace.trace import Trace
 
-# By the layout of the first attention: of which functions it is known that the values are its tokens' own.
-_found_right: WeakKeyDictionary[Layout, set[int | None]] = WeakKeyDictionary()
 
+def check_own_values(trace: Trace, recording: Recording) -> None:
+    """Every value of an attention has to come from the token that its layout takes it for.
 
-def check_own_values(trace: Trace, before: Path, values: Path | None) -> None:
-    """Every value of the first attention has to come from the token that its layout takes it for.
+    Nothing is checked of a block that does more than that before its attention, which its topology knows: keys that
+    are pooled, a position embedding that is added first; and nothing where the way of the values is not known.
 
     Args:
         trace: The trace.
-        before: The way of what its first step was given.
-        values: That of the values; where it is not known, nothing is checked.
+        recording: Of a pass whose values were followed.
 
     Raises:
-        UnsupportedModelError: Some come from another token, or from several.
+        UnsupportedModelError: Some values come from another token, or from several.
     """
-    block = trace.steps[0]
-    if values is None or not isinstance(block, Block) or block.keys is not None:
-        return
-    number = None
-    if before.number is not None and values.number is not None:
-        number = number_of("values", before.number, values.number, block.site.shape, trace.tokens_first)
-    if isinstance(block.layout, WholeImage):
-        remembered(number, lambda: _check(trace, block, before.provenance, values.provenance))
-        return
-    # Of windows the tokens lie on the model's device, which is waited for once.
-    found_right = _found_right.setdefault(block.layout, set())
-    if number not in found_right:
-        _check(trace, block, before.provenance, values.provenance)
-        found_right |= {number} - {None}
+    for block in trace.blocks:
+        path, calls = recording.values.get(block.name), recording.calls.get(block.name, ())
+        if path is None or len(calls) != 1 or block.keys is not None:
+            continue
+        given = calls[0].input.tensor
+        given = given.transpose(0, 1) if trace.tokens_first else given
+        if given.shape[-1] == block.before.shape[-1] and torch.equal(stream(given), block.before):
+            _check(block, path.provenance, tokens_first=trace.tokens_first)
 
 
-def _check(trace: Trace, block: Block, before: Provenance | None, values: Provenance | None) -> None:
-    if before is None or values is None or before.lattice.shape != values.lattice.shape:
+def _check(block: Block, values: Provenance | None, *, tokens_first: bool) -> None:
+    found = None if values is None else _of_keys(values.read(), block.site.shape)
+    if values is None or found is None:
         return
-    ids = before.read()
-    tokens = alone(ids.transpose(0, 1) if trace.tokens_first else ids, -1).flatten(1)
-    found = _of_keys(values.read(), block.site.shape)
-    if tokens.shape != block.before.shape[:2] or found is None or bool((tokens == SEVERAL).any()):
-        return
-    # On the CPU, where places live; a padded place gets zero, which is no token.
-    shifted = block.layout.gather((tokens + 1 - NOWHERE)[..., None].to(block.before.device))[..., 0].cpu()
-    wanted = shifted - 1 + NOWHERE
+    batch, tokens = block.before.shape[:2]
+    own = torch.arange(batch * tokens, device=block.before.device)
+    own = own.reshape(tokens, batch).T if tokens_first else own.reshape(batch, tokens)
+    # A padded place gets zero, which is no token.
+    wanted = block.layout.gather((own + 1)[..., None])[..., 0].cpu() - 1
     wrong = (wanted >= 0) & (found != wanted) & (found != NOWHERE)
-    mixed = values.lattice.reaches and not before.lattice.reaches
-    if not mixed and not bool(wrong.any()):
+    if not bool(wrong.any()):
         return
-    if mixed or bool((found[wrong] == SEVERAL).any()):
-        by = f" ({values.mixed})" if values.mixed else ""
+    if bool((found[wrong] == SEVERAL).any()):
+        by = f" ({values.mixed.partition(' of ')[0]})" if values.mixed else ""
         what, whose = f"mixed{by}", "values are those of several tokens each"
     else:
-        what, whose = "moved", f"{int(wrong[0].sum())} of {wrong.shape[1]} values are those of other tokens"
+        count = int(wrong.any(0).sum())
+        what, whose = "moved", f"{count} of {wrong.shape[1]} values are those of other tokens"
     raise UnsupportedModelError(
         f"between what {block.name!r} is given and its attention's values, tokens are {what}: {whose}, so what they "
         "contribute cannot be put on a token. Expected values that are each made of one token alone, in the tokens' "

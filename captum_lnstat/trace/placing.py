@@ -13,7 +13,6 @@ from captum_lnstat.recording.following import Path
 from captum_lnstat.recording.provenance import NOWHERE, SEVERAL, Lattice, Provenance, alone, one_a_row
 from captum_lnstat.recording.recording import Recording
 from captum_lnstat.recording.remembered import number_of, remembered
-from captum_lnstat.trace.own_values import check_own_values
 from captum_lnstat.trace.trace import Trace
 
 MOVED = "The model puts its tokens in another order before the first block; on the map they are where they came from."
@@ -32,7 +31,6 @@ def placed(trace: Trace, recording: Recording) -> Trace:
     path = _path_before(recording, name)
     if path is None:
         return trace
-    check_own_values(trace, path, recording.values)
     number = None
     if path.number is not None and trace.place is None:
         tokens = trace.grid, trace.prefix, trace.suffix, trace.tokens.shape[:2], trace.tokens_first

@@ -58,9 +58,9 @@ MOVES: dict[str, tuple[Move, str]] = {
 }
 
 
-def hooked(model: nn.Module, move: Move, where: str) -> nn.Module:
+def hooked(model: nn.Module, move: Move, where: str, first: int = 0) -> nn.Module:
     """The model with its keys and values moved: by a hook on what makes them, or on what these are made of."""
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks[first:]:  # type: ignore[index]
         if where == "qkv":
             block.attn.qkv.register_forward_hook(
                 lambda _, __, out: torch.cat([out[..., :WIDTH], move(out[..., WIDTH:])], -1)
@@ -82,6 +82,40 @@ def test_moved_values_are_refused(move: str, where: str, fused: bool) -> None:
         block.attn.fused_attn = fused
     with pytest.raises(UnsupportedModelError, match=rf"'blocks.0' is given .* tokens {reason}"):
         LNStatAttribution(model).relevance(images(), 1)
+
+
+@pytest.mark.parametrize("move", ["flip", "convolution", "some channels"])
+def test_of_every_block(move: str) -> None:
+    model = hooked(vit(), MOVES[move][0], "qkv", first=1)
+    with pytest.raises(UnsupportedModelError, match=r"'blocks.1' is given"):
+        LNStatAttribution(model).relevance(images(), 1)
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "image size"])
+def test_what_changes_after_the_first_call_is_followed_again(change: str) -> None:
+    """The values are followed once, as long as the model, the hooks on it and the images' size are the same."""
+    model = VisionTransformer(
+        img_size=(32, 48), patch_size=8, embed_dim=WIDTH, depth=2, num_heads=2, num_classes=7, dynamic_img_size=True
+    )
+    model, x = enliven(model, 0).double().eval(), images()
+    attention = model.blocks[1].attn
+
+    def moved(tokens: Tensor) -> Tensor:
+        return tokens if change == "image size" and tokens.shape[1] == 25 else tokens.roll(1, 1)
+
+    if change == "image size":
+        attention.register_forward_pre_hook(lambda _, args: (moved(args[0]), *args[1:]))
+    method = LNStatAttribution(model)
+    assert torch.equal(method.relevance(x, 1), method.relevance(x, 1))
+    if change == "hook":
+        attention.register_forward_pre_hook(lambda _, args: (moved(args[0]), *args[1:]))
+    elif change == "forward":
+        own = attention.forward
+        attention.forward = lambda tokens, *args, **named: own(moved(tokens), *args, **named)
+    else:
+        x = x[..., :32]
+    with pytest.raises(UnsupportedModelError, match=r"'blocks.1' is given .* tokens are moved"):
+        method.relevance(x, 1)
 
 
 @pytest.mark.parametrize("name", RULES)
