@@ -143,7 +143,8 @@ def run(
         # What is between a block's input and its attention is followed once: as long as the model is made of the same.
         circumstances = image.shape[1:], hooked(topology.model)
         known = followed(eager(model))
-        values = circumstances not in known and not reads_no_number()
+        # An affine pass takes nothing of an attention but what it makes of the stream.
+        values = differentiable != "affine" and circumstances not in known and not reads_no_number()
         recorder = topology.recorder(x, differentiable, compact=x.numel() > COMPACT, detailed=detailed, values=values)
         with run_eagerly, recorder:
             returned = run_forward(forward_func, (recorder.marked(x),), None, additional_forward_args)

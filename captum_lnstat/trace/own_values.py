@@ -50,6 +50,8 @@ def _check(block: Block, values: Provenance | None, *, tokens_first: bool) -> No
     own = own.reshape(tokens, batch).T if tokens_first else own.reshape(batch, tokens)
     # A padded place gets zero, which is no token.
     wanted = block.layout.gather((own + 1)[..., None])[..., 0].cpu() - 1
+    if wanted.shape != found.shape:
+        return  # attention of another kind, which is refused where it is propagated
     wrong = (wanted >= 0) & (found != wanted) & (found != NOWHERE)
     if not bool(wrong.any()):
         return

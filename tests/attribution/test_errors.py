@@ -465,7 +465,7 @@ def test_forward_function_that_returns_one_number(model: nn.Module, name: str, t
 @pytest.mark.parametrize("size", [16, 64])
 def test_forward_function_that_resizes(make: Make, size: int) -> None:
     model = swin()
-    with pytest.raises(ValueError, match="Resize them before"):
+    with pytest.raises(RecordingError, match="Resize, crop or repeat them before"):
         make(lambda x: model(nn.functional.interpolate(x, (32, 32))), model).attribute(images(2, size), target=1)
 
 

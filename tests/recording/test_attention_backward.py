@@ -159,7 +159,7 @@ def test_what_is_not_covered_keeps_its_own_backward_pass():
 def test_both_backward_passes_give_the_same_map(name, method, monkeypatch):
     model, x = zoo.load(name).model.double(), torch.randn(2, 3, 64, 64, dtype=D)
     found = method(model).attribute(x, target=1)
-    for place in ("recorder.can_be_observed", "softmaxes.product_can_be_observed"):
+    for place in ("fused.can_be_observed", "softmaxes.product_can_be_observed"):
         monkeypatch.setattr(f"captum_lnstat.recording.{place}", lambda *_: False)
     wanted = method(model).attribute(x, target=1)
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12 * float(wanted.max()))
