@@ -64,7 +64,7 @@ def _check(block: Block, values: Provenance | None, *, tokens_first: bool) -> No
     raise UnsupportedModelError(
         f"between what {block.name!r} is given and its attention's values, tokens are {what}: {whose}, so what they "
         "contribute cannot be put on a token. Expected values that are each made of one token alone, in the tokens' "
-        "order; a roll, a sort or a convolution there needs a topology that knows it"
+        "order; a roll, a sort, a convolution or other windows there need a topology that knows them"
     )
 
 

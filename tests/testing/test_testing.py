@@ -154,6 +154,7 @@ def broken(monkeypatch, name):
     monkeypatch.setattr(topology, "trace", lambda self, *rest: change(right(self, *rest)))
     # Where tokens come from is followed, too, and would put right, or refuse, what is wrong here.
     monkeypatch.setattr("captum_lnstat.rules.engine.placed", lambda trace, recording: trace)
+    monkeypatch.setattr("captum_lnstat.rules.engine.check_own_values", lambda *_: None)
     build, size, _ = MODELS[model]
     return wake(build()), size
 
@@ -182,6 +183,7 @@ def test_children_in_another_order_miss_the_score(monkeypatch):
 def test_unshifted_windows_fail_at_the_first_block_that_shifts(monkeypatch):
     right = windowed.windows
     monkeypatch.setattr(windowed, "windows", lambda grid, window, shift, *rest, **o: right(grid, window, (0, 0), *rest))
+    monkeypatch.setattr("captum_lnstat.rules.engine.check_own_values", lambda *_: None)
     model = wake(swin())
     place = ground(model, SWIN_SIZE)
     with pytest.raises(AssertionError, match=r"layers\.0\.blocks\.1"):

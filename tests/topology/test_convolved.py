@@ -195,9 +195,13 @@ class _OtherWindows(nn.Module):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_windows_of_ones_own_are_refused(rule):
+def test_windows_of_ones_own_are_refused(rule, monkeypatch):
     model, x, target = build("square"), show("square"), targets(2)
     model.stages[0].blocks[1] = _OtherWindows(model.stages[0].blocks[1])
+    with pytest.raises(UnsupportedModelError, match="tokens are moved"):
+        explain(model, rule, x, target)
+    # And if the values had not been followed:
+    monkeypatch.setattr("captum_lnstat.rules.engine.check_own_values", lambda *_: None)
     with pytest.raises(RecordingError, match="wiring"):
         explain(model, rule, x, target)
 

@@ -12,7 +12,7 @@ from helpers.models import enliven
 from torch import Tensor, nn
 
 from captum_lnstat import LNStatAttribution
-from captum_lnstat.errors import RecordingError
+from captum_lnstat.errors import RecordingError, UnsupportedModelError
 from captum_lnstat.rules.engine import run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -53,13 +53,17 @@ def test_a_shift_that_was_switched_off(rule: str) -> None:
 
 @pytest.mark.parametrize("name", ["shift_size", "window_size"])
 @pytest.mark.parametrize("rule", RULES)
-def test_windows_that_are_not_those_that_ran_are_refused(name: str, rule: str) -> None:
+def test_windows_that_are_not_those_that_ran_are_refused(name: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = swin()
     block = model.layers[0].blocks[1]
     ran, said = {"shift_size": ((2, 2), (0, 0)), "window_size": ((4, 4), (2, 8))}[name]
     block.register_forward_pre_hook(lambda module, _: setattr(module, name, ran))
     block.register_forward_hook(lambda module, *_: setattr(module, name, said))
     model(images())
+    with pytest.raises(UnsupportedModelError, match=r"'layers.0.blocks.1' is given .* tokens are moved"):
+        LNStatAttribution(model, rule=rule).relevance(images(), target=1)
+    # And if the values had not been followed:
+    monkeypatch.setattr("captum_lnstat.rules.engine.check_own_values", lambda *_: None)
     with pytest.raises(RecordingError, match=r"what block 'layers.0.blocks.1' adds to the stream is not"):
         LNStatAttribution(model, rule=rule).relevance(images(), target=1)
 

@@ -344,9 +344,13 @@ class _OtherWay(torchvision_swin.ShiftedWindowAttention):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_partition_of_ones_own_is_refused(rule):
+def test_a_partition_of_ones_own_is_refused(rule, monkeypatch):
     model, x, target = build("torchvision-1-odd"), show("torchvision-1-odd"), targets(2)
     model.features[1][1].attn.__class__ = _OtherWay
+    with pytest.raises(UnsupportedModelError, match="tokens are moved"):
+        explain(model, rule, x, target)
+    # And if the values had not been followed:
+    monkeypatch.setattr("captum_lnstat.rules.engine.check_own_values", lambda *_: None)
     with pytest.raises(RecordingError, match="wiring"):
         explain(model, rule, x, target)
 
