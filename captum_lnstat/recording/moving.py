@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,8 +83,7 @@ def moved(name: str, function: Function, first: Provenance, args: Args, named: N
 
 def joined(name: str, function: Function, args: Args, named: Named, known: Sequence[Provenance]) -> Provenance | None:
     """Several tensors as one; what is followed of them has to be of one lattice."""
-    lattice = known[0].lattice.with_reach(any(places.lattice.reaches for places in known))
-    if any(places.lattice.with_reach(lattice.reaches) != lattice for places in known):
+    if any(places.lattice != known[0].lattice for places in known):
         return None
     parts = args[0] if args else named["tensors"]
     ids = [p.read() if isinstance(p, Provenance) else torch.tensor(NOWHERE, device="cpu").expand(p) for p in parts]
@@ -94,11 +92,9 @@ def joined(name: str, function: Function, args: Args, named: Named, known: Seque
     mixed = next((places.mixed for places in known if places.mixed), "")
     if not shared or not name.startswith(("cat", "conc")):
         others = {key: value for key, value in named.items() if key != "tensors"}
-        made = function(ids, *args[1:], **others)
-    else:
-        narrow = torch.cat([part[..., :1] for part in ids], dim)
-        made = narrow.expand(*narrow.shape[:-1], ids[0].shape[-1])
-    return Provenance(lattice, made, made.shape, mixed)
+        return known[0].to(function(ids, *args[1:], **others), mixed)
+    narrow = torch.cat([part[..., :1] for part in ids], dim)
+    return known[0].to(narrow.expand(*narrow.shape[:-1], ids[0].shape[-1]), mixed)
 
 
 def written(name: str, args: Args, shape: torch.Size, known: Sequence[Provenance]) -> Provenance | None:
@@ -170,10 +166,8 @@ def alongside(given: Sequence[Provenance], shape: torch.Size) -> Provenance | No
     for other in others:
         if other is first or (other.ids is None and first.ids is None and other.lattice.shape == first.lattice.shape):
             continue  # a shortcut around convolutions, which may look a little beside it
-        reaches = first.lattice.reaches or other.lattice.reaches
-        if other.lattice.with_reach(reaches) != first.lattice.with_reach(reaches):
+        if other.lattice != first.lattice:
             return None
-        first = replace(first, lattice=first.lattice.with_reach(reaches))
         here, there = first.read(), other.read()
         apart = (here != there) & (here != NOWHERE) & (there != NOWHERE)
         first = first.to(torch.where(apart, SEVERAL, torch.maximum(here, there)), "a sum")

@@ -59,10 +59,6 @@ class Lattice:
         axes = self.shape[1:] or (1,) * (len(shape) - 2)
         return ids.reshape(self.shape[0], *[1] * (len(shape) > 1), *axes).expand(shape)
 
-    def with_reach(self, reaches: bool) -> Lattice:
-        """The same cells, whether a convolution read beyond them or not."""
-        return replace(self, reaches=reaches)
-
     def where(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Image and pixel of each of some cells."""
         image, *cells = torch.unravel_index(ids.clamp(min=0), self.shape)

@@ -49,9 +49,7 @@ class Softmaxes:
         detailed: Keep what they read, too.
     """
 
-    def __init__(
-        self, arena: Arena | None, attends_to: Callable[[Tensor], None] = lambda values: None, *, detailed: bool = False
-    ) -> None:
+    def __init__(self, arena: Arena | None, attends_to: Callable[[Tensor], None], *, detailed: bool = False) -> None:
         self._arena, self._attends_to, self._detailed = arena, attends_to, detailed
         # By identity; the tensor is held, so that no other gets its identity.
         self._events: dict[int, tuple[Tensor, SoftmaxEvent]] = {}
